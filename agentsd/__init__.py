@@ -1,0 +1,54 @@
+"""Agent attention for Stable Diffusion: faster self-attention for any diffusers UNet, without training."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .attention import agent_attention
+    from .config import AgentSDConfig
+    from .patch import apply_patch, is_patched, patched, remove_patch
+    from .patch_report import PatchReport, report
+    from .pipeline import AgentSDPipeline
+    from .processor import AgentAttnProcessor
+
+__version__ = "0.1.0"
+
+# Names are imported on first use, so that `import agentsd` (and `agentsd --help`) need not wait for torch.
+_HOME = {
+    "AgentAttnProcessor": "processor",
+    "AgentSDConfig": "config",
+    "AgentSDPipeline": "pipeline",
+    "PatchReport": "patch_report",
+    "agent_attention": "attention",
+    "apply_patch": "patch",
+    "is_patched": "patch",
+    "patched": "patch",
+    "remove_patch": "patch",
+    "report": "patch_report",
+}
+
+__all__ = [
+    "AgentAttnProcessor",
+    "AgentSDConfig",
+    "AgentSDPipeline",
+    "PatchReport",
+    "agent_attention",
+    "apply_patch",
+    "is_patched",
+    "patched",
+    "remove_patch",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,288 @@
+"""The thin layer between a diffusers model and the mathematics: what its hooks remember, and when they merge."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from .config import AgentSDConfig, Phase
+from .merge import (
+    Matches,
+    Merging,
+    Partition,
+    cell_grid,
+    match_tokens,
+    merge_tokens,
+    partition_tokens,
+    plan_merging,
+    random_members,
+    unmerge_tokens,
+)
+from .processor import AgentAttnProcessor
+from .schedule import TimestepReader, phase_at, timestep_key
+from .sites import Site, inner_hooks
+
+
+@dataclass
+class TokenPlan:
+    """
+    What is merged in a block.
+
+    Args:
+        partition (`Partition`): Destinations and sources.
+        matches (`Matches`): The nearest destination of every source.
+        merging (`Merging`): The merging of the tokens.
+        agent_count (`int`, *optional*): Sources to merge away to leave the agents; `None` for softmax attention.
+    """
+
+    partition: Partition
+    matches: Matches
+    merging: Merging
+    agent_count: int | None
+
+
+@dataclass
+class RowPlan:
+    """
+    What is merged in those samples of a batch that are in the same phase.
+
+    Args:
+        rows (`torch.Tensor`, *optional*): Their indices; `None` for the whole batch.
+        tokens (`TokenPlan`, *optional*): What is merged; `None` where these samples are left alone.
+    """
+
+    rows: torch.Tensor | None
+    tokens: TokenPlan | None
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """These samples of a batch."""
+        return x if self.rows is None else x[self.rows]
+
+
+class ModelPatch:
+    """
+    The patch of one model: its configuration, and where in the denoising run it is.
+
+    It and its sites are plain objects that know no module, so that a copied or pickled model takes along its own.
+    """
+
+    def __init__(self, config: AgentSDConfig, num_train_timesteps: int, skipped: dict[str, str]):
+        self.config = config
+        self.num_train_timesteps = num_train_timesteps
+        self.skipped = skipped
+        self.site_names: list[str] = []
+        self.handle: RemovableHandle | None = None
+        self.has_warned = False
+        self.reader = TimestepReader()
+        # One phase and one key for the whole batch, or one a sample where the samples are at different timesteps.
+        self.phases: list[Phase] = [config.tome_phase]
+        self.key: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "key": None}
+
+    def install(self, model: torch.nn.Module) -> None:
+        """Hook into the model."""
+        model.agentsd_patch = self  # type: ignore[assignment]
+        self.handle = model.register_forward_pre_hook(self.before_model, with_kwargs=True)
+
+    def uninstall(self, model: torch.nn.Module) -> None:
+        """Unhook from the model."""
+        del model.agentsd_patch
+        if self.handle is not None:
+            self.handle.remove()
+
+    # The timestep is read on the host: a compiled model is told only the phase, so that it has one graph a phase.
+    @torch.compiler.disable
+    def before_model(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the phase of the step that begins."""
+        sample = kwargs["sample"] if "sample" in kwargs else args[0]
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        values = self.reader.read(timestep)
+        key = timestep_key(timestep, sample.device)
+        if len(set(values)) == 1:
+            values, key = values[:1], key[:1]
+        self.phases = [phase_at(value, self.num_train_timesteps, self.config) for value in values]
+        self.key = key
+        self._warn_if_replaced(model)
+
+    def _warn_if_replaced(self, model: torch.nn.Module) -> None:
+        if self.has_warned:
+            return
+        processors = {type(model.get_submodule(name).processor) for name in self.site_names}
+        replaced = processors - {AgentAttnProcessor}
+        if replaced:
+            self.has_warned = True
+            names = ", ".join(sorted(kind.__name__ for kind in replaced))
+            warnings.warn(
+                f"The attention processors of patched layers were replaced by {names}: those layers now run without "
+                "agentsd. Undo what replaced them, or call `agentsd.apply_patch` again afterwards.",
+                stacklevel=2,
+            )
+
+
+class SitePatch:
+    """
+    The patch of one self-attention layer: its original processor and, while its block runs, what is merged there.
+
+    Args:
+        patch (`ModelPatch`): The patch of the model.
+        layer (`int`): The layer's number in the model, which its random choices vary with.
+        original: The layer's processor before patching.
+    """
+
+    def __init__(self, patch: ModelPatch, layer: int, original: Any):
+        self.patch = patch
+        self.config = patch.config
+        self.original = original
+        self.seed = (patch.config.seed * 0x9E3779B1 + layer) & 0xFFFFFFFF
+        self.size: tuple[int, int] | None = None
+        self.metric: torch.Tensor | None = None
+        self.current: list[RowPlan] | None = None
+        self.handles: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "metric": None, "current": None}
+
+    def install(self, site: Site) -> None:
+        """Hook into the layer and its surroundings."""
+        site.attn.agentsd_site = self
+        site.attn.set_processor(AgentAttnProcessor())
+        # Noted one by one, so that a failure on the way can be undone.
+        self.handles.append(site.transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
+        self.handles.append(site.block.register_forward_pre_hook(self.before_block, with_kwargs=True))
+        self.handles.append(site.block.register_forward_hook(self.after_block))
+        layers = []
+        if self.config.merge_crossattn and site.block.attn2 is not None:
+            layers.append(site.block.attn2)
+        if self.config.merge_mlp:
+            layers.append(site.block.ff)
+        for layer in layers:
+            merged = MergedLayer(self)
+            self.handles.append(layer.register_forward_pre_hook(merged.before_layer, with_kwargs=True))
+            self.handles.append(layer.register_forward_hook(merged.after_layer))
+
+    def uninstall(self, site: Site) -> None:
+        """Unhook, and give back the original processor where ours is still in place."""
+        if isinstance(site.attn.processor, AgentAttnProcessor):
+            site.attn.set_processor(self.original)
+        del site.attn.agentsd_site
+        for handle in self.handles:
+            handle.remove()
+
+    def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note height and width, which the blocks inside no longer see."""
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        self.size = (height, width)
+
+    def before_block(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the metric: the block's input before its normalisation."""
+        # Where something has replaced the processor, the whole block is as without agentsd.
+        is_ours = isinstance(block.attn1.processor, AgentAttnProcessor)
+        self.metric = (args[0] if args else kwargs["hidden_states"]) if is_ours else None
+        self.current = None
+
+    def after_block(self, block: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Let go of the activations."""
+        self.metric = None
+        self.current = None
+
+    def plans(self, x: torch.Tensor) -> list[RowPlan] | None:
+        """
+        What to merge in `x`, decided once a block.
+
+        Args:
+            x (`torch.Tensor` of shape `(batch, tokens, channels)`): The input of a layer in the block.
+
+        Returns:
+            `list[RowPlan]`, *optional*: One plan for each phase in the batch, or `None` if nothing is to be merged.
+        """
+        if self.metric is None or self.size is None or self.patch.key is None or x.shape[:2] != self.metric.shape[:2]:
+            return None
+        if x.shape[1] != self.size[0] * self.size[1]:
+            return None
+        if self.current is None:
+            self.current = self._make_plans(self.metric, self.patch.key.to(self.metric.device))
+        return None if all(plan.tokens is None for plan in self.current) else self.current
+
+    def _make_plans(self, metric: torch.Tensor, key: torch.Tensor) -> list[RowPlan]:
+        phases = self.patch.phases
+        if len(phases) == 1:
+            return [self._make_plan(metric, key, phases[0], None)]
+        # A video model has several frames a sample, one after another.
+        frames = metric.shape[0] // len(phases)
+        of_row = [phase for phase in phases for _ in range(frames)]
+        key = key.repeat_interleave(frames)
+        plans = []
+        for phase in dict.fromkeys(phases):
+            rows = torch.tensor([row for row, other in enumerate(of_row) if other == phase], device=metric.device)
+            plans.append(self._make_plan(metric[rows], key[rows], phase, rows))
+        return plans
+
+    def _make_plan(self, metric: torch.Tensor, key: torch.Tensor, phase: Phase, rows: torch.Tensor | None) -> RowPlan:
+        height, width = self.size or (0, 0)
+        counts = phase.token_counts(height, width)
+        if counts.merged == counts.tokens:
+            return RowPlan(rows, None)
+        cells, leftover = cell_grid(height, width, phase.sx, phase.sy, metric.device)
+        member = None
+        if self.config.use_rand:
+            member = random_members(counts.destinations, phase.sx * phase.sy, key, self.seed)
+        partition = partition_tokens(cells, leftover, member)
+        matches = match_tokens(metric, partition)
+        merging = plan_merging(partition, matches, counts.tokens - counts.merged)
+        agent_count = None if counts.agents is None else counts.tokens - counts.agents
+        return RowPlan(rows, TokenPlan(partition, matches, merging, agent_count))
+
+    @staticmethod
+    def join(parts: list[torch.Tensor], plans: list[RowPlan]) -> torch.Tensor:
+        """Put samples that were handled phase by phase back into the order of the batch."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([plan.rows for plan in plans if plan.rows is not None])
+        return torch.cat(parts)[order.argsort()]
+
+
+class MergedLayer:
+    """
+    Merges the tokens that enter a layer and unmerges those that leave it.
+
+    Args:
+        site (`SitePatch`): The patch of the block's self-attention, which knows what to merge.
+    """
+
+    def __init__(self, site: SitePatch):
+        self.site = site
+        self.plans: list[RowPlan] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": None}
+
+    def before_layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Merge the layer's input."""
+        self.plans = None
+        if kwargs.get("ip_adapter_masks") is not None:
+            raise ValueError(
+                "`merge_crossattn` cannot be combined with IP-Adapter masks, which are laid over unmerged tokens. "
+                "Call `agentsd.apply_patch` with `merge_crossattn=False`."
+            )
+        x = args[0] if args else kwargs["hidden_states"]
+        plans = self.site.plans(x)
+        # A layer takes one tensor: samples in different phases only fit into it if as many tokens are left of each.
+        if plans is None or len({plan.tokens and plan.tokens.merging.members.shape[1] for plan in plans}) > 1:
+            return None
+        # A cache inside the layer gives back what an older step computed, in that step's order of tokens.
+        if any(hook._is_stateful for hook in inner_hooks(layer)):
+            return None
+        self.plans = plans
+        merged = self.site.join([merge_tokens(p.take(x), p.tokens.merging) for p in plans if p.tokens], plans)
+        return ((merged, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": merged})
+
+    def after_layer(self, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Unmerge the layer's output."""
+        if self.plans is None:
+            return None
+        plans, self.plans = self.plans, None
+        return self.site.join([unmerge_tokens(p.take(output), p.tokens.merging) for p in plans if p.tokens], plans)

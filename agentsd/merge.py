@@ -1,0 +1,348 @@
+"""
+Token merging: partition, match, merge, unmerge. Pure functions of tensors, after Bolya & Hoffman, *Token Merging for
+Fast Stable Diffusion* (arXiv:2303.17604).
+
+Shapes: `B` batch, `N = height * width` tokens, `C` channels, `D` destination tokens (one a cell), `S = N - D` source
+tokens, `M` tokens after merging. Token indices are int64. `P` is `B`, or 1 where the whole batch shares one partition.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Partition(NamedTuple):
+    """
+    Which tokens are destinations and which are sources.
+
+    Args:
+        dst (`torch.Tensor` of shape `(P, D)`): Token index of each cell's destination.
+        src (`torch.Tensor` of shape `(P, S)`): Token indices of all other tokens, in no particular order.
+    """
+
+    dst: torch.Tensor
+    src: torch.Tensor
+
+
+class Matches(NamedTuple):
+    """
+    The destination most similar to each source.
+
+    Args:
+        cell (`torch.Tensor` of shape `(B, S)`): The cell whose destination is nearest, int64.
+        score (`torch.Tensor` of shape `(B, S)`): Their cosine similarity, at least float32.
+    """
+
+    cell: torch.Tensor
+    score: torch.Tensor
+
+
+class Merging(NamedTuple):
+    """
+    How `N` tokens become `M`: the first `M - D` merged tokens are the sources kept as they are, the last `D` the means
+    of each cell's destination and the sources merged into it.
+
+    Args:
+        members (`torch.Tensor` of shape `(B, M)`): Token index of every kept source, then of every destination.
+        merged (`torch.Tensor` of shape `(B, R)`): Token indices of the sources that are merged away.
+        target (`torch.Tensor` of shape `(B, R)`): Position in the merged sequence that each of them goes to.
+        size (`torch.Tensor` of shape `(B, D)`): Number of tokens averaged in each cell, float32.
+        position (`torch.Tensor` of shape `(B, N)`): Position in the merged sequence that represents each token.
+    """
+
+    members: torch.Tensor
+    merged: torch.Tensor
+    target: torch.Tensor
+    size: torch.Tensor
+    position: torch.Tensor
+
+
+def cell_grid(height: int, width: int, sx: int, sy: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The tokens of every cell, and those that no cell covers.
+
+    Cells of `sy` by `sx` tokens cover the top-left `(height // sy) * sy` by `(width // sx) * sx` corner.
+
+    Args:
+        height (`int`): Rows of tokens.
+        width (`int`): Columns of tokens.
+        sx (`int`): Cell width.
+        sy (`int`): Cell height.
+        device (`torch.device`): Where to put the indices.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Token indices of shape `(D, sy * sx)`, each cell row by row, and `(L,)`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> cells, leftover = cell_grid(2, 5, sx=2, sy=2, device=torch.device("cpu"))
+    >>> cells.tolist(), leftover.tolist()
+    ([[0, 1, 5, 6], [2, 3, 7, 8]], [4, 9])
+    ```
+    """
+    # A compiled graph folds the table into its constants; a table from outside would be one more graph input.
+    if torch.compiler.is_compiling():
+        return _build_cell_grid(height, width, sx, sy, device)
+    return _cached_cell_grid(height, width, sx, sy, device)
+
+
+def _build_cell_grid(
+    height: int, width: int, sx: int, sy: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = height // sy, width // sx
+    tokens = torch.arange(height * width, device=device).view(height, width)
+    covered = tokens[: rows * sy, : columns * sx]
+    cells = covered.reshape(rows, sy, columns, sx).transpose(1, 2).reshape(rows * columns, sy * sx)
+    leftover = torch.cat([tokens[: rows * sy, columns * sx :].flatten(), tokens[rows * sy :].flatten()])
+    return cells, leftover
+
+
+@lru_cache(maxsize=64)
+def _cached_cell_grid(
+    height: int, width: int, sx: int, sy: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # A table first made in inference mode could never be used in a later training step.
+    with torch.inference_mode(False):
+        return _build_cell_grid(height, width, sx, sy, device)
+
+
+def random_members(cells: int, cell_size: int, key: torch.Tensor, seed: int) -> torch.Tensor:
+    """
+    A pseudo-random member of every cell, by an integer hash: without state, the same on every device, and the same
+    for a sample whatever else is in its batch.
+
+    Args:
+        cells (`int`): Number of cells, `D`.
+        cell_size (`int`): Members of a cell.
+        key (`torch.Tensor` of shape `(P,)`): What the choice varies with besides the cell, int64 (the timestep).
+        seed (`int`): What it varies with besides, the same for all keys (the user's seed and the layer).
+
+    Returns:
+        `torch.Tensor` of shape `(P, D)`: Members in `[0, cell_size)`, int64.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> random_members(4, 4, torch.tensor([981]), seed=0).shape
+    torch.Size([1, 4])
+    ```
+    """
+    cell = torch.arange(cells, device=key.device)
+    mixed = _hash(_hash(key + _hash(torch.full_like(key, seed))).unsqueeze(1) + cell)
+    # The high bits are the better mixed ones, and a multiplication has less bias than a remainder.
+    return ((mixed >> 8) * cell_size) >> 24
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit integer mixer (xor-shift and multiply, after C. Wellons, `lowbias32`), held in int64."""
+    x = x & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    # Both multipliers are below 2**31, so that the product of 32-bit values stays inside int64.
+    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def partition_tokens(cells: torch.Tensor, leftover: torch.Tensor, member: torch.Tensor | None = None) -> Partition:
+    """
+    Make one member of each cell its destination and every other token a source.
+
+    Args:
+        cells (`torch.Tensor` of shape `(D, K)`): Token indices of every cell's members, from `cell_grid`.
+        leftover (`torch.Tensor` of shape `(L,)`): Token indices outside all cells, from `cell_grid`.
+        member (`torch.Tensor` of shape `(P, D)`, *optional*): The chosen member of each cell; its top-left one if
+            not given.
+
+    Returns:
+        `Partition`: With `P = 1` if no member was given.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> cells, leftover = cell_grid(2, 3, sx=2, sy=2, device=torch.device("cpu"))
+    >>> partition_tokens(cells, leftover)
+    Partition(dst=tensor([[0]]), src=tensor([[1, 3, 4, 2, 5]]))
+    ```
+    """
+    if member is None:
+        dst, others = cells[:, 0].unsqueeze(0), cells[:, 1:].reshape(1, -1)
+    else:
+        size = cells.shape[1]
+        turn = torch.arange(size, device=cells.device)
+        turned = cells.expand(member.shape[0], -1, -1).gather(2, (member.unsqueeze(2) + turn) % size)
+        dst, others = turned[:, :, 0], turned[:, :, 1:].flatten(1)
+    return Partition(dst, torch.cat([others, leftover.expand(dst.shape[0], -1)], dim=1))
+
+
+@torch.no_grad()
+def match_tokens(metric: torch.Tensor, partition: Partition) -> Matches:
+    """
+    Find the most similar destination of every source, by cosine similarity. No gradient flows through the choice.
+
+    Args:
+        metric (`torch.Tensor` of shape `(B, N, C)`): What similarity is measured on.
+        partition (`Partition`): The sources and destinations.
+
+    Returns:
+        `Matches`: A token of zero norm has similarity 0 to all others.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> metric = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]])
+    >>> match_tokens(metric, Partition(dst=torch.tensor([[0, 1]]), src=torch.tensor([[2]])))
+    Matches(cell=tensor([[1]]), score=tensor([[1.]]))
+    ```
+    """
+    # The nearest destination does not depend on the length of the source, so that only the destinations are
+    # normalised, and of the sources only the scores.
+    src, dst = take_tokens(metric, partition.src), take_tokens(metric, partition.dst)
+    # In float32, since the inverse norm of an all but empty token exceeds the range of float16.
+    dst = (dst * _inverse_norm(dst).unsqueeze(2)).to(src.dtype)
+    score, cell = (src @ dst.transpose(1, 2)).max(dim=2)
+    return Matches(cell, score * _inverse_norm(src))
+
+
+def _inverse_norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x.dtype)).clamp_min(1e-6).reciprocal()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What to sum in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def plan_merging(partition: Partition, matches: Matches, count: int) -> Merging:
+    """
+    Choose the sources to merge away: those with the highest scores.
+
+    Args:
+        partition (`Partition`): The sources and destinations.
+        matches (`Matches`): The nearest destination of every source.
+        count (`int`): How many sources to merge away, `R`; all of them at most.
+
+    Returns:
+        `Merging`: With `M = N - R`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2]]))
+    >>> matches = Matches(cell=torch.tensor([[0, 0]]), score=torch.tensor([[0.2, 0.9]]))
+    >>> merging = plan_merging(partition, matches, count=1)
+    >>> merging.members.tolist(), merging.merged.tolist(), merging.position.tolist()
+    ([[1, 0]], [[2]], [[1, 0, 1]])
+    ```
+    """
+    batch, sources = matches.cell.shape
+    src, dst = partition.src.expand(batch, -1), partition.dst.expand(batch, -1)
+    kept_count = sources - count
+    if kept_count == 0:
+        kept, merged, cell = src[:, :0], src, matches.cell
+    else:
+        chosen = matches.score.topk(count, dim=1, sorted=False).indices
+        merged, cell = src.gather(1, chosen), matches.cell.gather(1, chosen)
+        is_kept = torch.ones_like(src).scatter(1, chosen, 0)
+        # The running count numbers the kept sources; the others are all written to one place past the end.
+        slot = torch.where(is_kept.bool(), is_kept.cumsum(1) - 1, kept_count)
+        kept = src.new_zeros(batch, kept_count + 1).scatter(1, slot, src)[:, :kept_count]
+    members = torch.cat([kept, dst], dim=1)
+    target = cell + kept_count
+    size = torch.ones(dst.shape, device=dst.device).scatter_add(1, cell, torch.ones(cell.shape, device=dst.device))
+    slots = torch.arange(members.shape[1], device=dst.device).expand(batch, -1)
+    position = torch.empty(batch, sources + dst.shape[1], dtype=torch.int64, device=dst.device)
+    position = position.scatter(1, torch.cat([members, merged], dim=1), torch.cat([slots, target], dim=1))
+    return Merging(members, merged, target, size, position)
+
+
+def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
+    """
+    Average every merged token into its representative.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, N, C)`): The tokens.
+        merging (`Merging`): What to merge.
+
+    Returns:
+        `torch.Tensor` of shape `(B, M, C)`: The merged tokens, in the dtype of `x`; summed at least in float32.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2]]))
+    >>> matches = Matches(cell=torch.tensor([[0, 0]]), score=torch.tensor([[0.2, 0.9]]))
+    >>> merging = plan_merging(partition, matches, count=1)
+    >>> merge_tokens(torch.tensor([[[1.0], [5.0], [3.0]]]), merging)
+    tensor([[[5.],
+             [2.]]])
+    ```
+    """
+    batch, cells = merging.size.shape
+    kept = merging.members.shape[1] - cells
+    wide = _wide(x.dtype)
+    sums = take_tokens(x, merging.members[:, kept:]).to(wide)
+    rows = torch.arange(batch, device=x.device).unsqueeze(1)
+    sums.index_put_((rows, merging.target - kept), take_tokens(x, merging.merged).to(wide), accumulate=True)
+    means = (sums / merging.size.unsqueeze(2)).to(x.dtype)
+    return torch.cat([take_tokens(x, merging.members[:, :kept]), means], dim=1)
+
+
+def unmerge_tokens(y: torch.Tensor, merging: Merging) -> torch.Tensor:
+    """
+    Give every token the value of its representative.
+
+    Args:
+        y (`torch.Tensor` of shape `(B, M, C)`): Merged tokens.
+        merging (`Merging`): What was merged.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, C)`: One row a token, in the original order.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2]]))
+    >>> matches = Matches(cell=torch.tensor([[0, 0]]), score=torch.tensor([[0.2, 0.9]]))
+    >>> merging = plan_merging(partition, matches, count=1)
+    >>> unmerge_tokens(torch.tensor([[[5.0], [2.0]]]), merging).flatten()
+    tensor([2., 5., 2.])
+    ```
+    """
+    return take_tokens(y, merging.position)
+
+
+def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """
+    Select tokens by index.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, N, C)`): The tokens.
+        index (`torch.Tensor` of shape `(P, K)`): Token indices of each sample, or of all samples alike.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, C)`: The selected tokens.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> take_tokens(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[2, 0]])).flatten()
+    tensor([3., 1.])
+    ```
+    """
+    if index.shape[0] == 1:
+        return x.index_select(1, index[0])
+    # Whole rows of a flat view: on the CPU several times faster than `gather` with an expanded index.
+    batch, tokens, channels = x.shape
+    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * tokens
+    return x.reshape(-1, channels).index_select(0, (index + offsets).flatten()).view(batch, -1, channels)

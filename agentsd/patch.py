@@ -1,0 +1,269 @@
+"""Patching a pipeline or model in place, and undoing it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from .config import AgentSDConfig
+from .hooks import ModelPatch, SitePatch
+from .processor import AgentAttnProcessor
+from .sites import Site, attended_models, find_sites, unsupported_reason
+
+
+Patchable = TypeVar("Patchable")
+FilterFn = Callable[[str, torch.nn.Module], bool]
+
+
+def apply_patch(
+    pipe_or_unet: Patchable,
+    ratio: float | None = None,
+    *,
+    config: AgentSDConfig | None = None,
+    filter_fn: FilterFn | None = None,
+    **options: Any,
+) -> Patchable:
+    """
+    Patch a pipeline or model in place, so that its self-attention merges tokens and attends through agents.
+
+    A patch that is already there is replaced. If the call fails, nothing has changed.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
+            What to patch. Of a pipeline the UNet is patched, and the ControlNets if it has some.
+        ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
+        config (`AgentSDConfig`, *optional*): All options as one object, instead of `ratio` and keywords.
+        filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*):
+            Asked once for every layer that `max_downsample` admits, with the name of the self-attention in its model
+            and the module itself; layers for which it returns `False` are left alone.
+        options: Any field of [`AgentSDConfig`] by name.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: If the object cannot be patched, an option is unknown or has the wrong type.
+        ValueError: If an option is out of range, or no layer is left to patch.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> from diffusers import StableDiffusionPipeline
+    >>> from agentsd.pipeline import resolve_model
+    >>> pipe = StableDiffusionPipeline.from_pretrained(resolve_model("emoji"))
+    >>> pipe = agentsd.apply_patch(pipe, ratio=0.4)
+    >>> agentsd.is_patched(pipe)
+    True
+    ```
+    """
+    config = _resolve_config(ratio, config, options)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
+    models = attended_models(pipe_or_unet)
+    timesteps = _num_train_timesteps(pipe_or_unet)
+    planned: list[tuple[torch.nn.Module, ModelPatch | None]] = []
+    for index, (_, model) in enumerate(models):
+        patch = ModelPatch(config, timesteps, skipped={})
+        _choose_sites(patch, model, filter_fn)
+        if index == 0 and not patch.site_names:
+            raise ValueError(_no_site_message(model, patch, config))
+        planned.append((model, patch))
+    _replace_patches(planned)
+    return pipe_or_unet
+
+
+def remove_patch(pipe_or_unet: Patchable) -> Patchable:
+    """
+    Undo [`apply_patch`]. What is not patched is left as it is.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: If it is neither a pipeline with a UNet nor a model.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> agentsd.is_patched(agentsd.remove_patch(pipe))
+    False
+    ```
+    """
+    for _, model in attended_models(pipe_or_unet):
+        _uninstall(model)
+    return pipe_or_unet
+
+
+def is_patched(pipe_or_unet: Any) -> bool:
+    """
+    Whether a pipeline's UNet, or a model, is patched.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model.
+
+    Returns:
+        `bool`: `True` between [`apply_patch`] and [`remove_patch`].
+
+    Raises:
+        TypeError: If it is neither a pipeline with a UNet nor a model.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> agentsd.is_patched(agentsd.AgentSDPipeline.from_pretrained("emoji").pipe)
+    True
+    ```
+    """
+    return current_patch(attended_models(pipe_or_unet)[0][1]) is not None
+
+
+@contextmanager
+def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any) -> Iterator[Patchable]:
+    """
+    Patch for the length of a `with` block; afterwards everything is as it was before, patched or not.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): What to patch.
+        ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
+        options: All other arguments of [`apply_patch`].
+
+    Yields:
+        The same object, patched.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji", ratio=0.2).pipe
+    >>> with agentsd.patched(pipe, ratio=0.5):
+    ...     print(agentsd.report(pipe).config.ratio)
+    0.5
+    >>> agentsd.report(pipe).config.ratio
+    0.2
+    ```
+    """
+    models = [model for _, model in attended_models(pipe_or_unet)]
+    before = [(model, current_patch(model)) for model in models]
+    apply_patch(pipe_or_unet, ratio, **options)
+    try:
+        yield pipe_or_unet
+    finally:
+        _replace_patches(before)
+
+
+def current_patch(model: torch.nn.Module) -> ModelPatch | None:
+    """
+    The patch of a model.
+
+    Args:
+        model (`torch.nn.Module`): An unwrapped model.
+
+    Returns:
+        `ModelPatch`, *optional*: Its patch, or `None`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> current_patch(torch.nn.Linear(2, 2)) is None
+    True
+    ```
+    """
+    return getattr(model, "agentsd_patch", None)
+
+
+def _resolve_config(ratio: float | None, config: AgentSDConfig | None, options: dict[str, Any]) -> AgentSDConfig:
+    if ratio is not None:
+        options = {"ratio": ratio, **options}
+    if config is None:
+        return AgentSDConfig.from_dict(options)
+    if not isinstance(config, AgentSDConfig):
+        raise TypeError(f"`config` must be an AgentSDConfig, but got {type(config).__name__}.")
+    if options:
+        raise ValueError(f"Give either `config` or {', '.join(options)}, not both.")
+    return config
+
+
+def _num_train_timesteps(pipe_or_unet: Any) -> int:
+    scheduler = getattr(pipe_or_unet, "scheduler", None)
+    return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
+
+
+def _original_processor(site: Site) -> Any:
+    if isinstance(site.attn.processor, AgentAttnProcessor):
+        patch = getattr(site.attn, "agentsd_site", None)
+        # Without its patch, it is one that somebody kept and put back after the patch was removed.
+        return AttnProcessor2_0() if patch is None else patch.original
+    return site.attn.processor
+
+
+def _choose_sites(patch: ModelPatch, model: torch.nn.Module, filter_fn: FilterFn | None) -> None:
+    for site in find_sites(model):
+        if 2**site.level > patch.config.max_downsample:
+            continue
+        if filter_fn is not None and not filter_fn(site.name, site.attn):
+            continue
+        reason = unsupported_reason(site.attn, _original_processor(site))
+        if reason is None:
+            patch.site_names.append(site.name)
+        else:
+            patch.skipped[site.name] = reason
+
+
+def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDConfig) -> str:
+    kind = type(model).__name__
+    if patch.skipped:
+        name, reason = next(iter(patch.skipped.items()))
+        return f"No self-attention of {kind} can be patched: {name} is left out because {reason}."
+    if not find_sites(model):
+        return (
+            f"{kind} has no self-attention that agentsd can patch: it looks for the transformer blocks of a Stable "
+            "Diffusion UNet. Transformer models such as Stable Diffusion 3 and Flux are not supported yet."
+        )
+    return f"`filter_fn` and `max_downsample={config.max_downsample}` leave no self-attention of {kind} to patch."
+
+
+def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch | None]]) -> None:
+    """Give every model the patch wanted, or none; put all back as they were if that fails."""
+    before = [(model, current_patch(model)) for model, _ in wanted]
+    try:
+        for model, patch in wanted:
+            _uninstall(model)
+            if patch is not None:
+                _install(model, patch)
+    except BaseException:
+        for model, patch in before:
+            _uninstall(model)
+            if patch is not None:
+                _install(model, patch)
+        raise
+
+
+def _install(model: torch.nn.Module, patch: ModelPatch) -> None:
+    patch.install(model)
+    for layer, site in enumerate(find_sites(model)):
+        if site.name in patch.site_names:
+            SitePatch(patch, layer, _original_processor(site)).install(site)
+
+
+def _uninstall(model: torch.nn.Module) -> None:
+    # What `fuse_qkv_projections` will give back when undone.
+    kept = getattr(model, "original_attn_processors", None) or {}
+    for site in find_sites(model):
+        if hasattr(site.attn, "agentsd_site"):
+            name, original = f"{site.name}.processor", site.attn.agentsd_site.original
+            site.attn.agentsd_site.uninstall(site)
+            if isinstance(kept.get(name), AgentAttnProcessor):
+                kept[name] = original
+    patch = current_patch(model)
+    if patch is not None:
+        patch.uninstall(model)

@@ -1,0 +1,195 @@
+"""What a patch does to each layer: tokens, agents and attention operations, before and after."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .config import AgentSDConfig, Phase, TokenCounts
+from .patch import current_patch
+from .sites import attended_models, find_sites
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """
+    One layer in one phase.
+
+    Args:
+        merged_tokens (`int`): Tokens left after merging.
+        agents (`int`, *optional*): Agent tokens, or `None` for softmax attention.
+        attention_flops (`int`):
+            Floating-point operations of the attention products and of the matching, for one sample.
+    """
+
+    merged_tokens: int
+    agents: int | None
+    attention_flops: int
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """
+    One layer.
+
+    Args:
+        model (`str`): `"unet"`, or the name of the ControlNet.
+        name (`str`): Name of the self-attention in its model.
+        level (`int`): Down-samplings below the highest resolution that has attention.
+        channels (`int`): Width of the layer.
+        heads (`int`): Attention heads.
+        skipped (`str`, *optional*): Why the layer is left alone.
+        tokens (`int`, *optional*): Tokens, if the size is known.
+        attention_flops (`int`, *optional*): Operations of the unpatched attention products, for one sample.
+        phases (`dict[str, PhaseReport]`): By phase name, if the size is known and the layer is patched.
+    """
+
+    model: str
+    name: str
+    level: int
+    channels: int
+    heads: int
+    skipped: str | None = None
+    tokens: int | None = None
+    attention_flops: int | None = None
+    phases: dict[str, PhaseReport] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """
+    What a patch does. Printing it gives a table.
+
+    Args:
+        config (`AgentSDConfig`): The configuration of the patch.
+        rows (`list[SiteReport]`): One row a layer.
+    """
+
+    config: AgentSDConfig
+    rows: list[SiteReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The report as plain values.
+
+        Returns:
+            `dict`: `config` and `rows`.
+
+        Examples:
+
+        ```python
+        >>> from agentsd import AgentSDConfig, PatchReport
+        >>> PatchReport(AgentSDConfig(), []).to_dict()["rows"]
+        []
+        ```
+        """
+        return asdict(self)
+
+    def __str__(self) -> str:
+        phases = list(_phases(self.config))
+        heading = ["layer", "level", "channels", "heads", "tokens"]
+        for name in phases:
+            heading += [f"{name}: merged", "agents", "attention GFLOPs"]
+        lines = [heading]
+        for row in self.rows:
+            cells = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
+            if row.skipped is not None:
+                cells.append(f"skipped: {row.skipped}")
+            for name in phases if row.skipped is None else ():
+                cells += _phase_cells(row, row.phases.get(name))
+            lines.append([str(cell) for cell in cells])
+        widths = [max(len(line[i]) for line in lines if len(line) == len(heading)) for i in range(len(heading))]
+        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
+        return "\n".join(line.rstrip() for line in text)
+
+
+def report(pipe_or_unet: Any, height: int | None = None, width: int | None = None) -> PatchReport:
+    """
+    Report what the patch of a pipeline or model does to each layer.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): What is patched.
+        height (`int`, *optional*):
+            Height of the picture in pixels. Without height and width, the size of the last run is reported, if any.
+        width (`int`, *optional*): Width of the picture in pixels.
+
+    Returns:
+        `PatchReport`: One row a layer that the patch covers or had to skip.
+
+    Raises:
+        TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it is not patched, or only one of `height` and `width` is given, or one is not positive.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> row = agentsd.report(pipe, height=256, width=256).rows[0]
+    >>> row.tokens, row.phases["agent"].agents
+    (1024, 64)
+    ```
+    """
+    models = attended_models(pipe_or_unet)
+    patch = current_patch(models[0][1])
+    if patch is None:
+        raise ValueError("There is no patch to report. Call `agentsd.apply_patch` first.")
+    if (height is None) != (width is None):
+        raise ValueError("Give both `height` and `width`, or neither.")
+    latent_size = None
+    if height is not None and width is not None:
+        if height < 1 or width < 1:
+            raise ValueError(f"`height` and `width` must be positive, but got {height} and {width}.")
+        # A model alone does not know its VAE; all Stable Diffusion VAEs reduce by 8.
+        factor = getattr(pipe_or_unet, "vae_scale_factor", 8)
+        latent_size = (height // factor, width // factor)
+    rows = []
+    for model_name, model in models:
+        model_patch = current_patch(model)
+        if model_patch is None:
+            continue
+        for site in find_sites(model):
+            skipped = model_patch.skipped.get(site.name)
+            if skipped is None and site.name not in model_patch.site_names:
+                continue
+            size = site.attn.agentsd_site.size if skipped is None else None
+            if latent_size is not None:
+                # Each down-sampling rounds up.
+                size = (-(-latent_size[0] // 2**site.depth), -(-latent_size[1] // 2**site.depth))
+            row = SiteReport(model_name, site.name, site.level, site.attn.inner_dim, site.attn.heads, skipped)
+            rows.append(row if size is None else _with_counts(row, size[0], size[1], patch.config))
+    return PatchReport(patch.config, rows)
+
+
+def _phases(config: AgentSDConfig) -> dict[str, Phase]:
+    if config.is_scheduled:
+        return {"agent": config.agent_phase, "tome": config.tome_phase}
+    return {"all steps": config.agent_phase}
+
+
+def _with_counts(row: SiteReport, height: int, width: int, config: AgentSDConfig) -> SiteReport:
+    tokens = height * width
+    before = 4 * tokens**2 * row.channels
+    phases = {}
+    if row.skipped is None:
+        for name, phase in _phases(config).items():
+            counts = phase.token_counts(height, width)
+            phases[name] = PhaseReport(counts.merged, counts.agents, _attention_flops(counts, row.channels))
+    return SiteReport(**{**row.__dict__, "tokens": tokens, "attention_flops": before, "phases": phases})
+
+
+def _attention_flops(counts: TokenCounts, channels: int) -> int:
+    if counts.merged == counts.tokens:
+        return 4 * counts.tokens**2 * channels
+    matching = 2 * (counts.tokens - counts.destinations) * counts.destinations * channels
+    attended = 2 * counts.agents if counts.agents is not None else counts.merged
+    return matching + 4 * counts.merged * attended * channels
+
+
+def _phase_cells(row: SiteReport, phase: PhaseReport | None) -> list[Any]:
+    if phase is None or row.attention_flops is None:
+        return ["-", "-", "-"]
+    flops = f"{row.attention_flops / 1e9:.3g} -> {phase.attention_flops / 1e9:.3g}"
+    return [phase.merged_tokens, _or_dash(phase.agents), flops]
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)

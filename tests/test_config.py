@@ -1,0 +1,88 @@
+"""Options: the defaults users know, the two-phase schedule, and errors at the border."""
+
+import pytest
+
+from agentsd import AgentSDConfig
+from agentsd.config import Phase
+
+
+def test_nothing_named_gives_the_schedule_of_the_paper():
+    config = AgentSDConfig(ratio=0.3)
+    assert config.agent_phase == Phase(sx=4, sy=4, ratio=0.3, agent_ratio=0.95)
+    assert config.tome_phase == Phase(sx=2, sy=2, ratio=0.3, agent_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    "named, expected",
+    [
+        ({"sx": 4}, Phase(4, 2, 0.4, 0.8)),
+        ({"sy": 4}, Phase(2, 4, 0.4, 0.8)),
+        ({"agent_ratio": 0.95}, Phase(2, 2, 0.4, 0.95)),
+        ({"sx": 4, "sy": 4, "agent_ratio": 0.95}, Phase(4, 4, 0.4, 0.95)),
+    ],
+)
+def test_naming_a_cell_option_fixes_one_phase_with_upstream_defaults(named, expected):
+    config = AgentSDConfig(**named)
+    assert config.agent_phase == config.tome_phase == expected
+
+
+def test_agent_phase_has_one_agent_a_cell_and_tome_phase_none():
+    config = AgentSDConfig(ratio=0.4)
+    assert config.agent_phase.token_counts(64, 64).agents == 256
+    assert config.tome_phase.token_counts(64, 64).agents is None
+
+
+def test_upstreams_old_default_shows_that_it_uses_no_agents():
+    assert AgentSDConfig(ratio=0.5, sx=2).agent_phase.token_counts(64, 64).agents is None
+    assert AgentSDConfig(ratio=0.4, sx=2).agent_phase.token_counts(64, 64).agents == 1024
+
+
+def test_cells_larger_than_the_layer_merge_nothing():
+    assert AgentSDConfig().agent_phase.token_counts(3, 64).merged == 192
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.75, 0.99])
+def test_presets_hold_one_phase_for_all_steps(ratio):
+    agent, tome = (AgentSDConfig.preset(name, ratio=ratio) for name in ("agent", "tome"))
+    scheduled = AgentSDConfig.preset("paper", ratio=ratio)
+    assert (agent.agent_phase, agent.tome_phase) == (scheduled.agent_phase, scheduled.agent_phase)
+    assert (tome.agent_phase, tome.tome_phase) == (scheduled.tome_phase, scheduled.tome_phase)
+    with pytest.raises(ValueError, match="paper"):
+        AgentSDConfig.preset("fast")
+
+
+def test_dictionary_round_trip():
+    config = AgentSDConfig(ratio=0.2, sx=3, merge_mlp=True, attn_precision="fp32")
+    assert AgentSDConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("ratio", 1, ValueError),
+        ("ratio", -0.1, ValueError),
+        ("ratio", float("nan"), ValueError),
+        ("ratio", "0.4", TypeError),
+        ("ratio", True, TypeError),
+        ("max_downsample", 3, ValueError),
+        ("max_downsample", 1.0, TypeError),
+        ("sx", 0, ValueError),
+        ("sy", 2.0, TypeError),
+        ("agent_ratio", 1.1, ValueError),
+        ("agent_until", 2, ValueError),
+        ("k_scale2", None, TypeError),
+        ("k_shortcut", float("inf"), ValueError),
+        ("attn_precision", "fp16", ValueError),
+        ("use_rand", 1, TypeError),
+        ("seed", 0.5, TypeError),
+        ("merge_mlp", "yes", TypeError),
+    ],
+)
+def test_bad_values_are_named(name, value, error):
+    with pytest.raises(error, match=f"`{name}` must"):
+        AgentSDConfig(**{name: value})
+
+
+def test_an_unknown_option_names_the_known_ones():
+    with pytest.raises(TypeError, match=r"'ratios'.*The options are: ratio,"):
+        AgentSDConfig.from_dict({"ratios": 0.4})

@@ -1,0 +1,470 @@
+"""apply_patch and its relatives on real (small, random) models: what they change, and what they must not."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, CustomDiffusionAttnProcessor2_0
+from models import tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
+
+import agentsd
+from agentsd.attention import agent_attention
+from agentsd.merge import cell_grid, match_tokens, merge_tokens, partition_tokens, plan_merging, unmerge_tokens
+from agentsd.sites import find_sites
+
+
+EARLY, LATE = 900, 100
+
+
+@pytest.fixture
+def unet():
+    return tiny_unet().eval()
+
+
+def inputs(unet, batch=2, height=16, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = unet.dtype
+    sample = torch.randn(batch, unet.config.in_channels, height, width, generator=generator).to(dtype)
+    text = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator).to(dtype)
+    return sample, text
+
+
+@torch.no_grad()
+def run(unet, timestep=EARLY, **size):
+    sample, text = inputs(unet, **size)
+    return unet(sample, timestep, text).sample
+
+
+def image(pipe, seed=0, **options):
+    options = {"num_inference_steps": 3, "output_type": "pt", **options}
+    return pipe("a red apple", generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def hook_count(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# --- exactness
+
+
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_ratio_zero_is_bit_identical(unet, timestep):
+    plain = run(unet, timestep)
+    agentsd.apply_patch(unet, ratio=0, merge_mlp=True, merge_crossattn=True)
+    assert torch.equal(run(unet, timestep), plain)
+
+
+def test_removing_is_bit_identical_and_leaves_nothing(unet):
+    plain, keys, processors, hooks = run(unet), list(unet.state_dict()), dict(unet.attn_processors), hook_count(unet)
+    for _ in range(3):
+        agentsd.apply_patch(unet, merge_mlp=True, merge_crossattn=True)
+        assert list(unet.state_dict()) == keys
+        agentsd.remove_patch(unet)
+    assert torch.equal(run(unet), plain)
+    assert unet.attn_processors == processors
+    assert hook_count(unet) == hooks
+    assert not [name for m in unet.modules() for name in vars(m) if "agentsd" in name]
+    agentsd.remove_patch(unet)
+
+
+@pytest.mark.parametrize("height, width", [(3, 64), (2, 2), (1, 16)])
+def test_layers_smaller_than_a_cell_are_bit_identical(unet, height, width):
+    """A picture of a few latents must work as it did, in the phase whose cells it is too small for."""
+    size = {"height": 4 * height, "width": 4 * width}
+    deepest = lambda name, module: name.startswith("mid_block")  # noqa: E731
+    plain = run(unet, **size)
+    agentsd.apply_patch(unet, max_downsample=8, filter_fn=deepest)
+    assert torch.equal(run(unet, **size), plain)
+
+
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+@pytest.mark.parametrize("height, width", [(16, 16), (17, 23), (8, 40), (19, 5)])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_sample_does_not_depend_on_its_batch(unet, timestep, height, width, batch):
+    """Also what makes split and batched classifier-free guidance the same."""
+    agentsd.apply_patch(unet, merge_mlp=True, merge_crossattn=True)
+    sample, text = inputs(unet, batch, height, width)
+    with torch.no_grad():
+        together = unet(sample, timestep, text).sample
+        alone = torch.cat([unet(s[None], timestep, t[None]).sample for s, t in zip(sample, text, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"merge_mlp": True, "merge_crossattn": True}, {"ratio": 0.9}])
+def test_a_batch_of_different_timesteps_gives_each_sample_its_own_phase(unet, options):
+    """Training draws a timestep a sample."""
+    agentsd.apply_patch(unet, **options)
+    sample, text = inputs(unet, batch=4)
+    timesteps = torch.tensor([EARLY, LATE, EARLY, 950])
+    with torch.no_grad():
+        together = unet(sample, timesteps, text).sample
+        alone = torch.cat([unet(s[None], t, e[None]).sample for s, t, e in zip(sample, timesteps, text, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_image_run_after_run():
+    pipe = agentsd.apply_patch(tiny_sd())
+    first, other, again = image(pipe, 0), image(pipe, 1), image(pipe, 0)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_seed_and_randomness_change_the_partition(unet):
+    outputs = [run(agentsd.apply_patch(unet, **o)) for o in ({}, {"seed": 1}, {"use_rand": False}, {"seed": 0})]
+    assert torch.equal(outputs[0], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+# --- what a patched layer computes
+
+
+@pytest.mark.parametrize("timestep, cell", [(EARLY, 4), (LATE, 2)])
+def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
+    """The hooks feed the right tensors to the mathematics: the metric from before the norm, the layer's own size."""
+    agentsd.apply_patch(unet, use_rand=False, ratio=0.3)
+    site = find_sites(unet)[0]
+    seen = {}
+    site.block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
+    site.attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output))
+    run(unet, timestep, height=12, width=20)
+
+    partition = partition_tokens(*cell_grid(12, 20, cell, cell, torch.device("cpu")))
+    matches = match_tokens(seen["metric"], partition)
+    merging = plan_merging(partition, matches, int(240 * 0.3))
+    tokens = merge_tokens(seen["x"], merging)
+
+    def heads(x):
+        return x.unflatten(2, (site.attn.heads, -1)).transpose(1, 2)
+
+    q, k, v = (heads(to(tokens)) for to in (site.attn.to_q, site.attn.to_k, site.attn.to_v))
+    if cell == 4:
+        agents = merge_tokens(seen["x"], plan_merging(partition, matches, 240 - 15))
+        attended = agent_attention(q, k, v, heads(site.attn.to_q(agents)))
+    else:
+        attended = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=3) @ v
+    expected = unmerge_tokens(site.attn.to_out[0](attended.transpose(1, 2).flatten(2)), merging)
+    torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_half_precision_stays_near_float32(unet, dtype, timestep):
+    agentsd.apply_patch(unet, use_rand=False)
+    expected = run(unet, timestep)
+    got = run(unet.to(dtype), timestep)
+    assert got.dtype == dtype
+    assert (got.float() - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.fixture
+def half_precision_logits():
+    """The math backend materialises the logits, and in half precision if it is allowed to."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+@pytest.mark.usefixtures("half_precision_logits")
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_fp32_attention_keeps_logits_finite_that_overflow_half_precision(timestep):
+    """Stable Diffusion 2.x: no outer autocast needed."""
+    unet = tiny_unet().eval()
+    for site in find_sites(unet):
+        site.attn.to_q.weight.data *= 1000
+        site.attn.to_k.weight.data *= 1000
+    unet.half()
+    assert not run(agentsd.apply_patch(unet, max_downsample=8), timestep).isfinite().all()
+    precise = run(agentsd.apply_patch(unet, max_downsample=8, attn_precision="fp32"), timestep)
+    assert precise.dtype == torch.float16
+    assert precise.isfinite().all()
+
+
+@pytest.mark.parametrize("precision, expected", [("fp32", torch.float32), (None, torch.bfloat16)])
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_fp32_attention_holds_inside_an_autocast(unet, monkeypatch, timestep, precision, expected):
+    """An outer autocast would otherwise take the attention back to half precision."""
+    seen = set()
+
+    def look(q, k, v, **options):
+        output = dispatch_attention_fn(q, k, v, **options)
+        seen.add(output.dtype)
+        return output
+
+    monkeypatch.setattr("agentsd.processor.dispatch_attention_fn", look)
+    agentsd.apply_patch(unet, attn_precision=precision)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(unet, timestep)
+    assert seen == {expected}
+
+
+def test_only_the_layers_asked_for_are_patched(unet):
+    asked = []
+
+    def down_only(name, module):
+        asked.append(name)
+        assert module is unet.get_submodule(name)
+        return name.startswith("down_blocks")
+
+    agentsd.apply_patch(unet, max_downsample=2, filter_fn=down_only)
+    run(unet)
+    rows = [row.name for row in agentsd.report(unet).rows]
+    assert rows and all(name.startswith("down_blocks") for name in rows)
+    assert len(asked) == len(set(asked)) == sum(site.level <= 1 for site in find_sites(unet))
+
+
+def test_levels_count_from_the_highest_resolution_with_attention():
+    """SDXL has no attention at its top level: counting from the input would find nothing there."""
+    pipe = agentsd.apply_patch(tiny_sdxl())
+    rows = agentsd.report(pipe).rows
+    assert rows
+    assert {row.level for row in rows} == {0}
+
+
+@pytest.mark.parametrize("flag", ["merge_attn", "merge_mlp", "merge_crossattn"])
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_each_kind_of_merging_works_alone(unet, flag, timestep):
+    plain = run(unet, timestep)
+    agentsd.apply_patch(unet, **{"merge_attn": False, flag: True})
+    assert not torch.equal(run(unet, timestep), plain)
+    agentsd.apply_patch(unet, merge_attn=False)
+    assert torch.equal(run(unet, timestep), plain)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_chunked_feed_forward_is_not_merged_across_chunks(unet, dim):
+    for site in find_sites(unet):
+        site.block.set_chunk_feed_forward(1 if dim == 0 else 16, dim)
+    agentsd.apply_patch(unet, merge_mlp=True)
+    chunked = run(unet)
+    agentsd.apply_patch(unet, merge_mlp=False)
+    torch.testing.assert_close(chunked, run(unet))
+
+
+def test_keyword_arguments_reach_the_hooks(unet):
+    agentsd.apply_patch(unet)
+    sample, text = inputs(unet)
+    with torch.no_grad():
+        by_name = unet(sample=sample, timestep=EARLY, encoder_hidden_states=text).sample
+    assert torch.equal(by_name, run(unet))
+
+
+def test_activations_are_let_go(unet):
+    agentsd.apply_patch(unet, merge_mlp=True)
+    run(unet)
+    gc.collect()
+    for site in find_sites(unet):
+        state = getattr(site.attn, "agentsd_site", None)
+        assert state is None or (state.metric is None and state.current is None)
+
+
+# --- patching again, and for a while
+
+
+def test_patching_twice_replaces(unet):
+    once = run(agentsd.apply_patch(unet, ratio=0.5))
+    hooks = hook_count(unet)
+    agentsd.apply_patch(unet, ratio=0.2, merge_mlp=True)
+    agentsd.apply_patch(unet, ratio=0.5)
+    assert torch.equal(run(unet), once)
+    assert hook_count(unet) == hooks
+
+
+def test_upstreams_recipe_of_patching_again_in_mid_run(unet):
+    """Upstream users patch at step 0 with agents and again at step 20 without."""
+    scheduled = [run(agentsd.apply_patch(unet, ratio=0.3), t) for t in (EARLY, LATE)]
+    early = run(agentsd.apply_patch(unet, ratio=0.3, sx=4, sy=4, agent_ratio=0.95), EARLY)
+    late = run(agentsd.apply_patch(unet, ratio=0.3, sx=2, sy=2, agent_ratio=0.5), LATE)
+    assert torch.equal(scheduled[0], early)
+    assert torch.equal(scheduled[1], late)
+
+
+def test_patched_restores_what_was_there(unet):
+    plain = run(unet)
+    with agentsd.patched(unet, ratio=0.5):
+        assert agentsd.is_patched(unet)
+    assert not agentsd.is_patched(unet)
+    assert torch.equal(run(unet), plain)
+
+    before = run(agentsd.apply_patch(unet, ratio=0.2, filter_fn=lambda name, _: name.startswith("up")))
+    with pytest.raises(RuntimeError, match="inside"), agentsd.patched(unet, config=agentsd.AgentSDConfig(ratio=0.5)):
+        raise RuntimeError("inside")
+    assert torch.equal(run(unet), before)
+
+
+def test_a_pipeline_takes_its_training_range_from_its_scheduler():
+    pipe = tiny_sd()
+    pipe.scheduler.register_to_config(num_train_timesteps=100)
+    agentsd.apply_patch(pipe)
+    sample, text = inputs(pipe.unet)
+    pipe.unet(sample, 70, text)
+    assert pipe.unet.agentsd_patch.phases[0].sx == 4
+
+
+def test_a_pipelines_controlnet_is_patched_with_it():
+    pipe = tiny_sd()
+    pipe.controlnet = tiny_controlnet(pipe.unet)
+    agentsd.apply_patch(pipe)
+    assert agentsd.is_patched(pipe.controlnet)
+    assert {row.model for row in agentsd.report(pipe).rows} == {"unet", "controlnet"}
+    assert not agentsd.is_patched(agentsd.remove_patch(pipe).controlnet)
+
+
+def test_copies_do_not_share_the_patch(unet):
+    twin = copy.deepcopy(agentsd.apply_patch(unet))
+    expected = run(unet)
+    agentsd.remove_patch(unet)
+    assert agentsd.is_patched(twin)
+    assert torch.equal(run(twin), expected)
+    assert torch.equal(run(agentsd.remove_patch(twin)), run(unet))
+
+
+# --- errors
+
+
+class Other:
+    pass
+
+
+@pytest.mark.parametrize("thing", [None, 3, "unet", Other(), torch.zeros(1)])
+@pytest.mark.parametrize("call", [agentsd.apply_patch, agentsd.remove_patch, agentsd.is_patched, agentsd.report])
+def test_a_wrong_object_is_named(thing, call):
+    with pytest.raises(TypeError, match="pipeline with a UNet, or a UNet, but got"):
+        call(thing)
+
+
+def test_a_pipeline_with_a_transformer_is_not_supported_yet():
+    pipe = Other()
+    pipe.transformer = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match="transformer models"):
+        agentsd.apply_patch(pipe)
+
+
+def test_a_model_without_matching_layers_is_an_error():
+    unet = UNet2DModel(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+    )
+    with pytest.raises(ValueError, match="no self-attention that agentsd can patch"):
+        agentsd.apply_patch(unet)
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"ratio": 1.0}, ValueError),
+        ({"ratio": None, "sx": 0}, ValueError),
+        ({"ratios": 0.4}, TypeError),
+        ({"config": {"ratio": 0.4}}, TypeError),
+        ({"ratio": 0.3, "config": agentsd.AgentSDConfig()}, ValueError),
+        ({"seed": 1, "config": agentsd.AgentSDConfig()}, ValueError),
+        ({"filter_fn": "down"}, TypeError),
+        ({"filter_fn": lambda name, module: False}, ValueError),
+        ({"filter_fn": lambda name, module: name.nothing}, AttributeError),
+    ],
+)
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_a_failed_call_changes_nothing(unet, options, error, is_patched):
+    if is_patched:
+        agentsd.apply_patch(unet, ratio=0.2, merge_mlp=True)
+    before, hooks, processors = run(unet), hook_count(unet), dict(unet.attn_processors)
+    with pytest.raises(error):
+        agentsd.apply_patch(unet, **options)
+    assert agentsd.is_patched(unet) == is_patched
+    assert (hook_count(unet), unet.attn_processors) == (hooks, processors)
+    assert torch.equal(run(unet), before)
+
+
+def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
+    agentsd.apply_patch(unet, ratio=0.2)
+    before, hooks = run(unet), hook_count(unet)
+    last = [site.block for site in find_sites(unet) if hasattr(site.attn, "agentsd_site")][-1]
+
+    def refuse(*args, **kwargs):
+        if "with_kwargs" in kwargs and refuse.calls:
+            refuse.calls -= 1
+            raise RuntimeError("refused")
+        return type(last).register_forward_pre_hook(last, *args, **kwargs)
+
+    refuse.calls = 1
+    monkeypatch.setattr(last, "register_forward_pre_hook", refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        agentsd.apply_patch(unet, ratio=0.5)
+    assert hook_count(unet) == hooks
+    assert torch.equal(run(unet), before)
+
+
+def test_unsupported_processors_are_skipped_and_reported(unet):
+    site = find_sites(unet)[0]
+    custom = CustomDiffusionAttnProcessor2_0(hidden_size=site.attn.inner_dim, train_q_out=False)
+    site.attn.set_processor(custom)
+    agentsd.apply_patch(unet)
+    rows = {row.name: row for row in agentsd.report(unet, 128, 128).rows}
+    assert "CustomDiffusionAttnProcessor2_0" in rows[site.name].skipped
+    assert site.attn.processor is custom
+    assert "skipped: its processor CustomDiffusionAttnProcessor2_0" in str(agentsd.report(unet))
+
+    for other in find_sites(unet):
+        other.attn.set_processor(custom)
+    agentsd.remove_patch(unet)
+    with pytest.raises(ValueError, match="CustomDiffusionAttnProcessor2_0"):
+        agentsd.apply_patch(unet)
+
+
+def test_a_replaced_processor_means_vanilla_and_one_warning(unet):
+    plain = run(unet)
+    agentsd.apply_patch(unet)
+    unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.warns(UserWarning, match="replaced by AttnProcessor2_0"):
+        assert torch.equal(run(unet), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(unet)
+    agentsd.remove_patch(unet)
+    assert all(type(p) is AttnProcessor2_0 for p in unet.attn_processors.values())
+
+
+def test_the_original_processor_comes_back(unet):
+    unet.set_attn_processor(AttnProcessor())
+    originals = dict(unet.attn_processors)
+    agentsd.remove_patch(agentsd.apply_patch(unet))
+    assert unet.attn_processors == originals
+
+
+# --- report
+
+
+def test_report_without_a_patch_says_what_to_do(unet):
+    with pytest.raises(ValueError, match="apply_patch"):
+        agentsd.report(unet)
+
+
+def test_report_knows_sizes_once_given_or_seen(unet):
+    agentsd.apply_patch(unet, max_downsample=8)
+    assert all(row.tokens is None for row in agentsd.report(unet).rows)
+    run(unet, height=17, width=21)
+    seen = agentsd.report(unet).rows
+    given = agentsd.report(unet, height=17 * 8, width=21 * 8).rows
+    assert seen == given
+    assert seen[0].tokens == 17 * 21
+    assert {row.level for row in seen} == set(range(max(site.level for site in find_sites(unet)) + 1))
+
+
+def test_report_counts_operations_of_attention_and_matching(unet):
+    """512² in SD 1.5: agents need 7.5 % of the operations and 2.9 % for matching, ToMe 36 % and 9.4 %."""
+    row = agentsd.report(agentsd.apply_patch(unet, ratio=0.4), 512, 512).rows[0]
+    before = 4 * 4096**2 * row.channels
+    assert row.attention_flops == before
+    assert row.phases["agent"].attention_flops / before == pytest.approx(0.075 + 0.0293, rel=2e-3)
+    assert row.phases["tome"].attention_flops / before == pytest.approx(0.36 + 0.09375, rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [{"height": 512}, {"width": 512}, {"height": 0, "width": 512}])
+def test_report_checks_its_size(unet, size):
+    with pytest.raises(ValueError, match="height"):
+        agentsd.report(agentsd.apply_patch(unet), **size)
