@@ -1,0 +1,65 @@
+# make quickstart   a first pair of pictures      make test   the test suite      make help   everything else
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# What quickstart draws, and where to.
+PROMPT ?= red apple
+OUT ?= outputs/quickstart
+# For example: make test PYTEST_ARGS="-k bench -x"
+PYTEST_ARGS ?=
+
+PACKAGING := pyproject.toml setup.cfg constraints.txt
+
+.PHONY: help quickstart test lint format wheel clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.core ## Install into .venv and compare with and without agentsd on the embedded model.
+	$(BIN)/agentsd compare "$(PROMPT)" --out "$(OUT)"
+
+test: $(VENV)/.dev ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## Check style, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Format the code and mend what ruff can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.dev ## Build the source archive and the wheel into dist/.
+	$(BIN)/python -m build --no-isolation
+
+clean: ## Remove build outputs and caches (.venv stays).
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find agentsd apps tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps below let a second `make` skip what is installed already, until the packaging files change.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "The pinned environment needs Python 3.11 or newer. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch comes first and alone, at its pinned version. The packages that follow ask for "any torch" and find it there;
+# installed together with them, the newest torch would be taken, with several GB of CUDA packages on Linux, also where
+# a CPU build of the pinned version is at hand.
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	$(PIP) install -c constraints.txt torch
+	touch $@
+
+$(VENV)/.core: $(VENV)/.torch $(PACKAGING)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(PACKAGING)
+	$(PIP) install -c constraints.txt -e '.[bench,train,dev]'
+	touch $@
