@@ -84,19 +84,15 @@ class PatchReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        phases = list(_phases(self.config))
-        heading = ["layer", "level", "channels", "heads", "tokens"]
-        for name in phases:
-            heading += [f"{name}: merged", "agents", "attention GFLOPs"]
-        lines = [heading]
+        lines = [["layer", "level", "channels", "heads", "tokens", "phase", "merged", "agents", "attention GFLOPs"]]
         for row in self.rows:
-            cells = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
+            site = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
             if row.skipped is not None:
-                cells.append(f"skipped: {row.skipped}")
-            for name in phases if row.skipped is None else ():
-                cells += _phase_cells(row, row.phases.get(name))
-            lines.append([str(cell) for cell in cells])
-        widths = [max(len(line[i]) for line in lines if len(line) == len(heading)) for i in range(len(heading))]
+                lines.append([*map(str, site), f"skipped: {row.skipped}"])
+            for name in _phases(self.config) if row.skipped is None else ():
+                lines.append([*map(str, site), name, *_phase_cells(row, row.phases.get(name))])
+                site = [""] * len(site)
+        widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
         return "\n".join(line.rstrip() for line in text)
 
@@ -184,11 +180,11 @@ def _attention_flops(counts: TokenCounts, channels: int) -> int:
     return matching + 4 * counts.merged * attended * channels
 
 
-def _phase_cells(row: SiteReport, phase: PhaseReport | None) -> list[Any]:
+def _phase_cells(row: SiteReport, phase: PhaseReport | None) -> list[str]:
     if phase is None or row.attention_flops is None:
         return ["-", "-", "-"]
     flops = f"{row.attention_flops / 1e9:.3g} -> {phase.attention_flops / 1e9:.3g}"
-    return [phase.merged_tokens, _or_dash(phase.agents), flops]
+    return [str(phase.merged_tokens), _or_dash(phase.agents), flops]
 
 
 def _or_dash(value: int | None) -> str:

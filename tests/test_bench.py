@@ -379,6 +379,7 @@ def test_suites_and_folders_that_do_not_exist():
         ({"repeats": 0}, "repeats"),
         ({"warmup": -1}, "warmup"),
         ({"steps": 0}, "steps"),
+        ({"height": 512}, "both `height` and `width`"),
         ({"batch": 0}, "batch"),
         ({"methods": ()}, "empty"),
         ({"methods": ("vanilla", "magic")}, "no method 'magic'"),

@@ -77,6 +77,9 @@ class BenchSettings:
         for name in self.methods:
             if name not in METHODS:
                 raise BenchError(f"There is no method {name!r}. Known: {', '.join(METHODS)}.")
+        if (self.height is None) != (self.width is None):
+            # Pipelines silently draw their own size where only one is given.
+            raise BenchError("Give both `height` and `width`, or neither.")
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")

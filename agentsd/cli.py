@@ -1,0 +1,413 @@
+"""The `agentsd` command. Torch and diffusers are imported inside the commands, so that `agentsd --help` is quick."""
+
+import ast
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import __version__
+
+
+if TYPE_CHECKING:
+    from .config import AgentSDConfig
+
+
+app = typer.Typer(
+    name="agentsd",
+    help="Agent attention for Stable Diffusion: faster pictures, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+# Results go to standard output; progress, warnings and errors do not mix with them.
+_messages = Console(stderr=True)
+
+Prompt = Annotated[str, typer.Argument(help="What to draw.")]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="`emoji`, a folder, a `.safetensors` file, or an id on the Hugging Face Hub."),
+]
+Ratio = Annotated[float | None, typer.Option(help="Share of tokens to merge, from 0 to below 1. [default: 0.4]")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other field of AgentSDConfig; may be given several times."),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Strength of the prompt. [default: the model's]")]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels. [default: the model's]")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels. [default: the model's]")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
+Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, `cuda:1`, `mps`. [default: a GPU if there is one]")]
+DType = Annotated[
+    str | None,
+    typer.Option(help="`float32`, `float16` or `bfloat16`. [default: `float16` on CUDA, else `float32`]"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the libraries' warnings.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"agentsd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    model: Model = "emoji",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("agentsd.png"),
+    no_patch: Annotated[bool, typer.Option("--no-patch", help="Generate without agentsd.")] = False,
+    ratio: Ratio = None,
+    settings: Settings = None,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    negative_prompt: NegativePrompt = None,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Generate a picture."""
+    with _errors(debug, exit_code=2):
+        config = _patch_config(ratio, settings)
+        if no_patch and (ratio is not None or settings):
+            raise ValueError("--no-patch leaves nothing for --ratio and --set to change: leave out one or the other.")
+        _check_picture_file(out)
+        _check_size(height, width)
+    pipe = _load(model, device, dtype, debug)
+    with _errors(debug):
+        import torch
+
+        from .compare import picture_warnings, to_image
+        from .patch import apply_patch
+
+        if not no_patch:
+            apply_patch(pipe, config=config)
+        # No bar where nobody watches.
+        pipe.set_progress_bar_config(disable=None)
+        given = {
+            "guidance_scale": guidance,
+            "height": height,
+            "width": width,
+            "negative_prompt": negative_prompt,
+        }
+        start = time.perf_counter()
+        output = pipe(
+            prompt,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        seconds = time.perf_counter() - start
+        image = to_image(output.images[0])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        image.save(out)
+        how = "without agentsd" if no_patch else f"with agentsd, ratio {config.ratio:g}"
+        _warn(picture_warnings(output, how.split(",")[0], pipe.unet.dtype))
+        print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
+
+
+@app.command()
+def compare(
+    prompt: Prompt,
+    model: Model = "emoji",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("agentsd-comparison"),
+    ratio: Ratio = None,
+    settings: Settings = None,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    negative_prompt: NegativePrompt = None,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Generate the same picture with and without agentsd, and compare time and picture."""
+    with _errors(debug, exit_code=2):
+        config = _patch_config(ratio, settings)
+        _check_folder(out)
+        _check_size(height, width)
+    pipe = _load(model, device, dtype, debug)
+    with _errors(debug):
+        from .compare import compare as run_comparison
+
+        with _progress() as bars:
+            names = {"vanilla": "without agentsd", "agentsd": "with agentsd"}
+            tasks = {variant: bars.add_task(name, total=steps) for variant, name in names.items()}
+            comparison = run_comparison(
+                pipe,
+                prompt,
+                config=config,
+                steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                progress=lambda variant, done, total: bars.update(tasks[variant], completed=done, total=total),
+            )
+        files = comparison.save(out)
+        _warn(comparison.warnings)
+        _print(comparison.table())
+        for file in files.values():
+            print(file)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="What `--model` of the other commands takes. [default: emoji]")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A fixed suite instead of a model: `cpu` times Stable Diffusion 1.5's UNet.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures in one generation. [default: 1]")] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of tokens to merge; may be given several times. [default: 0.4]"),
+    ] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed runs of a method before each timed one.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for the results, as JSON and Markdown.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a suite that was cut off.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Time generations without agentsd, with it, and with other methods."""
+    with _errors(debug, exit_code=2), _messages.status("Starting"):
+        _calm_libraries(debug)
+        from .bench import BenchSettings, SuiteSettings, run_bench, run_suite
+        from .bench.runner import SUITES
+
+        common: dict[str, Any] = {"warmup": warmup, "repeats": repeats, "seed": seed}
+        if ratio:
+            common["ratios"] = tuple(ratio)
+        chosen = {"model": model, "steps": steps, "batch": batch, "device": device, "dtype": dtype}
+        model_only: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        if out is not None:
+            _check_folder(out)
+        if suite is not None and suite not in SUITES:
+            raise ValueError(f"There is no suite {suite!r}, only {', '.join(SUITES)}.")
+        _check_size(height, width)
+        if suite is not None and model_only:
+            raise ValueError(f"--suite {suite} settles {', '.join(model_only)} itself: leave it out.")
+        if suite is None and resume:
+            raise ValueError("Only a suite can be resumed: give --suite and --out as well.")
+        if suite is None:
+            bench_settings = BenchSettings(**common, **model_only, height=height, width=width)
+            _check_model(bench_settings.model, device, dtype)
+        elif height is not None and width is not None:
+            suite_settings = SuiteSettings(**common, sizes=((height, width),))
+        else:
+            suite_settings = SuiteSettings(**common)
+    with _errors(debug):
+        with _progress() as bars:
+            task = bars.add_task("loading", total=None)
+
+            def advance(done: int, total: int, name: str) -> None:
+                bars.update(task, description=name, completed=done, total=total)
+
+            if suite is None:
+                result = run_bench(bench_settings, progress=advance)
+            else:
+                result = run_suite(suite, suite_settings, out=out, resume=resume, progress=advance)
+        _print(result.table())
+        for note in result.notes:
+            print(f"- {note}")
+        for file in result.save(out) if out is not None else ():
+            print(file)
+
+
+@app.command()
+def report(
+    model: Model = "emoji",
+    ratio: Ratio = None,
+    settings: Settings = None,
+    height: Height = None,
+    width: Width = None,
+    debug: Debug = False,
+) -> None:
+    """Show what agentsd does to each layer of a model: tokens, agents and operations."""
+    with _errors(debug, exit_code=2):
+        config = _patch_config(ratio, settings)
+        _check_size(height, width)
+    pipe = _load(model, "cpu", None, debug)
+    with _errors(debug):
+        from .patch import apply_patch
+        from .patch_report import report as report_patch
+
+        if height is None or width is None:
+            height = width = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        apply_patch(pipe, config=config)
+        print(f"{width}×{height} pixels")
+        print(report_patch(pipe, height=height, width=width))
+
+
+@app.command()
+def env(debug: Debug = False) -> None:
+    """Show versions, device and precision: what a bug report needs."""
+    with _errors(debug):
+        with _messages.status("Looking around"):
+            _calm_libraries(debug)
+            from .bench import environment
+            from .pipeline import pick_device, pick_dtype
+
+            device = pick_device()
+            facts = environment(device, pick_dtype(device=device))
+        table = Table(box=None, show_header=False)
+        for name, value in facts.items():
+            table.add_row(name, "not there" if value is None else str(value))
+        _print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="agentsd")
+
+
+@contextmanager
+def _errors(debug: bool, exit_code: int = 1) -> Iterator[None]:
+    """End with one line and an exit code instead of a traceback: 2 for what was asked wrongly, 1 for what failed."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _messages.print("Interrupted.")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        if not isinstance(error, (OSError, RuntimeError, TypeError, ValueError)):
+            message = f"{type(error).__name__}: {message} (--debug shows where)"
+        _say("Error", message)
+        raise typer.Exit(exit_code) from None
+
+
+def _load(model: str, device: str | None, dtype: str | None, debug: bool) -> Any:
+    with _errors(debug, exit_code=2), _messages.status(f"Starting {model}"):
+        _calm_libraries(debug)
+        _check_model(model, device, dtype)
+    with _errors(debug), _messages.status(f"Loading {model}"):
+        from .pipeline import load_pipeline
+
+        return load_pipeline(model, device=device, dtype=dtype)
+
+
+def _check_model(model: str, device: str | None, dtype: str | None) -> None:
+    from .pipeline import pick_device, pick_dtype, resolve_model
+
+    resolve_model(model)
+    pick_dtype(dtype, pick_device(device))
+
+
+def _calm_libraries(debug: bool) -> None:
+    """Spare the user notes about the libraries' insides, and progress bars of less than a second."""
+    if debug:
+        return
+    import transformers
+
+    # Before diffusers is imported, which makes transformers warn.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def _patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
+    from .config import AgentSDConfig
+
+    values: dict[str, Any] = {} if ratio is None else {"ratio": ratio}
+    for setting in settings or ():
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, such as --set agent_until=0.3, but got {setting!r}.")
+        if name in values:
+            raise ValueError(f"{name} is given twice.")
+        values[name] = _value(text)
+    return AgentSDConfig.from_dict(values)
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _check_picture_file(file: Path) -> None:
+    from PIL import Image
+
+    if file.is_dir():
+        raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'picture.png'}.")
+    if file.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {file} does not end in a kind of picture, such as .png.")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder.")
+
+
+def _check_size(height: int | None, width: int | None) -> None:
+    # Given one of them, some pipelines silently take their default for both.
+    if (height is None) != (width is None):
+        raise ValueError("Give both --height and --width, or neither.")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=_messages
+    )
+
+
+def _print(table: Table) -> None:
+    # In a file or a pipe there is no edge to fit a table to.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        _say("Warning", warning)
+
+
+def _say(kind: str, message: str) -> None:
+    # Printed as it is: messages hold brackets and paths that rich would read as markup, colour or break.
+    _messages.print(f"{kind}: {message}", markup=False, highlight=False, soft_wrap=True)

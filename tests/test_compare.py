@@ -1,0 +1,276 @@
+"""agentsd.compare: two honest pictures of one seed, times that mean something, and a pipeline left as it was."""
+
+import io
+import json
+import math
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from models import tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl
+from rich.console import Console
+from transformers import CLIPConfig, CLIPImageProcessor
+
+import agentsd
+from agentsd.compare import RunTime, compare, difference_map, side_by_side
+from agentsd.sites import find_sites
+
+
+PROMPT = "a red apple"
+
+
+def draw(pipe, steps=3):
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipe(PROMPT, num_inference_steps=steps, generator=generator).images[0])
+
+
+def processors(pipe):
+    return [site.attn.processor for site in find_sites(pipe.unet)]
+
+
+def test_pictures_are_those_of_the_two_pipelines():
+    """Exactly what the pipeline draws unpatched and patched: the comparison must not disturb either."""
+    comparison = compare(tiny_sd(), PROMPT, steps=3, config=agentsd.AgentSDConfig(ratio=0.6))
+    np.testing.assert_array_equal(np.asarray(comparison.vanilla), draw(tiny_sd()))
+    np.testing.assert_array_equal(np.asarray(comparison.agentsd), draw(agentsd.apply_patch(tiny_sd(), ratio=0.6)))
+    assert comparison.report.config.ratio == 0.6
+    assert {row.tokens for row in comparison.report.rows} == {256}
+    assert comparison.warnings == []
+    assert 20 < comparison.psnr < math.inf
+    assert 0.5 < comparison.ssim < 1
+
+
+def test_nothing_merged_is_identical():
+    """With `ratio=0` the two are the same bit for bit, and the comparison says so."""
+    comparison = compare(tiny_sd(), PROMPT, steps=2, config=agentsd.AgentSDConfig(ratio=0))
+    assert (comparison.psnr, comparison.ssim, comparison.difference_scale) == (math.inf, 1.0, 1)
+    assert comparison.difference.getextrema() == ((0, 0), (0, 0), (0, 0))
+    assert comparison.to_dict()["is_identical"]
+
+
+@pytest.mark.parametrize("build", [tiny_sd2, tiny_sdxl])
+def test_other_models(build):
+    """Stable Diffusion 2 and SDXL take the same way."""
+    comparison = compare(build(), PROMPT, steps=2, height=96, width=160, negative_prompt="blue", guidance_scale=3.0)
+    assert comparison.vanilla.size == comparison.agentsd.size == comparison.difference.size == (160, 96)
+    assert comparison.settings["guidance_scale"] == 3.0
+    assert comparison.psnr < math.inf
+
+
+def test_pipelines_that_start_from_a_picture():
+    """Options go to the pipeline; the number of steps is then smaller than asked for, and progress knows it."""
+    seen = []
+    start = PIL.Image.new("RGB", (128, 128), "red")
+    compare(tiny_refiner(), PROMPT, steps=4, image=start, strength=0.5, progress=lambda *step: seen.append(step))
+    assert [step[1:] for step in seen if step[1]] == [(1, 2), (2, 2)] * 2
+
+
+# --- the pipeline afterwards ------------------------------------------------------------------------------------
+
+
+def test_unpatched_pipeline_stays_unpatched():
+    """A comparison must not leave a patch behind."""
+    pipe = tiny_sd()
+    before = processors(pipe)
+    compare(pipe, PROMPT, steps=1)
+    assert not agentsd.is_patched(pipe)
+    assert processors(pipe) == before
+
+
+@pytest.mark.parametrize("config", [None, agentsd.AgentSDConfig(ratio=0.2)])
+def test_patched_pipeline_keeps_its_patch(config):
+    """Also its choice of layers, which no configuration can tell."""
+    pipe = agentsd.apply_patch(tiny_sd(), ratio=0.7, filter_fn=lambda name, module: name.startswith("up_blocks.2"))
+    picture = draw(pipe)
+    comparison = compare(pipe, PROMPT, steps=3, config=config)
+    assert comparison.settings["patch"]["ratio"] == (0.7 if config is None else 0.2)
+    assert len(comparison.report.rows) == (2 if config is None else 3)
+    assert agentsd.report(pipe).config.ratio == 0.7
+    np.testing.assert_array_equal(np.asarray(comparison.vanilla), draw(tiny_sd()))
+    np.testing.assert_array_equal(draw(pipe), picture)
+
+
+@pytest.mark.parametrize("patch_first", [False, True])
+@pytest.mark.parametrize("variant", ["vanilla", "agentsd"])
+def test_cancelling_leaves_everything_as_it_was(variant, patch_first):
+    """A web page stops a run by raising from the progress function."""
+    pipe = tiny_sd()
+    if patch_first:
+        agentsd.apply_patch(pipe, ratio=0.7)
+    picture = draw(pipe)
+    pipe._progress_bar_config = {"disable": True, "desc": "mine"}
+
+    def cancel(name, done, total):
+        if (name, done) == (variant, 1):
+            raise InterruptedError("cancelled by the user")
+
+    with pytest.raises(InterruptedError, match="cancelled by the user"):
+        compare(pipe, PROMPT, steps=3, progress=cancel)
+    assert agentsd.is_patched(pipe) == patch_first
+    assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
+    np.testing.assert_array_equal(draw(pipe), picture)
+
+
+def test_interrupted_pipeline_is_no_result():
+    """diffusers' own way to stop returns a half-made picture: it must not be compared."""
+    pipe = tiny_sd()
+
+    def interrupt(name, done, total):
+        pipe._interrupt = done == 1
+
+    with pytest.raises(RuntimeError, match="was interrupted"):
+        compare(pipe, PROMPT, steps=3, progress=interrupt)
+
+
+# --- times ------------------------------------------------------------------------------------------------------
+
+
+def test_progress_counts_every_step_of_both():
+    """During the warm-up nothing is done yet, but it can be cancelled."""
+    seen = []
+    comparison = compare(tiny_sd(), PROMPT, steps=4, progress=lambda *step: seen.append(step))
+    for variant in ("vanilla", "agentsd"):
+        counts = [done for name, done, total in seen if name == variant and total == 4]
+        assert counts == [0, 0, 0, 1, 2, 3, 4]
+    assert len(comparison.vanilla_time.steps) == len(comparison.agentsd_time.steps) == 4
+    assert comparison.vanilla_time.total > sum(comparison.vanilla_time.steps) > 0
+
+
+def test_seconds_per_step_leave_out_the_first():
+    """The first step holds the text encoding; one slow step must not count either."""
+    assert RunTime(steps=[9.0, 1.0, 2.0, 6.0], total=19.0).seconds_per_step == 3.0
+    assert RunTime(steps=[9.0], total=10.0).seconds_per_step == 9.0
+
+
+# --- pictures that are no result --------------------------------------------------------------------------------
+
+
+def test_values_that_are_not_finite_are_flagged():
+    """Half-precision overflow ends in a black picture: it is named, and gets no fidelity."""
+    pipe = tiny_sd()
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, math.nan)
+    comparison = compare(pipe, PROMPT, steps=1)
+    assert [warning.split(" has ")[0] for warning in comparison.warnings] == [
+        "The picture without agentsd",
+        "The picture with agentsd",
+    ]
+    assert "not finite" in comparison.warnings[0]
+    assert (comparison.psnr, comparison.ssim) == (None, None)
+    assert comparison.vanilla.getextrema() == ((0, 0), (0, 0), (0, 0))
+    json.dumps(comparison.to_dict(), allow_nan=False)
+
+
+def test_black_picture_is_flagged():
+    """Two black pictures are identical, which is no success. In half precision the cure is named."""
+    pipe = tiny_sd().to(torch.bfloat16)
+    torch.nn.init.zeros_(pipe.vae.decoder.conv_out.weight)
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, -1)
+    comparison = compare(pipe, PROMPT, steps=1)
+    assert len(comparison.warnings) == 2
+    assert "is a single colour" in comparison.warnings[0]
+    assert "try float32" in comparison.warnings[0]
+
+
+def test_safety_checker_is_named():
+    """The picture it puts in place is black too, for another reason."""
+    pipe = tiny_sd()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    torch.nn.init.constant_(checker.concept_embeds_weights, -1)  # a threshold that every picture passes
+    pipe.register_modules(
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    comparison = compare(pipe, PROMPT, steps=1)
+    assert comparison.warnings[0] == "The safety checker replaced the picture without agentsd by a black one."
+
+
+# --- what is shown and saved ------------------------------------------------------------------------------------
+
+
+def test_files(tmp_path):
+    """What is saved is what was compared, and JSON that any reader takes (no NaN, no Infinity)."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    comparison = compare(tiny_sd(), PROMPT, steps=2, config=agentsd.AgentSDConfig(ratio=0))
+    files = comparison.save(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "agentsd.png",
+        "comparison.json",
+        "side_by_side.png",
+        "vanilla.png",
+    ]
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(files["vanilla"])), np.asarray(comparison.vanilla))
+    saved = json.loads(files["comparison"].read_text(encoding="utf-8"), parse_constant=refuse)
+    assert saved == json.loads(json.dumps(comparison.to_dict()))
+    assert saved["settings"]["prompt"] == PROMPT
+    assert saved["psnr"] is None
+    assert saved["is_identical"]
+
+
+def test_table_shows_any_prompt():
+    """Prompts hold brackets (weights in some notations), which rich would swallow or fail on as markup."""
+    console = Console(width=100, file=io.StringIO())
+    console.print(compare(tiny_sd(), "apple [red] [/]", steps=1).table())
+    assert "'apple [red] [/]', seed 0, 128×128, 1 steps" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("difference", "scale"), [(0, 1), (1, 64), (3, 64), (10, 16), (100, 2), (200, 1)])
+def test_difference_map_is_bright_but_not_clipped(difference, scale):
+    """A difference of one level must be seen, and a large one keep its shape."""
+    first = PIL.Image.new("RGB", (16, 16), (20, 20, 20))
+    second = PIL.Image.new("RGB", (16, 16), (20, 20 + difference, 20))
+    picture, found = difference_map(first, second)
+    assert found == scale
+    assert picture.getpixel((3, 3)) == (difference * scale,) * 3
+    assert difference_map(second, first)[0].tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (512, 512), (1024, 640)])
+def test_side_by_side_shows_every_picture_and_label(size):
+    """Whole pictures, none hidden by a label, and the label drawn above it."""
+    colours = ["red", "green", "blue"]
+    sheet = side_by_side([PIL.Image.new("RGB", size, colour) for colour in colours], ["one", "two", "three"])
+    factor = math.ceil(320 / size[0])
+    counts = {tuple(colour): count for count, colour in sheet.getcolors(maxcolors=2**24)}
+    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
+        assert counts[colour] == size[0] * size[1] * factor**2
+    assert counts[(0, 0, 0)] > 20
+    assert sheet.height > size[1] * factor
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt": ["one", "two"]}, TypeError, "must be one string, but got list"),
+        ({"steps": 0}, ValueError, "`steps` must be at least 1, but got 0"),
+        ({"steps": 2.5}, TypeError, "`steps` must be an integer, but got 2.5"),
+        ({"seed": -1}, ValueError, "`seed` must be at least 0"),
+        ({"seed": True}, TypeError, "`seed` must be an integer"),
+        ({"num_inference_steps": 5}, TypeError, "sets num_inference_steps itself"),
+        ({"generator": None, "output_type": "pt"}, TypeError, "sets generator, output_type itself"),
+        ({"config": {"ratio": 0.5}}, TypeError, "must be an AgentSDConfig"),
+        ({"height": 100, "width": 96}, ValueError, "divisible by 8"),
+        ({"height": 96}, ValueError, "both `height` and `width`"),
+    ],
+)
+def test_bad_input(options, error, message):
+    """Each mistake is named, and the pipeline is not touched by it."""
+    pipe = tiny_sd()
+    with pytest.raises(error, match=message):
+        compare(pipe, **{"prompt": PROMPT, "steps": 1, **options})
+    assert not agentsd.is_patched(pipe)
+
+
+def test_pipeline_without_a_unet():
+    """Anything else than a pipeline with a UNet is refused before it is run."""
+    with pytest.raises(TypeError, match="Expected a diffusers pipeline with a UNet"):
+        compare(object(), PROMPT)
