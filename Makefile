@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What quickstart draws, and where to.
-PROMPT ?= red apple
+PROMPT ?= a red apple
 OUT ?= outputs/quickstart
 # For example: make test PYTEST_ARGS="-k bench -x"
 PYTEST_ARGS ?=

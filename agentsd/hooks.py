@@ -15,6 +15,7 @@ from .merge import (
     cell_grid,
     match_tokens,
     merge_tokens,
+    mix_key,
     partition_tokens,
     plan_merging,
     random_members,
@@ -59,6 +60,16 @@ class RowPlan:
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """These samples of a batch."""
         return x if self.rows is None else x[self.rows]
+
+
+class StepKwargs(dict):
+    """
+    The `cross_attention_kwargs` of checkpointed blocks, with each one's size, phases and key in its own step.
+
+    Such a block runs again in the backward pass, when the model may have gone on to other steps.
+    """
+
+    steps: "dict[SitePatch, tuple[tuple[int, int], list[Phase], torch.Tensor | None]]"
 
 
 class ModelPatch:
@@ -137,14 +148,17 @@ class SitePatch:
         self.patch = patch
         self.config = patch.config
         self.original = original
+        self.merges = (self.config.merge_attn, self.config.merge_crossattn, self.config.merge_mlp)
         self.seed = (patch.config.seed * 0x9E3779B1 + layer) & 0xFFFFFFFF
         self.size: tuple[int, int] | None = None
+        self.phases: list[Phase] = []
+        self.key: torch.Tensor | None = None
         self.metric: torch.Tensor | None = None
         self.current: list[RowPlan] | None = None
         self.handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "metric": None, "current": None}
+        return {**self.__dict__, "key": None, "metric": None, "current": None}
 
     def install(self, site: Site) -> None:
         """Hook into the layer and its surroundings."""
@@ -172,17 +186,29 @@ class SitePatch:
         for handle in self.handles:
             handle.remove()
 
-    def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note height and width, which the blocks inside no longer see."""
+    def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Note the step, and height and width, which the blocks inside no longer see."""
         height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-        self.size = (height, width)
+        self.size, self.phases = (height, width), self.patch.phases
+        # Here and not in the block, for blocks that differ in a number would each be compiled on their own.
+        self.key = None if self.patch.key is None else mix_key(self.patch.key, self.seed)
+        if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
+            return None
+        given = kwargs.get("cross_attention_kwargs") or {}
+        carried = StepKwargs(given)
+        carried.steps = {**getattr(given, "steps", {}), self: (self.size, self.phases, self.key)}
+        return args, {**kwargs, "cross_attention_kwargs": carried}
 
-    def before_block(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note the metric: the block's input before its normalisation."""
         # Where something has replaced the processor, the whole block is as without agentsd.
         is_ours = isinstance(block.attn1.processor, AgentAttnProcessor)
         self.metric = (args[0] if args else kwargs["hidden_states"]) if is_ours else None
         self.current = None
+        # Checkpointing passes them by position.
+        carried = args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")
+        if isinstance(carried, StepKwargs):
+            self.size, self.phases, self.key = carried.steps[self]
 
     def after_block(self, block: torch.nn.Module, args: tuple, output: Any) -> None:
         """Let go of the activations."""
@@ -199,16 +225,19 @@ class SitePatch:
         Returns:
             `list[RowPlan]`, *optional*: One plan for each phase in the batch, or `None` if nothing is to be merged.
         """
-        if self.metric is None or self.size is None or self.patch.key is None or x.shape[:2] != self.metric.shape[:2]:
+        # Compiled code does not notice that hooks were put in or taken out, but it does notice another value here.
+        if self.merges == (False, False, False):
+            return None
+        if self.metric is None or self.size is None or self.key is None or x.shape[:2] != self.metric.shape[:2]:
             return None
         if x.shape[1] != self.size[0] * self.size[1]:
             return None
         if self.current is None:
-            self.current = self._make_plans(self.metric, self.patch.key.to(self.metric.device))
+            self.current = self._make_plans(self.metric, self.key.to(self.metric.device))
         return None if all(plan.tokens is None for plan in self.current) else self.current
 
     def _make_plans(self, metric: torch.Tensor, key: torch.Tensor) -> list[RowPlan]:
-        phases = self.patch.phases
+        phases = self.phases
         if len(phases) == 1:
             return [self._make_plan(metric, key, phases[0], None)]
         # A video model has several frames a sample, one after another.
@@ -229,7 +258,7 @@ class SitePatch:
         cells, leftover = cell_grid(height, width, phase.sx, phase.sy, metric.device)
         member = None
         if self.config.use_rand:
-            member = random_members(counts.destinations, phase.sx * phase.sy, key, self.seed)
+            member = random_members(counts.destinations, phase.sx * phase.sy, key)
         partition = partition_tokens(cells, leftover, member)
         matches = match_tokens(metric, partition)
         merging = plan_merging(partition, matches, counts.tokens - counts.merged)

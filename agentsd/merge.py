@@ -109,7 +109,29 @@ def _cached_cell_grid(
         return _build_cell_grid(height, width, sx, sy, device)
 
 
-def random_members(cells: int, cell_size: int, key: torch.Tensor, seed: int) -> torch.Tensor:
+def mix_key(key: torch.Tensor, seed: int) -> torch.Tensor:
+    """
+    Make keys that differ from those of other seeds.
+
+    Args:
+        key (`torch.Tensor` of shape `(P,)`): What choices vary with, int64 (the timestep).
+        seed (`int`): What they vary with besides, the same for all keys (the user's seed and the layer).
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`: The mixed keys, int64.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> mix_key(torch.tensor([981]), seed=0).shape
+    torch.Size([1])
+    ```
+    """
+    return key + _hash(torch.full_like(key, seed))
+
+
+def random_members(cells: int, cell_size: int, key: torch.Tensor) -> torch.Tensor:
     """
     A pseudo-random member of every cell, by an integer hash: without state, the same on every device, and the same
     for a sample whatever else is in its batch.
@@ -117,8 +139,7 @@ def random_members(cells: int, cell_size: int, key: torch.Tensor, seed: int) -> 
     Args:
         cells (`int`): Number of cells, `D`.
         cell_size (`int`): Members of a cell.
-        key (`torch.Tensor` of shape `(P,)`): What the choice varies with besides the cell, int64 (the timestep).
-        seed (`int`): What it varies with besides, the same for all keys (the user's seed and the layer).
+        key (`torch.Tensor` of shape `(P,)`): What the choice varies with besides the cell, int64, from `mix_key`.
 
     Returns:
         `torch.Tensor` of shape `(P, D)`: Members in `[0, cell_size)`, int64.
@@ -127,12 +148,12 @@ def random_members(cells: int, cell_size: int, key: torch.Tensor, seed: int) -> 
 
     ```python
     >>> import torch
-    >>> random_members(4, 4, torch.tensor([981]), seed=0).shape
+    >>> random_members(4, 4, mix_key(torch.tensor([981]), seed=0)).shape
     torch.Size([1, 4])
     ```
     """
     cell = torch.arange(cells, device=key.device)
-    mixed = _hash(_hash(key + _hash(torch.full_like(key, seed))).unsqueeze(1) + cell)
+    mixed = _hash(_hash(key).unsqueeze(1) + cell)
     # The high bits are the better mixed ones, and a multiplication has less bias than a remainder.
     return ((mixed >> 8) * cell_size) >> 24
 

@@ -102,7 +102,7 @@ class AgentAttnProcessor:
 
 def _is_perturbed(attn: Attention) -> bool:
     """Whether guidance works on this layer's attention just now, which it expects over all tokens of a picture."""
-    # Perturbed attention guidance puts the identity in place of the scores, smoothed energy guidance blurs the queries.
+    # Perturbed attention guidance replaces the scores by the identity, smoothed energy guidance blurs the queries.
     replaces_scores = any(getattr(hook, "skip_attention_scores", False) for hook in inner_hooks(attn))
     return replaces_scores or any(type(h).__name__ == "SmoothedEnergyGuidanceHook" for h in inner_hooks(attn.to_q))
 

@@ -1,0 +1,51 @@
+"""The text side: a small BPE vocabulary of our own in CLIP's form, and the text encoder."""
+
+import json
+
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .recipe import Recipe
+
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+
+def train_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges come from `captions`.
+
+    All 256 bytes are in the vocabulary, within a word and at its end, so that any prompt in any script tokenizes.
+    """
+    backend = Tokenizer.from_str(CLIPTokenizer().backend_tokenizer.to_str())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = alphabet + [symbol + END_OF_WORD for symbol in alphabet]
+    room = vocabulary - len(symbols) - 2
+    # The trainer does not reserve room for all bytes at a word's end, so keep the first merges that fit.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
+    )
+    backend.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]][: max(0, room)]
+    tokens = [*dict.fromkeys(symbols + ["".join(pair) for pair in merges]), START, END]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=merges, model_max_length=77
+    )
+
+
+def build_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A text encoder with fresh weights that knows the special tokens of `tokenizer`."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.text_width,
+            intermediate_size=4 * recipe.text_width,
+            projection_dim=recipe.text_width,
+            num_hidden_layers=recipe.text_layers,
+            num_attention_heads=recipe.text_heads,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )

@@ -1,0 +1,90 @@
+"""What the documentation shows runs: every `>>>` example and every command and snippet of the README."""
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agentsd
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
+
+
+class FencedParser(doctest.DocTestParser):
+    """Reads examples in Markdown fences, whose closing line is no expected output."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(re.sub(r"(?m)^ *```.*$", "", string), name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder(parser=FencedParser()).find(module, name):
+        result = runner.run(test)
+        assert result.failed == 0, f"{test.name}: {result.failed} of {result.attempted} examples failed"
+
+
+def test_public_names_are_documented_with_arguments_and_examples():
+    for name in agentsd.__all__:
+        public = getattr(agentsd, name)
+        text = inspect.getdoc(public)
+        assert text, name
+        assert ">>> " in text, f"{name} has no example"
+        if inspect.isfunction(public):
+            for parameter in inspect.signature(public).parameters:
+                assert f"{parameter} (" in text or f"{parameter}:" in text, f"{name} does not document {parameter}"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", README)
+
+
+def test_python_snippets_of_the_readme_run(tmp_path):
+    script = "\n".join(blocks("python"))
+    assert "apply_patch" in script
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment(), timeout=300)
+    assert (tmp_path / "picture.png").is_file()
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("agentsd ")])
+def test_commands_of_the_readme_run(command, tmp_path):
+    program = [sys.executable, "-c", "from agentsd.cli import main; main()"]
+    arguments = shlex.split(command)[1:]
+    subprocess.run([*program, *arguments], cwd=tmp_path, check=True, env=environment(), timeout=300)
+
+
+def test_other_commands_of_the_readme_are_make_targets():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    others = [line for line in commands() if not line.startswith("agentsd ")]
+    assert {"make quickstart", "make test"} <= set(others)
+    for line in others:
+        assert re.fullmatch(r"make \w+", line), line
+        assert f"\n{line.split()[1]}:" in makefile, line
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}

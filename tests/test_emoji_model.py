@@ -1,0 +1,87 @@
+"""The embedded model as it ships: size, loading, running, and whether it draws what it is asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import agentsd
+
+
+MODEL = Path(agentsd.__file__).parent / "models" / "emoji"
+FILES = [path for path in MODEL.rglob("*") if path.is_file()]
+
+
+def load(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The plain diffusers pipeline of the folder."""
+    keywords = {} if dtype is None else {"torch_dtype": dtype}
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, **keywords)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: StableDiffusionPipeline, prompt: str, steps: int) -> torch.Tensor:
+    """One picture, (3, height, width) in 0 … 1."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt").images[0].float()
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return load()
+
+
+def test_folder_is_small_and_safe() -> None:
+    assert sum(path.stat().st_size for path in FILES) <= 40_000_000
+    assert max(path.stat().st_size for path in FILES) <= 15_000_000
+    assert {path.suffix for path in FILES} <= {".safetensors", ".json", ".txt", ".png", ".md"}
+    assert all(path.stat().st_size < 500_000 for path in FILES if path.suffix == ".png")
+
+
+def test_card_and_facts_agree() -> None:
+    card = (MODEL / "README.md").read_text(encoding="utf-8")
+    facts = json.loads((MODEL / "training.json").read_text())
+    assert card.startswith("---\nlicense: apache-2.0")
+    assert all(prompt in card for prompt in facts["prompts"])
+    assert f"{facts['vae']['psnr_trained']} dB" in card
+    assert "samples.png" in card and "loss.png" in card
+
+
+def test_parts_are_plain_stable_diffusion(pipe: StableDiffusionPipeline) -> None:
+    names = [type(part).__name__ for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.scheduler)]
+    assert names == ["AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel", "DDIMScheduler"]
+    assert pipe.vae_scale_factor == 8 and pipe.unet.config.sample_size == 32
+    assert pipe.unet.down_blocks[0].attentions, "self-attention at the top level"
+    assert pipe.text_encoder.config.vocab_size == len(pipe.tokenizer)
+    assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
+    assert pipe.text_encoder.config.bos_token_id == pipe.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["default", "float16"])
+def test_loads_and_runs_in_one_dtype(dtype: torch.dtype | None) -> None:
+    loaded = load(dtype)
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {dtype or torch.float32}
+    picture = draw(loaded, "a red apple", 2)
+    assert picture.shape == (3, 256, 256)
+    assert picture.isfinite().all() and picture.std() > 0.05
+
+
+@pytest.mark.parametrize("prompt", ["", "ünïcödé 漢字 🍎", "word " * 200])
+def test_any_prompt_runs(prompt: str, pipe: StableDiffusionPipeline) -> None:
+    assert draw(pipe, prompt, 1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "strong", "weak"),
+    [("a red heart", 0, 2), ("a green heart", 1, 2), ("a blue heart", 2, 0), ("a red apple", 0, 2)],
+)
+def test_draws_the_colour_asked_for_on_white(
+    prompt: str, strong: int, weak: int, pipe: StableDiffusionPipeline
+) -> None:
+    picture = draw(pipe, prompt, 15)
+    middle = picture[:, 96:160, 96:160].mean(dim=(1, 2))
+    corners = torch.stack([picture[:, rows, columns] for rows in (0, -1) for columns in (0, -1)])
+    assert middle[strong] > middle[weak] + 0.2 and middle[strong] == middle.max(), middle
+    assert corners.mean() > 0.9, "white background"
