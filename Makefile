@@ -21,10 +21,10 @@ help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.core ## Install into .venv and compare with and without agentsd on the embedded model.
-	$(BIN)/agentsd compare "$(PROMPT)" --out "$(OUT)"
+	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --out "$(OUT)"
 
 test: $(VENV)/.dev ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Check style, formatting and types.
 	$(BIN)/ruff check .

@@ -61,6 +61,16 @@ class PatchReport:
     Args:
         config (`AgentSDConfig`): The configuration of the patch.
         rows (`list[SiteReport]`): One row a layer.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> print(agentsd.report(pipe, height=256, width=256))  # doctest: +ELLIPSIS
+    layer ... level  channels  heads  tokens  phase  merged  agents  attention GFLOPs
+    unet.down_blocks.0... 0 ... 1024    agent  615     64 ...
+    ```
     """
 
     config: AgentSDConfig

@@ -1,4 +1,7 @@
-"""What the documentation shows runs: every `>>>` example and every command and snippet of the README."""
+"""What the documentation shows runs: every `>>>` example and every snippet and command of the README.
+
+Left out is only the benchmark's suite, which takes half an hour; `test_bench.py` runs it on a small model.
+"""
 
 import doctest
 import importlib
@@ -64,7 +67,9 @@ def commands() -> list[str]:
     return [line for block in blocks("bash") for line in block.splitlines() if line]
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("agentsd ")])
+@pytest.mark.parametrize(
+    "command", [line for line in commands() if line.startswith("agentsd ") and "--suite" not in line]
+)
 def test_commands_of_the_readme_run(command, tmp_path):
     program = [sys.executable, "-c", "from agentsd.cli import main; main()"]
     arguments = shlex.split(command)[1:]

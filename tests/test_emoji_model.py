@@ -22,10 +22,11 @@ def load(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline, prompt: str, steps: int) -> torch.Tensor:
+def draw(pipe: StableDiffusionPipeline, prompt: str, steps: int, **more: int) -> torch.Tensor:
     """One picture, (3, height, width) in 0 … 1."""
     generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt").images[0].float()
+    keywords = {"num_inference_steps": steps, "guidance_scale": 4.0, "generator": generator, "output_type": "pt"}
+    return pipe(prompt, **keywords, **more).images[0].float()
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,10 @@ def test_folder_is_small_and_safe() -> None:
 
 def test_card_and_facts_agree() -> None:
     card = (MODEL / "README.md").read_text(encoding="utf-8")
+    words = " ".join(card.split())
     facts = json.loads((MODEL / "training.json").read_text())
     assert card.startswith("---\nlicense: apache-2.0")
-    assert all(prompt in card for prompt in facts["prompts"])
+    assert all(prompt in words for prompt in facts["prompts"])
     assert f"{facts['vae']['psnr_trained']} dB" in card
     assert "samples.png" in card and "loss.png" in card
 
@@ -63,14 +65,16 @@ def test_parts_are_plain_stable_diffusion(pipe: StableDiffusionPipeline) -> None
 def test_loads_and_runs_in_one_dtype(dtype: torch.dtype | None) -> None:
     loaded = load(dtype)
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {dtype or torch.float32}
-    picture = draw(loaded, "a red apple", 2)
-    assert picture.shape == (3, 256, 256)
+    # half precision is slow on CPUs, hence a small picture; the default size is checked below
+    picture = draw(loaded, "a red apple", 1, height=64, width=64)
+    assert picture.shape == (3, 64, 64)
     assert picture.isfinite().all() and picture.std() > 0.05
 
 
 @pytest.mark.parametrize("prompt", ["", "ünïcödé 漢字 🍎", "word " * 200])
 def test_any_prompt_runs(prompt: str, pipe: StableDiffusionPipeline) -> None:
-    assert draw(pipe, prompt, 1).isfinite().all()
+    picture = draw(pipe, prompt, 1)
+    assert picture.shape == (3, 256, 256) and picture.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,6 @@ def test_draws_the_colour_asked_for_on_white(
 ) -> None:
     picture = draw(pipe, prompt, 15)
     middle = picture[:, 96:160, 96:160].mean(dim=(1, 2))
-    corners = torch.stack([picture[:, rows, columns] for rows in (0, -1) for columns in (0, -1)])
+    border = torch.cat([picture[:, :16], picture[:, -16:]], dim=1)
     assert middle[strong] > middle[weak] + 0.2 and middle[strong] == middle.max(), middle
-    assert corners.mean() > 0.9, "white background"
+    assert border.mean() > 0.9, "white background"

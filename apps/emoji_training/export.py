@@ -41,9 +41,8 @@ def export(icons: list[Icon], held_out: list[Icon], recipe: Recipe, folder: Path
     facts = {
         "names": [icon.name for icon in icons],
         "prompts": [prompt_of(icon.name) for icon in icons],
-        "vae": stage_facts(vae_state, vae_state.get("budget", recipe.vae_minutes))
-        | vae_quality(pipe, images, held_out, recipe),
-        "unet": stage_facts(unet_state, unet_state.get("budget", recipe.unet_minutes)),
+        "vae": stage_facts(vae_state, recipe.vae_minutes) | vae_quality(pipe, images, held_out, recipe),
+        "unet": stage_facts(unet_state, recipe.unet_minutes),
         "match": {str(scale): match_rate(pipe, icons, recipe, scale) for scale in (4.0, 7.5)},
         "parameters": {
             name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")
@@ -71,6 +70,8 @@ def save_model(pipe: StableDiffusionPipeline, out: Path) -> None:
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
         part.half()
     pipe.save_pretrained(out, max_shard_size=SHARD)
+    for weights in out.rglob("*.safetensors"):
+        weights.chmod(0o644)  # they are written for the owner alone, and a package is for everybody
     # Without a dtype given, transformers would load the text encoder as stored, in half precision, and diffusers
     # everything else in single; naming the wanted default keeps both alike.
     path = out / "text_encoder" / "config.json"
@@ -84,13 +85,13 @@ def save_model(pipe: StableDiffusionPipeline, out: Path) -> None:
     (out / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
 
 
-def stage_facts(state: dict, budget: float) -> dict:
+def stage_facts(state: dict, planned: float) -> dict:
     """How long a stage trained, of the minutes it was to have, and where its loss ended."""
     last = [row["loss"] for row in state["log"][-10:]]
     return {
         "steps": state["step"],
         "minutes": round(state["elapsed"] / 60, 1),
-        "budget": round(budget, 1),
+        "budget": round(state.get("budget", planned), 1),
         "loss": round(sum(last) / len(last), 4) if last else None,
     }
 
