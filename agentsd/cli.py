@@ -99,8 +99,8 @@ def generate(
     with _errors(debug):
         import torch
 
-        from .compare import picture_warnings, to_image
         from .patch import apply_patch
+        from .pictures import picture_warnings, to_image
 
         if not no_patch:
             apply_patch(pipe, config=config)

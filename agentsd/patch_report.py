@@ -67,9 +67,8 @@ class PatchReport:
     ```python
     >>> import agentsd
     >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
-    >>> print(agentsd.report(pipe, height=256, width=256))  # doctest: +ELLIPSIS
-    layer ... level  channels  heads  tokens  phase  merged  agents  attention GFLOPs
-    unet.down_blocks.0... 0 ... 1024    agent  615     64 ...
+    >>> agentsd.report(pipe, height=256, width=256).rows[0].phases["tome"].merged_tokens
+    615
     ```
     """
 
@@ -178,6 +177,8 @@ def _with_counts(row: SiteReport, height: int, width: int, config: AgentSDConfig
     if row.skipped is None:
         for name, phase in _phases(config).items():
             counts = phase.token_counts(height, width)
+            if not config.merge_attn:
+                counts = TokenCounts(tokens, 0, tokens, None)
             phases[name] = PhaseReport(counts.merged, counts.agents, _attention_flops(counts, row.channels))
     return SiteReport(**{**row.__dict__, "tokens": tokens, "attention_flops": before, "phases": phases})
 

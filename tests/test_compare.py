@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import agentsd
-from agentsd.compare import RunTime, compare, difference_map, side_by_side
+from agentsd.compare import RunTime, compare
+from agentsd.pictures import difference_map, side_by_side
 from agentsd.sites import find_sites
 
 

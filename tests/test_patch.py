@@ -464,6 +464,11 @@ def test_report_counts_operations_of_attention_and_matching(unet):
     assert row.phases["tome"].attention_flops / before == pytest.approx(0.36 + 0.09375, rel=2e-3)
 
 
+def test_report_of_merging_elsewhere_leaves_attention_as_it_is(unet):
+    row = agentsd.report(agentsd.apply_patch(unet, merge_attn=False, merge_mlp=True), 512, 512).rows[0]
+    assert {phase.attention_flops for phase in row.phases.values()} == {row.attention_flops}
+
+
 @pytest.mark.parametrize("size", [{"height": 512}, {"width": 512}, {"height": 0, "width": 512}])
 def test_report_checks_its_size(unet, size):
     with pytest.raises(ValueError, match="height"):
