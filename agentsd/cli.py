@@ -1,6 +1,7 @@
 """The `agentsd` command. Torch and diffusers are imported inside the commands, so that `agentsd --help` is quick."""
 
 import ast
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -180,57 +181,109 @@ def compare(
 @app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Argument(help="What `--model` of the other commands takes. [default: emoji]")
+        str | None,
+        typer.Argument(
+            help="What `--model` of the other commands takes; for the suites of UNet calls `sd15`, `sd21` or `sdxl`. "
+            "[default: emoji, or all shapes]"
+        ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="A fixed suite instead of a model: `cpu` times Stable Diffusion 1.5's UNet.")
-    ] = None,
-    height: Height = None,
-    width: Width = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures in one generation. [default: 1]")] = None,
+        str,
+        typer.Option(
+            help="`speed` times generations, `quality` also judges pictures, `paper` repeats the paper's table, "
+            "`shapes` times UNets of real models with random weights, `cpu` those of Stable Diffusion 1.5 on the CPU."
+        ),
+    ] = "speed",
+    methods: Annotated[str | None, typer.Option(help="Methods, with commas. [default: the suite's]")] = None,
     ratio: Annotated[
         list[float] | None,
         typer.Option(help="Share of tokens to merge; may be given several times. [default: 0.4]"),
     ] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Untimed runs of a method before each timed one.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
+    height: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Height in pixels; may be given several times, as often as --width."),
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(min=1, help="Width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Pictures in one generation; may be given several times. [default: 1]"),
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(min=1, help="Untimed runs of each case. [default: 1]")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. [default: 5]")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|N", help="Pictures in a set: a file of prompts, or a number of built-in ones."),
+    ] = None,
+    guidance: Guidance = None,
     seed: Seed = 0,
+    settings: Settings = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Judge pairs of pictures by LPIPS too.")] = False,
+    features: Annotated[
+        str | None,
+        typer.Option(help="For FID, KID and CLIP score: `inception`, or a folder or hub id of a CLIP model."),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A folder of real pictures to compare sets with, instead of vanilla's.")
+    ] = None,
     device: Device = None,
     dtype: DType = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A folder for the results, as JSON and Markdown.")
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run every method, vanilla too, through torch.compile.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure peak memory: on a CPU one more run of each case.")
+    ] = True,
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="Leave out the sizes and batches that begin after this time.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a suite that was cut off.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for rows, pictures, plots and reports.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Time generations without agentsd, with it, and with other methods."""
+    """Measure speed, memory and picture quality, with agentsd and with other methods."""
     with _errors(debug, exit_code=2), _messages.status("Starting"):
         _calm_libraries(debug)
-        from .bench import BenchSettings, SuiteSettings, run_bench, run_suite
-        from .bench.runner import SUITES
+        from .bench import BenchSettings, run_bench
+        from .bench.prompts import read_prompts
 
-        common: dict[str, Any] = {"warmup": warmup, "repeats": repeats, "seed": seed}
-        if ratio:
-            common["ratios"] = tuple(ratio)
-        chosen = {"model": model, "steps": steps, "batch": batch, "device": device, "dtype": dtype}
-        model_only: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        given: dict[str, Any] = {
+            "models": (model,) if model is not None else None,
+            "methods": tuple(name.strip() for name in methods.split(",")) if methods is not None else None,
+            "ratios": tuple(ratio) if ratio else None,
+            "sizes": _sizes(height, width),
+            "batches": tuple(batch) if batch else None,
+            "steps": steps,
+            "warmup": warmup,
+            "repeats": repeats,
+            "guidance_scale": guidance,
+            "seed": seed,
+            "options": _assignments(settings),
+            "lpips": lpips,
+            "features": features,
+            "reference": str(reference) if reference is not None else None,
+            "device": device,
+            "dtype": dtype,
+            "compile": compile_,
+            "memory": memory,
+            "budget_minutes": budget_minutes,
+        }
+        if prompts is not None:
+            if prompts.isdecimal():
+                given["pictures"] = int(prompts)
+            else:
+                given["prompts"] = read_prompts(prompts)
+                given["pictures"] = len(given["prompts"])
         if out is not None:
             _check_folder(out)
-        if suite is not None and suite not in SUITES:
-            raise ValueError(f"There is no suite {suite!r}, only {', '.join(SUITES)}.")
-        _check_size(height, width)
-        if suite is not None and model_only:
-            raise ValueError(f"--suite {suite} settles {', '.join(model_only)} itself: leave it out.")
-        if suite is None and resume:
-            raise ValueError("Only a suite can be resumed: give --suite and --out as well.")
-        if suite is None:
-            bench_settings = BenchSettings(**common, **model_only, height=height, width=width)
-            _check_model(bench_settings.model, device, dtype)
-        elif height is not None and width is not None:
-            suite_settings = SuiteSettings(**common, sizes=((height, width),))
-        else:
-            suite_settings = SuiteSettings(**common)
+        elif resume:
+            raise ValueError("--resume needs the folder of the run: name it with --out.")
+        asked = BenchSettings.of_suite(suite, **{name: value for name, value in given.items() if value is not None})
+        if asked.kind == "generation":
+            for name in asked.models:
+                _check_model(name, device, dtype)
     with _errors(debug):
         with _progress() as bars:
             task = bars.add_task("loading", total=None)
@@ -238,15 +291,20 @@ def bench(
             def advance(done: int, total: int, name: str) -> None:
                 bars.update(task, description=name, completed=done, total=total)
 
-            if suite is None:
-                result = run_bench(bench_settings, progress=advance)
-            else:
-                result = run_suite(suite, suite_settings, out=out, resume=resume, progress=advance)
+            result = run_bench(asked, out=out, resume=resume, progress=advance)
+        from .bench.workers import Workers
+
+        if not Workers().is_main:
+            return
         _print(result.table())
         for note in result.notes:
             print(f"- {note}")
-        for file in result.save(out) if out is not None else ():
+        if out is None:
+            return
+        for file in result.save(out):
             print(file)
+        if importlib.util.find_spec("matplotlib") is None:
+            _warn(["There are no plots, since matplotlib is not installed: pip install 'agentsd[bench]'"])
 
 
 @app.command()
@@ -351,7 +409,15 @@ def _calm_libraries(debug: bool) -> None:
 def _patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
     from .config import AgentSDConfig
 
-    values: dict[str, Any] = {} if ratio is None else {"ratio": ratio}
+    values = _assignments(settings)
+    if ratio is not None and "ratio" in values:
+        raise ValueError("ratio is given twice.")
+    return AgentSDConfig.from_dict(values if ratio is None else {"ratio": ratio, **values})
+
+
+def _assignments(settings: list[str] | None) -> dict[str, Any]:
+    """The values of `--set NAME=VALUE`."""
+    values: dict[str, Any] = {}
     for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:
@@ -359,7 +425,7 @@ def _patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDCo
         if name in values:
             raise ValueError(f"{name} is given twice.")
         values[name] = _value(text)
-    return AgentSDConfig.from_dict(values)
+    return values
 
 
 def _value(text: str) -> Any:
@@ -384,6 +450,12 @@ def _check_picture_file(file: Path) -> None:
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder.")
+
+
+def _sizes(heights: list[int] | None, widths: list[int] | None) -> tuple[tuple[int, int], ...] | None:
+    if len(heights or ()) != len(widths or ()):
+        raise ValueError("Give --height and --width equally often, or neither.")
+    return tuple(zip(heights, widths, strict=True)) if heights and widths else None
 
 
 def _check_size(height: int | None, width: int | None) -> None:

@@ -13,6 +13,8 @@ Picture: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
 
 # Structural similarity looks through a Gaussian window of this many pixels.
 _SSIM_WINDOW = 11
+# Its multi-scale form halves the picture four times before the last look.
+_MS_SSIM_SIDE = (_SSIM_WINDOW - 1) * 2**4
 
 
 def psnr(image: Picture, reference: Picture) -> float:
@@ -84,6 +86,44 @@ def ssim(image: Picture, reference: Picture) -> float:
     similarity = structural_similarity_index_measure(first, second, data_range=1.0)
     assert not isinstance(similarity, tuple)  # only with `return_full_image` or `return_contrast_sensitivity`
     return float(similarity)
+
+
+def ms_ssim(image: Picture, reference: Picture) -> float:
+    """
+    Structural similarity over five scales; higher is closer.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            The picture, as [`to_tensor`] takes it, more than 160 pixels high and wide. Of a batch, the mean is
+            returned.
+        reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
+
+    Returns:
+        `float`: At most 1, which identical pictures get.
+
+    Raises:
+        TypeError: If one of the two is not a picture.
+        ValueError: If the sizes differ, a picture is too small, or a value is not finite or outside `[0, 1]`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.metrics import ms_ssim
+    >>> picture = torch.rand(3, 176, 176)
+    >>> round(ms_ssim(picture, picture), 6)
+    1.0
+    ```
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    first, second = _pair(image, reference)
+    if min(first.shape[-2:]) <= _MS_SSIM_SIDE:
+        raise ValueError(
+            f"Multi-scale structural similarity needs pictures of more than {_MS_SSIM_SIDE}×{_MS_SSIM_SIDE} pixels, "
+            f"but these have {_size(first)}."
+        )
+    return float(multiscale_structural_similarity_index_measure(first, second, data_range=1.0))
 
 
 def to_tensor(image: Picture) -> "torch.Tensor":

@@ -101,17 +101,35 @@ def test_compare_writes_pictures_and_table(model, tmp_path):
 
 
 def test_bench_times_a_model(model, tmp_path):
-    """The settings arrive, a row is shown for each ratio, and the result is saved."""
+    """The settings arrive, a row is shown for each case, and reports are saved."""
     pytest.importorskip("tomesd")
-    arguments = ["--steps", 1, "--repeats", 1, "--warmup", 0, "--ratio", 0.3, "--ratio", 0.5, "--batch", 2]
-    result = run("bench", model, *arguments, "--height", 64, "--width", 64, "--device", "cpu", "--out", tmp_path)
+    arguments = ["--steps", 1, "--repeats", 1, "--ratio", 0.3, "--ratio", 0.5, "--batch", 2, "--set", "seed=3"]
+    arguments += ["--height", 64, "--width", 64, "--height", 64, "--width", 96, "--device", "cpu", "--no-memory"]
+    result = run("bench", model, *arguments, "--methods", "vanilla, agentsd", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    saved = json.loads((tmp_path / "result.json").read_text())
-    assert saved["settings"]["ratios"] == [0.3, 0.5]
-    assert saved["settings"]["batch"] == 2
-    assert {row["height"] for row in saved["rows"]} == {64}
-    assert {(row["method"], row["ratio"]) for row in saved["rows"]} >= {("agentsd", 0.3), ("agentsd", 0.5)}
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["ratio"], row["width"], row["batch"]) for row in rows] == [
+        (method, ratio, width, 2) for width in (64, 96) for method, ratio in _VANILLA_AND_RATIOS
+    ]
+    saved = json.loads((tmp_path / "settings.json").read_text())
+    assert (saved["ratios"], saved["options"]) == ([0.3, 0.5], {"seed": 3})
     assert "speed-up" in result.stdout
+    assert str(tmp_path / "report.html") in result.stdout.replace("\n", "")
+
+
+_VANILLA_AND_RATIOS = [("vanilla", None), ("agentsd", 0.3), ("agentsd", 0.5)]
+
+
+def test_bench_reads_prompts(model, tmp_path):
+    """As many pictures as the file has lines, or as a number says."""
+    (tmp_path / "prompts.txt").write_text("red apple\nblue heart\n")
+    arguments = ["bench", model, "--suite", "quality", "--methods", "vanilla", "--steps", 1, "--repeats", 1]
+    arguments += ["--height", 64, "--width", 64, "--device", "cpu", "--no-memory"]
+    for given, count in ((tmp_path / "prompts.txt", 2), (3, 3)):
+        out = tmp_path / str(count)
+        result = run(*arguments, "--prompts", given, "--out", out)
+        assert result.exit_code == 0, result.output
+        assert len(list(out.glob("images/*/vanilla/*.png"))) == count
 
 
 def test_report_lists_the_layers(model):
@@ -162,9 +180,14 @@ def test_version():
         (["report", "--model", "MODEL", "--height", "64"], "Give both --height and --width"),
         (["bench", "MODEL", "--ratio", "2"], "2"),
         (["bench", "--suite", "gpu"], "There is no suite 'gpu'"),
-        (["bench", "MODEL", "--suite", "cpu"], "--suite cpu settles model itself"),
-        (["bench", "--suite", "cpu", "--height", "64"], "Give both --height and --width"),
-        (["bench", "MODEL", "--resume"], "Only a suite can be resumed"),
+        (["bench", "MODEL", "--suite", "cpu"], "The suite 'cpu' settles models itself"),
+        (["bench", "--suite", "cpu", "--height", "64"], "Give --height and --width equally often"),
+        (["bench", "MODEL", "--resume"], "--resume needs the folder of the run: name it with --out."),
+        (["bench", "MODEL", "--methods", "vanilla,magic"], "There is no method 'magic'"),
+        (["bench", "MODEL", "--set", "speed=2"], "Unknown option 'speed'"),
+        (["bench", "MODEL", "--prompts", "none.txt"], "Cannot read the prompts in none.txt"),
+        (["bench", "MODEL", "--out", "file.txt"], "is a file: name a folder."),
+        (["bench", "--suite", "shapes", "sd3"], "There is no shape 'sd3'"),
         (["bench", "./nothing"], "There is no model './nothing'"),
     ],
 )

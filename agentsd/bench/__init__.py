@@ -1,23 +1,23 @@
-"""The benchmark: how much faster a model runs, against every peer, in one process and interleaved."""
+"""The benchmark: speed, memory and picture quality against every peer, in one process and interleaved."""
 
 from .environment import environment
 from .methods import METHODS, Method, MethodUnavailable
-from .report import BenchResult, Row
-from .runner import BenchSettings, SuiteSettings, bench_pipeline, run_bench, run_suite
+from .report import BenchResult, Row, load_result
+from .runner import run_bench
+from .settings import SUITES, BenchSettings
 from .store import BenchError
 
 
 __all__ = [
     "METHODS",
+    "SUITES",
     "BenchError",
     "BenchResult",
     "BenchSettings",
     "Method",
     "MethodUnavailable",
     "Row",
-    "SuiteSettings",
-    "bench_pipeline",
     "environment",
+    "load_result",
     "run_bench",
-    "run_suite",
 ]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 import agentsd
 
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "tomesd", "DeepCache")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "tomesd", "DeepCache", "hidiffusion")
 
 
 def environment(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -50,7 +51,16 @@ def environment(device: str | torch.device | None = None, dtype: torch.dtype | N
         facts["device"] = str(device)
     if dtype is not None:
         facts["dtype"] = str(dtype).removeprefix("torch.")
+    if device is not None and dtype is not None:
+        facts["sdpa"] = _attention_backend(torch.device(device), dtype)
     return facts
+
+
+def _attention_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Which of its kernels torch chooses for the largest self-attention of Stable Diffusion 1.5."""
+    query = torch.empty(2, 8, 4096, 40, device=device, dtype=dtype)
+    # There is no public way to ask, only ways to forbid.
+    return SDPBackend(torch._fused_sdp_choice(query, query, query)).name.lower().replace("_", " ")
 
 
 def _version(package: str) -> str | None:

@@ -1,17 +1,21 @@
-"""The ways of running a model that are compared, each switched on and off around a call."""
+"""The ways of running a model that are compared: small adapters that switch a method on."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import AttnProcessor
 
 from ..config import AgentSDConfig, PresetName
-from ..patch import patched
+from ..patch import apply_patch
 from ..processor import AgentAttnProcessor
 from ..sites import Site, attended_models, find_sites, unsupported_reason
+from .processors import AttentionFreeProcessor, DownsampledProcessor
+
+
+BASELINE = "vanilla"
+# DeepCache's own choice in its examples: the whole UNet every third step, its outermost blocks in between.
+_CACHE_INTERVAL = 3
 
 
 class MethodUnavailable(RuntimeError):
@@ -27,19 +31,23 @@ class Method(Protocol):
 
     @property
     def has_ratio(self) -> bool:
-        """Whether it merges a share of the tokens that one can set."""
+        """Whether it depends on the share of tokens to merge."""
 
-    def enter(self, model: Any, ratio: float | None) -> AbstractContextManager[object]:
+    @property
+    def needs_generation(self) -> bool:
+        """Whether it shows only over the steps of a generation, not in a single call of a UNet."""
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """
-        Switch the method on for the length of a `with` block.
+        Switch the method on, for good: it is given a copy that nothing else uses.
 
         Args:
             model (`DiffusionPipeline` or `UNet2DConditionModel`): What to run.
             ratio (`float`, *optional*): Share of tokens to merge; `None` for a method without one.
+            options (`Mapping[str, Any]`): Fields of [`AgentSDConfig`], for the methods of this library.
 
-        Returns:
-            A context manager. Entering it raises [`MethodUnavailable`] where the method cannot run, or would silently
-            change nothing.
+        Raises:
+            MethodUnavailable: If the method cannot run, or would silently change nothing.
         """
 
 
@@ -52,12 +60,28 @@ class Vanilla:
         name (`str`): Its name.
     """
 
-    name: str = "vanilla"
-    has_ratio: bool = False
+    name: str = BASELINE
+    has_ratio: bool = field(default=False, init=False)
+    needs_generation: bool = field(default=False, init=False)
 
-    def enter(self, model: Any, ratio: float | None) -> AbstractContextManager[object]:
-        """See [`Method.enter`]."""
-        return nullcontext()
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+
+
+@dataclass(frozen=True)
+class FewerSteps(Vanilla):
+    """
+    The model as it is, with as many steps as fit in the time that another method takes for all of its own.
+
+    Args:
+        name (`str`): Its name.
+        reference (`str`): The name of the other method.
+    """
+
+    name: str = "fewer-steps"
+    reference: str = "agentsd"
+    has_ratio: bool = field(default=True, init=False)
+    needs_generation: bool = field(default=True, init=False)
 
 
 @dataclass(frozen=True)
@@ -72,16 +96,19 @@ class AgentSD:
 
     name: str
     preset: PresetName
-    has_ratio: bool = True
+    has_ratio: bool = field(default=True, init=False)
 
-    @contextmanager
-    def enter(self, model: Any, ratio: float | None) -> Iterator[None]:
-        """See [`Method.enter`]."""
-        with patched(model, config=AgentSDConfig.preset(self.preset, ratio=ratio)):
-            # apply_patch refuses a model without sites; this is about processors that something else took away again.
-            if not any(isinstance(site.attn.processor, AgentAttnProcessor) for site in patchable_sites(model)):
-                raise MethodUnavailable("agentsd patched no self-attention of this model")
-            yield
+    @property
+    def needs_generation(self) -> bool:
+        """See [`Method.needs_generation`]."""
+        return self.preset == "paper"
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        apply_patch(model, config=AgentSDConfig.preset(self.preset, ratio=ratio, **options))
+        # apply_patch refuses a model without sites; this is about processors that something else took away again.
+        if not any(isinstance(site.attn.processor, AgentAttnProcessor) for site in patchable_sites(model)):
+            raise MethodUnavailable("agentsd patched no self-attention of this model")
 
 
 @dataclass(frozen=True)
@@ -94,86 +121,146 @@ class ToMeSD:
     """
 
     name: str = "tomesd"
-    has_ratio: bool = True
+    has_ratio: bool = field(default=True, init=False)
+    needs_generation: bool = field(default=False, init=False)
 
-    @contextmanager
-    def enter(self, model: Any, ratio: float | None) -> Iterator[None]:
-        """See [`Method.enter`]."""
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
         try:
             import tomesd
         except ImportError as error:
-            raise MethodUnavailable("tomesd is not installed: pip install 'agentsd[bench]'") from error
+            raise _not_installed("tomesd") from error
         unet = attended_models(model)[0][1]
         tomesd.apply_patch(unet, ratio=ratio)
-        try:
-            if not _tomesd_blocks(unet):
-                raise MethodUnavailable("tomesd found no transformer block in this model")
-            yield
-        finally:
-            tomesd.remove_patch(unet)
-            for module in unet.modules():
-                module.__dict__.pop("_tome_info", None)  # tomesd leaves it behind
-            if _tomesd_blocks(unet):
-                raise RuntimeError("tomesd did not remove its patch: later timings of this model would be wrong.")
-
-
-def _tomesd_blocks(unet: torch.nn.Module) -> list[torch.nn.Module]:
-    # tomesd makes a class of its own for every block, and they have no common base.
-    return [module for module in unet.modules() if type(module).__name__ == "ToMeBlock"]
-
-
-class AttentionFreeProcessor:
-    """Answers self-attention with each token's own value: what happens between tokens is left out."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Run the layer.
-
-        Args:
-            attn (`Attention`): The layer.
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`): Its input.
-            encoder_hidden_states (`torch.Tensor`, *optional*): Not used.
-            attention_mask (`torch.Tensor`, *optional*): Not used.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, channels)`: `to_out(to_v(x))`.
-        """
-        out = attn.to_v(hidden_states)
-        for layer in attn.to_out:
-            out = layer(out)
-        return out
+        # tomesd makes a class of its own for every block, and they have no common base.
+        if not any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
+            raise MethodUnavailable("tomesd found no transformer block in this model")
 
 
 @dataclass(frozen=True)
-class AttentionFree:
+class DeepCache:
     """
-    No attention at all in the layers that agentsd patches: what savings in attention alone can hardly beat. Its
-    pictures are worthless.
+    Features of the inner blocks kept for some steps (X. Ma, G. Fang, X. Wang, CVPR 2024), by its authors' own package.
 
     Args:
         name (`str`): Its name.
     """
 
-    name: str = "attention-free"
-    has_ratio: bool = False
+    name: str = "deepcache"
+    has_ratio: bool = field(default=False, init=False)
+    needs_generation: bool = field(default=True, init=False)
 
-    @contextmanager
-    def enter(self, model: Any, ratio: float | None) -> Iterator[None]:
-        """See [`Method.enter`]."""
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        try:
+            from DeepCache import DeepCacheSDHelper
+        except ImportError as error:
+            raise _not_installed("DeepCache") from error
+        helper = DeepCacheSDHelper(pipe=model)
+        helper.set_params(cache_interval=_CACHE_INTERVAL, cache_branch_id=0)
+        helper.enable()
+
+
+@dataclass(frozen=True)
+class HiDiffusion:
+    """
+    Resolution-aware UNet and windowed attention (S. Zhang et al., ECCV 2024), by its authors' own package.
+
+    Args:
+        name (`str`): Its name.
+    """
+
+    name: str = "hidiffusion"
+    has_ratio: bool = field(default=False, init=False)
+    needs_generation: bool = field(default=True, init=False)
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        try:
+            from hidiffusion import apply_hidiffusion
+        except ModuleNotFoundError as error:
+            if error.name == "hidiffusion":
+                raise _not_installed("hidiffusion") from error
+            raise MethodUnavailable(f"hidiffusion does not run with this diffusers: {error}") from error
+        try:
+            apply_hidiffusion(model)
+        except Exception as error:  # the package raises plain `Exception` for a model that it does not know
+            raise MethodUnavailable(f"hidiffusion does not take this model: {error}") from error
+
+
+@dataclass(frozen=True)
+class Combined:
+    """
+    Several methods at once.
+
+    Args:
+        name (`str`): Its name.
+        parts (`tuple[Method, ...]`): The methods, in the order in which they are switched on.
+    """
+
+    name: str
+    parts: tuple[Method, ...]
+
+    @property
+    def has_ratio(self) -> bool:
+        """See [`Method.has_ratio`]."""
+        return any(part.has_ratio for part in self.parts)
+
+    @property
+    def needs_generation(self) -> bool:
+        """See [`Method.needs_generation`]."""
+        return any(part.needs_generation for part in self.parts)
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        for part in self.parts:
+            part.apply(model, ratio, options)
+
+
+@dataclass(frozen=True)
+class OtherProcessor:
+    """
+    Another attention processor in the layers that agentsd patches.
+
+    Args:
+        name (`str`): Its name.
+        processor (`type`): Class of the processor; each layer gets its own.
+    """
+
+    name: str
+    processor: type
+    has_ratio: bool = field(default=False, init=False)
+    needs_generation: bool = field(default=False, init=False)
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
         sites = patchable_sites(model)
         if not sites:
             raise MethodUnavailable("this model has no self-attention that agentsd would patch")
-        with ExitStack() as restore:
-            for site in sites:
-                restore.callback(site.attn.set_processor, site.attn.processor)
-                site.attn.set_processor(AttentionFreeProcessor())
-            yield
+        for site in sites:
+            processor = self.processor()
+            if hasattr(processor, "note_size"):
+                site.transformer.register_forward_pre_hook(processor.note_size, with_kwargs=True)
+            site.attn.set_processor(processor)
+
+
+@dataclass(frozen=True)
+class NaiveAttention:
+    """
+    Attention that writes its whole matrix to memory, in all layers: what the papers on token merging measured against.
+
+    Args:
+        name (`str`): Its name.
+    """
+
+    name: str = "vanilla-naive"
+    has_ratio: bool = field(default=False, init=False)
+    needs_generation: bool = field(default=False, init=False)
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        unet: Any = attended_models(model)[0][1]
+        unet.set_attn_processor(AttnProcessor())
 
 
 def patchable_sites(model: Any) -> list[Site]:
@@ -198,14 +285,24 @@ def patchable_sites(model: Any) -> list[Site]:
     ]
 
 
+def _not_installed(package: str) -> MethodUnavailable:
+    return MethodUnavailable(f"{package} is not installed: pip install 'agentsd[bench]'")
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Vanilla(),
+        NaiveAttention(),
         AgentSD("agentsd", "paper"),
         AgentSD("agentsd-agent", "agent"),
         AgentSD("agentsd-tome", "tome"),
         ToMeSD(),
-        AttentionFree(),
+        OtherProcessor("todo", DownsampledProcessor),
+        DeepCache(),
+        Combined("agentsd+deepcache", (AgentSD("agentsd", "paper"), DeepCache())),
+        HiDiffusion(),
+        FewerSteps(),
+        OtherProcessor("attention-free", AttentionFreeProcessor),
     )
 }

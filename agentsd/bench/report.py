@@ -1,50 +1,115 @@
-"""What a benchmark hands back, as a table for people and as JSON for programs."""
+"""What a benchmark hands back: rows, as a table for the terminal, Markdown, CSV and a page of HTML."""
 
+import base64
+import csv
+import html
+import io
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..config import AgentSDConfig
+from .methods import BASELINE
+from .settings import SUITES, short_name
+from .store import BenchError, Log
+
 
 @dataclass(frozen=True)
 class Row:
     """
-    One method at one ratio and size.
+    One case: a method at one setting.
 
     Args:
+        model (`str`): Name of the model.
         method (`str`): Name of the method.
         ratio (`float`, *optional*): Share of tokens merged, for methods that merge.
         height (`int`): Picture height in pixels.
         width (`int`): Picture width in pixels.
+        batch (`int`): Pictures in one generation.
+        steps (`int`, *optional*): Denoising steps, where there is a generation.
         rounds (`int`): Number of timed rounds.
-        median (`float`, *optional*): Median seconds.
+        seconds (`float`, *optional*): Median seconds of a generation or call.
         q1 (`float`, *optional*): Lower quartile of the seconds.
         q3 (`float`, *optional*): Upper quartile of the seconds.
+        step_seconds (`float`, *optional*): Median seconds of a denoising step, where there is a generation.
         speedup (`float`, *optional*): Median over the rounds of vanilla's seconds divided by this method's.
-        of_tomesd (`float`, *optional*): This speed-up divided by tomesd's at the same size and ratio.
+        of_tomesd (`float`, *optional*): This speed-up divided by tomesd's at the same setting.
         of_attention_free (`float`, *optional*): This speed-up divided by that of the attention-free model.
-        peak_bytes (`int`, *optional*): Highest peak memory of any round.
+        peak_bytes (`int`, *optional*): Peak memory.
+        launches (`float`, *optional*): Kernels launched in a step, on CUDA.
+        pictures (`int`): Pictures drawn for judging.
+        blank (`int`): How many of them are a single colour, by values that are not finite or by a safety checker.
+        identical (`int`): How many are the same as vanilla's, pixel by pixel; they have no PSNR.
+        quality (`dict[str, list[float]]`): Metric to value and the ends of its 95 % interval.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
     """
 
+    model: str
     method: str
     ratio: float | None
     height: int
     width: int
+    batch: int = 1
+    steps: int | None = None
     rounds: int = 0
-    median: float | None = None
+    seconds: float | None = None
     q1: float | None = None
     q3: float | None = None
+    step_seconds: float | None = None
     speedup: float | None = None
     of_tomesd: float | None = None
     of_attention_free: float | None = None
     peak_bytes: int | None = None
+    launches: float | None = None
+    pictures: int = 0
+    blank: int = 0
+    identical: int = 0
+    quality: dict[str, list[float]] = field(default_factory=dict)
     is_computed: bool = False
     reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Method and ratio."""
+        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+
+    @property
+    def setting(self) -> tuple[str, int, int, int]:
+        """What it has in common with the rows that it is compared with."""
+        return self.model, self.height, self.width, self.batch
+
+
+# Heading and text of a column; columns without any text are left out.
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: f"{row.method} †" if row.is_computed else row.method,
+    "ratio": lambda row: _number(row.ratio, "g"),
+    "steps": lambda row: _number(row.steps, "d"),
+    "median": lambda row: _seconds(row.seconds, " s") or ("not run" if row.reason else ""),
+    "quartiles": lambda row: "" if row.q1 is None else f"{_seconds(row.q1)}–{_seconds(row.q3)}",
+    "s a step": lambda row: _seconds(row.step_seconds),
+    "speed-up": lambda row: _number(row.speedup, ".3f"),
+    "× tomesd": lambda row: _number(row.of_tomesd, ".3f"),
+    "× free": lambda row: _number(row.of_attention_free, ".3f"),
+    "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
+    "launches a step": lambda row: _number(row.launches, ".0f"),
+    "PSNR": lambda row: _interval(row.quality.get("psnr"), ".1f") or ("identical" if row.identical else ""),
+    "SSIM": lambda row: _interval(row.quality.get("ssim"), ".3f"),
+    "MS-SSIM": lambda row: _interval(row.quality.get("ms_ssim"), ".3f"),
+    "LPIPS": lambda row: _interval(row.quality.get("lpips"), ".3f"),
+    "FID": lambda row: _interval(row.quality.get("fid"), ".1f"),
+    "KID": lambda row: _interval(row.quality.get("kid"), ".4f"),
+    "CLIP score": lambda row: _interval(row.quality.get("clip"), ".1f"),
+    "blank": lambda row: f"{row.blank} of {row.pictures}" if row.blank else "",
+}
+_TEXT_COLUMNS = ("size", "method")
+# A terminal has no room for these; they are in the reports.
+_NOT_IN_TERMINAL = ("s a step", "launches a step")
 
 
 @dataclass(frozen=True)
@@ -53,27 +118,28 @@ class BenchResult:
     The outcome of a benchmark.
 
     Args:
-        title (`str`): What was timed, in one line.
         settings (`dict[str, Any]`): What was asked for.
         environment (`dict[str, Any]`): What it ran on.
         rows (`list[Row]`): The measurements.
-        notes (`list[str]`): How to read them; shown below the table.
     """
 
-    title: str
     settings: dict[str, Any]
     environment: dict[str, Any]
     rows: list[Row]
-    notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """
-        Everything as plain values.
+    @property
+    def title(self) -> str:
+        """What was measured, in one line."""
+        models = ", ".join(dict.fromkeys(short_name(row.model) for row in self.rows))
+        compiled = ", torch.compile" if self.settings.get("compile") else ""
+        if SUITES[self.settings["suite"]].kind == "call":
+            return f"UNet of the shape of {models}, random weights, single calls with guidance{compiled}"
+        return f"{models}: generations of {self.settings['steps']} steps{compiled}"
 
-        Returns:
-            `dict[str, Any]`: Ready for JSON.
-        """
-        return asdict(self)
+    @property
+    def notes(self) -> list[str]:
+        """How to read the table."""
+        return _notes(self)
 
     def table(self) -> Table:
         """
@@ -83,7 +149,14 @@ class BenchResult:
             `rich.table.Table`: For `rich.print`. The notes are not part of it.
         """
         table = Table(title=self.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        header, *lines = self._cells()
+        header, *lines = zip(
+            *(
+                column
+                for column in zip(*self.cells(intervals=False), strict=True)
+                if column[0] not in _NOT_IN_TERMINAL
+            ),
+            strict=True,
+        )
         for number, name in enumerate(header[1:]):
             # Headings break, so that the table fits a terminal of 80 columns.
             heading = name.replace("-", "-\n").replace(" ", "\n")
@@ -104,15 +177,57 @@ class BenchResult:
         Returns:
             `str`: Markdown text, ending in a newline.
         """
-        header, *lines = self._cells()
-        rule = [":--" if number < 2 else "--:" for number in range(len(header))]
+        header, *lines = self.cells()
+        rule = [":--" if name in _TEXT_COLUMNS else "--:" for name in header]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
-        notes = "\n".join(f"- {note}" for note in [*self.notes, self._machine()])
+        notes = "\n".join(f"- {note}" for note in [*self.notes, self.machine()])
         return f"**{self.title}**\n\n{table}\n\n{notes}\n"
+
+    def to_csv(self) -> str:
+        """
+        Every number of every row, a column each.
+
+        Returns:
+            `str`: CSV with a header.
+        """
+        metrics = sorted({name for row in self.rows for name in row.quality})
+        plain = [item.name for item in fields(Row) if item.name != "quality"]
+        spread = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high")]
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [*plain, *spread], lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            values = {name: getattr(row, name) for name in plain}
+            for name in metrics:
+                ends = row.quality.get(name, [None, None, None])
+                values |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+            writer.writerow(values)
+        return out.getvalue()
+
+    def to_html(self, pictures: Sequence[Path] = ()) -> str:
+        """
+        A page that needs no other file.
+
+        Args:
+            pictures (`Sequence[Path]`): PNG files to show below the table.
+
+        Returns:
+            `str`: HTML.
+        """
+        header, *lines = self.cells()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>\n" for line in lines)
+        notes = "".join(f"<li>{html.escape(note)}</li>\n" for note in [*self.notes, self.machine()])
+        shown = "".join(
+            f'<figure><img alt="{html.escape(file.stem)}" src="data:image/png;base64,'
+            f'{base64.b64encode(file.read_bytes()).decode()}"></figure>\n'
+            for file in pictures
+        )
+        return _PAGE.format(title=html.escape(self.title), head=head, body=body, notes=notes, pictures=shown)
 
     def save(self, folder: str | Path) -> list[Path]:
         """
-        Write `result.json` and `table.md`.
+        Write `report.md`, `report.csv` and `report.html`, and plots where matplotlib is installed.
 
         Args:
             folder (`str` or `Path`): Made if it is not there; files of these names in it are replaced.
@@ -120,48 +235,222 @@ class BenchResult:
         Returns:
             `list[Path]`: The files written.
         """
+        from .plots import save_plots
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        data, text = folder / "result.json", folder / "table.md"
-        data.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        text.write_text(self.to_markdown(), encoding="utf-8")
-        return [data, text]
-
-    def _cells(self) -> list[list[str]]:
-        """The table as text, header first; comparisons and memory only where some row has them."""
-        optional = {
-            "× tomesd": [_number(row.of_tomesd) for row in self.rows],
-            "× free": [_number(row.of_attention_free) for row in self.rows],
-            "peak memory": [f"{row.peak_bytes / 2**30:.2f} GiB" if row.peak_bytes else "" for row in self.rows],
+        plots = save_plots(self, folder)
+        files = {
+            "report.md": self.to_markdown() + "".join(f"\n![{file.stem}]({file.name})\n" for file in plots),
+            "report.csv": self.to_csv(),
+            "report.html": self.to_html(plots),
         }
-        optional = {name: column for name, column in optional.items() if any(column)}
-        lines = [["size", "method", "ratio", "median", "quartiles", "speed-up", *optional]]
-        for number, row in enumerate(self.rows):
-            name = f"{row.method} †" if row.is_computed else row.method
-            start = [f"{row.width}×{row.height}", name, "" if row.ratio is None else f"{row.ratio:g}"]
-            if row.reason is not None:
-                lines.append([*start, "not run", "", "", *("" for _ in optional)])
-                continue
-            times = [f"{_seconds(row.median)} s", f"{_seconds(row.q1)}–{_seconds(row.q3)}", _number(row.speedup)]
-            lines.append([*start, *times, *(column[number] for column in optional.values())])
-        return lines
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return [*(folder / name for name in files), *plots]
 
-    def _machine(self) -> str:
+    def cells(self, intervals: bool = True) -> list[list[str]]:
+        """
+        The table as text.
+
+        Args:
+            intervals (`bool`, defaults to `True`): Show the interval of a metric beside its value.
+
+        Returns:
+            `list[list[str]]`: Lines of cells, the header first.
+        """
+        has_models = len({row.model for row in self.rows}) > 1
+        has_batches = any(row.batch != 1 for row in self.rows)
+
+        def size(row: Row) -> str:
+            before = f"{short_name(row.model)} " if has_models else ""
+            return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
+
+        columns = {"size": size, **_COLUMNS}
+        texts = {name: [text(row) for row in self.rows] for name, text in columns.items()}
+        if not intervals:
+            texts = {name: [cell.partition(" (")[0] for cell in column] for name, column in texts.items()}
+        if len(set(texts["steps"])) == 1:
+            texts["steps"] = [""]
+        shown = [name for name in columns if any(texts[name])]
+        return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
+
+    def machine(self) -> str:
+        """
+        What it ran on.
+
+        Returns:
+            `str`: One line.
+        """
         known = self.environment
         on_gpu = str(known.get("device")).startswith("cuda")
         parts = [
             known["gpu"] if on_gpu else f"{known['cpu']}, {known['threads']} threads",
             *(f"{name} {known[name]}" for name in ("torch", "diffusers", "tomesd", "agentsd") if known.get(name)),
-            *(f"{name} {known[name]}" for name in ("commit", "dtype") if known.get(name)),
+            *(f"{name} {known[name]}" for name in ("commit", "dtype", "sdpa") if known.get(name)),
         ]
         return ", ".join(parts) + "."
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def result_of(
+    records: Sequence[Mapping[str, Any]], settings: dict[str, Any], environment: dict[str, Any]
+) -> BenchResult:
+    """
+    The result of finished cases.
+
+    Args:
+        records (`Sequence[Mapping[str, Any]]`): Rows of `cases.jsonl`, in any order.
+        settings (`dict[str, Any]`): What was asked for.
+        environment (`dict[str, Any]`): What it ran on.
+
+    Returns:
+        `BenchResult`: The rows in the order of the settings, compared with those of tomesd and attention-free.
+    """
+    rows = [Row(**record) for record in records]
+    speedups = {(*row.setting, row.name): row.speedup for row in rows}
+
+    def share(row: Row, other: str) -> float | None:
+        theirs = speedups.get((*row.setting, other))
+        return None if row.speedup is None or theirs is None or row.method == BASELINE else row.speedup / theirs
+
+    def place(row: Row) -> tuple[int, ...]:
+        methods, ratios = list(settings["methods"]), list(settings["ratios"])
+        models = list(settings["models"])
+        return (
+            models.index(row.model),
+            row.height * row.width,
+            row.height,
+            row.batch,
+            methods.index(row.method),
+            -1 if row.ratio is None else ratios.index(row.ratio),
+        )
+
+    compared = [
+        Row(
+            **{
+                **vars(row),
+                "of_tomesd": share(row, "tomesd" if row.ratio is None else f"tomesd {row.ratio:g}"),
+                "of_attention_free": share(row, "attention-free"),
+            }
+        )
+        for row in rows
+    ]
+    return BenchResult(settings, environment, sorted(compared, key=place))
 
 
-def _seconds(value: float | None) -> str:
+def load_result(folder: str | Path) -> BenchResult:
+    """
+    Read the folder that a benchmark wrote, finished or not.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `BenchResult`: Its rows so far.
+
+    Raises:
+        BenchError: If it is not such a folder, or a file cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "cases.jsonl").is_file():
+        raise BenchError(f"{folder} is no folder of results: it has no cases.jsonl.")
+    values = []
+    for name in ("settings.json", "environment.json"):
+        try:
+            values.append(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise BenchError(f"{folder / name} cannot be read ({error}).") from error
+    try:
+        return result_of(Log(folder / "cases.jsonl").records, *values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BenchError(f"{folder} was written by another version of agentsd: {error}.") from error
+
+
+def _notes(result: BenchResult) -> list[str]:
+    settings, rows = result.settings, result.rows
+    is_call = SUITES[settings["suite"]].kind == "call"
+    unit = "UNet call" if is_call else "generation"
+    notes = []
+    if any(row.is_computed for row in rows):
+        share = AgentSDConfig.from_dict(settings["options"]).agent_until
+        notes.append(
+            f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
+            "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
+        )
+    notes += [
+        f"median and quartiles: seconds per {unit}, over {settings['repeats']} interleaved rounds in one process.",
+        "speed-up: median over the rounds of vanilla's time divided by the method's in the same round; "
+        "× tomesd and × free: this speed-up divided by that of tomesd and of attention-free.",
+    ]
+    if any(row.method == "attention-free" for row in rows):
+        notes.append(
+            "attention-free: the patched layers' self-attention answered by `to_out(to_v(x))`, the reference for what "
+            "faster attention can give; its pictures are worthless."
+        )
+    if any(row.method == "fewer-steps" and row.steps for row in rows):
+        notes.append("fewer-steps: vanilla with as many steps as fit in agentsd's time.")
+    if any(row.peak_bytes for row in rows) and not str(result.environment.get("device")).startswith("cuda"):
+        notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
+    if any(row.quality for row in rows):
+        notes.append(
+            f"PSNR, SSIM, MS-SSIM: mean over {settings['pictures']} pictures against vanilla's of the same seed and "
+            "prompt, with its 95 % interval (bootstrap); pixel-identical pictures have no PSNR."
+        )
+    if any("kid" in row.quality for row in rows):
+        other = "the pictures of --reference" if settings["reference"] else "vanilla's pictures"
+        notes.append(
+            f"FID, KID: to {other}, in the features of {settings['features']}. Where an interval of KID holds 0, the "
+            "sets are not distinguishable by this many pictures."
+        )
+    return [
+        *notes,
+        *(f"{row.name} at {row.width}×{row.height} did not run: {row.reason}." for row in rows if row.reason),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _seconds(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
-    return f"{value:.3f}" if value < 10 else f"{value:.2f}"
+    return f"{value:.3f}{unit}" if value < 10 else f"{value:.2f}{unit}"
+
+
+def _interval(ends: Sequence[float] | None, form: str) -> str:
+    if ends is None:
+        return ""
+    value, low, high = ends
+    return f"{value:{form}} ({low:{form}}–{high:{form}})"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }}
+div {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ border-bottom: 1px solid #8886; padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; }}
+th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left; }}
+img {{ max-width: 100%; }}
+figure {{ margin: 2rem 0; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}</tbody>
+</table></div>
+<ul>
+{notes}</ul>
+{pictures}</body>
+</html>
+"""

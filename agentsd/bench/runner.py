@@ -1,437 +1,379 @@
-"""Runs the benchmark: generations of a pipeline, or a fixed suite of UNet calls."""
+"""Runs the benchmark: times cases in interleaved rounds, judges their pictures, and keeps what is finished."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from ..config import AgentSDConfig
-from ..pipeline import load_pipeline
 from .environment import environment
-from .methods import METHODS, Method, MethodUnavailable
-from .report import BenchResult, Row
-from .shapes import LATENT_SCALE, sd15_unet, share_weights, unet_inputs
+from .features import PerceptualDistance, load_extractor, picture_files
+from .judge import PictureJudge
+from .launches import count_launches
+from .memory import peak_memory
+from .methods import BASELINE, METHODS, FewerSteps, MethodUnavailable
+from .prompts import builtin_prompts
+from .report import BenchResult, result_of
+from .settings import BenchSettings, Case
 from .store import BenchError, RunFolder
-from .timing import Sample, Variant, summarize, time_round
+from .subjects import Subject, subject_of, switch_on
+from .timing import Sample, Stopwatch, Variant, summarize, time_round
+from .workers import Workers
 
 
-BASELINE = "vanilla"
-DEFAULT_METHODS = ("vanilla", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
-SUITES = ("cpu",)
+# One call has no schedule: there, the whole of agentsd is computed from the times of its two phases.
+_COMPUTED, _PHASES = "agentsd", ("agentsd-agent", "agentsd-tome")
+# Rounds that settle how many steps `fewer-steps` may take.
+_CALIBRATION_ROUNDS = 3
+# Enough for both phases of agentsd, and for DeepCache to keep and read what it keeps.
+_MEMORY_STEPS = 4
 
-# One call of a UNet has no schedule, so the `cpu` suite times the two phases and computes the whole from them.
-_CPU_ROWS = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
-_COMPUTED = "agentsd"
+_LATE = "left out"
 
-# Calls done, calls in all, what is being timed now.
+# Calls done, calls in all, what runs now.
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class BenchSettings:
+def run_bench(
+    settings: BenchSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> BenchResult:
     """
-    What [`run_bench`] times.
+    Run a benchmark.
 
     Args:
-        model (`str`, defaults to `"emoji"`): A name, folder or file that `agentsd.pipeline.load_pipeline` takes.
-        methods (`tuple[str, ...]`): Names from `agentsd.bench.METHODS`.
-        ratios (`tuple[float, ...]`, defaults to `(0.4,)`): Shares of tokens to merge; each is a row a method.
-        prompt (`str`, defaults to `"red apple"`): What is drawn; time does not depend on it.
-        height (`int`, *optional*): Picture height in pixels; the model's own if not given.
-        width (`int`, *optional*): Picture width in pixels; the model's own if not given.
-        steps (`int`, defaults to `20`): Denoising steps.
-        batch (`int`, defaults to `1`): Pictures in one generation.
-        warmup (`int`, defaults to `1`): Untimed generations each time a method is switched on.
-        repeats (`int`, defaults to `5`): Timed rounds.
-        seed (`int`, defaults to `0`): Seed of the noise.
-        dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; by default what suits the device.
-        device (`str`, *optional*): Where to run; by default the GPU if there is one.
-
-    Raises:
-        BenchError: If a value is out of range or a method is unknown.
-    """
-
-    model: str = "emoji"
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    ratios: tuple[float, ...] = (0.4,)
-    prompt: str = "red apple"
-    height: int | None = None
-    width: int | None = None
-    steps: int = 20
-    batch: int = 1
-    warmup: int = 1
-    repeats: int = 5
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_rounds(self.ratios, self.warmup, self.repeats)
-        if not self.methods:
-            raise BenchError(f"`methods` is empty: name at least one of {', '.join(METHODS)}.")
-        for name in self.methods:
-            if name not in METHODS:
-                raise BenchError(f"There is no method {name!r}. Known: {', '.join(METHODS)}.")
-        if (self.height is None) != (self.width is None):
-            # Pipelines silently draw their own size where only one is given.
-            raise BenchError("Give both `height` and `width`, or neither.")
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class SuiteSettings:
-    """
-    What [`run_suite`] times.
-
-    Args:
-        ratios (`tuple[float, ...]`, defaults to `(0.4,)`): Shares of tokens to merge.
-        sizes (`tuple[tuple[int, int], ...]`, defaults to 512² and 768²): Picture heights and widths in pixels.
-        warmup (`int`, defaults to `1`): Untimed calls of each method at each size, before the first round.
-        repeats (`int`, defaults to `5`): Timed rounds a size.
-        seed (`int`, defaults to `0`): Seed of weights and inputs.
-
-    Raises:
-        BenchError: If a value is out of range.
-    """
-
-    ratios: tuple[float, ...] = (0.4,)
-    sizes: tuple[tuple[int, int], ...] = ((512, 512), (768, 768))
-    warmup: int = 1
-    repeats: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_rounds(self.ratios, self.warmup, self.repeats)
-        if not self.sizes:
-            raise BenchError("`sizes` is empty: name at least one height and width.")
-        for height, width in self.sizes:
-            if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
-                raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
-
-
-@dataclass(frozen=True)
-class Case:
-    """
-    A method at one ratio.
-
-    Args:
-        method (`Method`): The method.
-        ratio (`float`, *optional*): Share of tokens merged; `None` for a method without one.
-    """
-
-    method: Method
-    ratio: float | None
-
-    @property
-    def key(self) -> str:
-        """Its name among the variants of a round."""
-        return _key(self.method.name, self.ratio)
-
-    def enter(self, model: Any) -> AbstractContextManager[object]:
-        """
-        Switch it on for the length of a `with` block.
-
-        Args:
-            model (`DiffusionPipeline` or `UNet2DConditionModel`): What to run.
-        """
-        return self.method.enter(model, self.ratio)
-
-
-def run_bench(settings: BenchSettings | None = None, *, progress: Progress | None = None) -> BenchResult:
-    """
-    Time whole generations of a pipeline, with and without each method.
-
-    Args:
-        settings (`BenchSettings`, *optional*): What to time.
+        settings (`BenchSettings`, *optional*): What to measure; by default the speed of the embedded model.
+        out (`str` or `Path`, *optional*): Folder that gets everything as soon as it is known.
+        resume (`bool`, defaults to `False`): Go on from what lies in `out`; finished rows are not measured again.
         progress (`Callable[[int, int, str], None]`, *optional*):
-            Told before each generation how many are done, how many there are, and which method runs.
+            Told before each call how many are done, how many there are, and what runs.
 
     Returns:
-        `BenchResult`: A row a method and ratio.
+        `BenchResult`: A row for every case; one that could not run says why.
+
+    Raises:
+        BenchError: If `out` holds the results of another run, or no method can run.
 
     Examples:
 
     ```python
     >>> from agentsd.bench import BenchSettings, run_bench
-    >>> settings = BenchSettings(methods=("vanilla", "agentsd"), steps=2, warmup=0, repeats=1)
+    >>> settings = BenchSettings(methods=("vanilla", "agentsd"), steps=2, repeats=1, memory=False)
     >>> [row.method for row in run_bench(settings).rows]
     ['vanilla', 'agentsd']
     ```
     """
     settings = settings or BenchSettings()
-    pipe = load_pipeline(settings.model, device=settings.device, dtype=settings.dtype)
-    return bench_pipeline(pipe, settings, progress=progress)
-
-
-def bench_pipeline(pipe: Any, settings: BenchSettings, *, progress: Progress | None = None) -> BenchResult:
-    """
-    The same as [`run_bench`] for a pipeline that is loaded already.
-
-    Args:
-        pipe (`DiffusionPipeline`): A text-to-image pipeline, where and in the precision that it is to run in.
-        settings (`BenchSettings`): What to time; `model`, `dtype` and `device` only describe the pipeline.
-        progress (`Callable[[int, int, str], None]`, *optional*): As for `run_bench`.
-
-    Returns:
-        `BenchResult`: A row a method and ratio.
-    """
-    device = torch.device(pipe._execution_device)
-    pipe.set_progress_bar_config(disable=True)
-    # The pipeline's own default size is known by what comes out.
-    drawn: dict[str, int] = {}
-
-    def generate() -> None:
-        picture = pipe(
-            [settings.prompt] * settings.batch,
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.steps,
-            generator=torch.Generator().manual_seed(settings.seed),
-        ).images[0]
-        drawn["width"], drawn["height"] = picture.size
-
-    cases = _cases(settings.methods, settings.ratios)
-    able, reasons = _sort_out(cases, pipe)
-    variants = _variants(able, pipe, generate)
-    counter = _Counter(progress, settings.repeats * len(variants) * (settings.warmup + 1))
-    rounds = [time_round(variants, device, settings.warmup, counter.step) for _ in range(settings.repeats)]
-    counter.finish()
-    height, width = drawn["height"], drawn["width"]
-    return BenchResult(
-        title=f"{settings.model}: {settings.batch} × {width}×{height}, {settings.steps} steps",
-        settings=asdict(settings),
-        environment=environment(device, pipe.dtype),
-        rows=_rows(cases, rounds, reasons, height, width),
-        notes=_notes("generation", settings.repeats, device, reasons),
-    )
-
-
-def run_suite(
-    name: str,
-    settings: SuiteSettings | None = None,
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-    build_unet: Callable[[int], UNet2DConditionModel] = sd15_unet,
-) -> BenchResult:
-    """
-    Run a fixed suite.
-
-    `"cpu"` times single calls of Stable Diffusion 1.5's own UNet with random weights, in float32 on the CPU, with the
-    batch of 2 that classifier-free guidance makes of one picture: unpatched, agentsd in each of its phases, tomesd and
-    the attention-free reference. One call has no schedule; the row of the whole schedule is computed from the times of
-    its phases.
-
-    Args:
-        name (`str`): `"cpu"`.
-        settings (`SuiteSettings`, *optional*): What to time.
-        out (`str` or `Path`, *optional*):
-            Folder that gets every finished round at once (`rounds.jsonl`), since a round at 768² takes minutes.
-        resume (`bool`, defaults to `False`): Go on from the rounds in `out`.
-        progress (`Callable[[int, int, str], None]`, *optional*):
-            Told before each call how many are done, how many there are, and what runs.
-        build_unet (`Callable[[int], UNet2DConditionModel]`, *optional*):
-            Makes the model from a seed; Stable Diffusion 1.5's if not given.
-
-    Returns:
-        `BenchResult`: A row a size, method and ratio.
-
-    Raises:
-        BenchError: If there is no such suite, or the rounds in `out` do not belong to this run.
-    """
-    if name not in SUITES:
-        raise BenchError(f"There is no suite {name!r}. Known: {', '.join(SUITES)}.")
+    workers = Workers()
     if resume and out is None:
         raise BenchError("Resuming needs the folder of the run to resume.")
-    settings = settings or SuiteSettings()
-    device = torch.device("cpu")
-    facts = environment(device, torch.float32)
-    header = {"suite": name, "settings": asdict(settings), "environment": facts}
-    folder = None if out is None else RunFolder(Path(out), header, resume=resume)
-    finished = [] if folder is None else folder.rounds
-
-    unet = build_unet(settings.seed)
-    cases = _cases(_CPU_ROWS, settings.ratios)
-    able, reasons = _sort_out([case for case in cases if case.method.name != _COMPUTED], unet)
-    counter = _Counter(progress, len(settings.sizes) * len(able) * (settings.warmup + settings.repeats))
-    rows: list[Row] = []
-    with ExitStack() as patches:
-        # Every variant stays patched from beginning to end, so that one warm-up of each is enough.
-        twins = {case.key: share_weights(unet) for case in able}
-        for case in able:
-            patches.enter_context(case.enter(twins[case.key]))
-        for height, width in settings.sizes:
-            rounds = [
-                _from_record(record) for record in finished if (record["height"], record["width"]) == (height, width)
-            ]
-            counter.prefix = f"{width}×{height} "
-            counter.skip(len(rounds) * len(able))
-            inputs = unet_inputs(unet, height, width, seed=settings.seed)
-            variants = [Variant(key, nullcontext, partial(_call, twin, inputs)) for key, twin in twins.items()]
-            if len(rounds) < settings.repeats:
-                for _ in range(settings.warmup):
-                    time_round(variants, device, warmup=0, on_call=counter.step)
-            else:
-                counter.skip(settings.warmup * len(able))
-            while len(rounds) < settings.repeats:
-                rounds.append(time_round(variants, device, warmup=0, on_call=counter.step))
-                if folder is not None:
-                    folder.append(_to_record(height, width, rounds[-1]))
-            whole = [_whole_schedule(samples, settings.ratios) for samples in rounds]
-            timed = [{**samples, **computed} for samples, computed in zip(rounds, whole, strict=True)]
-            rows += _rows(cases, timed, reasons, height, width, computed=whole[0])
-    counter.finish()
-    share = AgentSDConfig().agent_until
-    return BenchResult(
-        title="UNet of Stable Diffusion 1.5, random weights, batch 2",
-        settings={"suite": name, **asdict(settings)},
-        environment=facts,
-        rows=rows,
-        notes=[
-            f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
-            "ToMe phase's, as in a generation whose steps are spread evenly over the noise range.",
-            *_notes("UNet call", settings.repeats, device, reasons),
-        ],
-    )
-
-
-@torch.no_grad()
-def _call(unet: UNet2DConditionModel, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    unet(*inputs)
-
-
-def _key(method: str, ratio: float | None) -> str:
-    return method if ratio is None else f"{method} {ratio:g}"
-
-
-def _cases(methods: Sequence[str], ratios: Sequence[float]) -> list[Case]:
-    """Every method at every ratio, and methods without a ratio once."""
-    chosen = [METHODS[name] for name in dict.fromkeys(methods)]
-    return [
-        Case(method, ratio) for method in chosen for ratio in (dict.fromkeys(ratios) if method.has_ratio else [None])
+    if out is None and workers.count > 1:
+        raise BenchError("Several processes need a folder that they share: name one with --out.")
+    # Better now than after hours of drawing.
+    if settings.lpips:
+        PerceptualDistance()
+    if settings.features is not None:
+        load_extractor(settings.features)
+    if settings.reference is not None:
+        picture_files(settings.reference)
+    prompts = settings.prompts or builtin_prompts()
+    subjects = [
+        subject_of(model, settings, prompts[0], settings.device or workers.device)
+        for model in dict.fromkeys(settings.models)
     ]
+    # The main process' facts, for each GPU has another name.
+    facts = workers.agree(environment(subjects[0].device, subjects[0].dtype))
+    with ExitStack() as stack:
+        path = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+        # Only one process writes; the others read its folder once it is there.
+        with workers.main_first():
+            folder = RunFolder(path, settings.to_dict(), facts, resume=resume or not workers.is_main)
+        counter = _Counter(progress if workers.is_main else None, settings)
+        started = time.monotonic()
+        for subject, groups in zip(subjects, _by_model(settings), strict=True):
+            bench = _ModelBench(subject, settings, folder, workers, counter, prompts)
+            for cases in groups:
+                is_late = (
+                    settings.budget_minutes is not None and time.monotonic() - started > 60 * settings.budget_minutes
+                )
+                bench.run_group(cases, is_late=workers.agree(is_late))
+        counter.finish()
+        records = folder.cases.records
+        failures = [reason for record in records if (reason := record.get("reason")) and not reason.startswith(_LATE)]
+        if failures and all(record.get("reason") for record in records):
+            raise BenchError(f"None of the methods can run here: {'; '.join(dict.fromkeys(failures))}.")
+        return result_of(records, settings.to_dict(), facts)
 
 
-def _sort_out(cases: Sequence[Case], model: Any) -> tuple[list[Case], dict[str, str]]:
-    """The cases that can run, and by key why the others cannot."""
-    able, reasons = [], {}
-    for case in cases:
-        try:
-            with case.enter(model):
+def _by_model(settings: BenchSettings) -> list[list[list[Case]]]:
+    groups: dict[str, list[list[Case]]] = {}
+    for cases in settings.groups():
+        groups.setdefault(cases[0].model, []).append(cases)
+    return list(groups.values())
+
+
+class _ModelBench:
+    """The measurements of one model, which is loaded when first needed."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        settings: BenchSettings,
+        folder: RunFolder,
+        workers: Workers,
+        counter: "_Counter",
+        prompts: tuple[str, ...],
+    ) -> None:
+        self.subject, self.settings, self.folder = subject, settings, folder
+        self.workers, self.counter, self.prompts = workers, counter, prompts
+        self._model: Any = None
+        self._twins: dict[str, Any] = {}
+
+    def run_group(self, cases: list[Case], is_late: bool) -> None:
+        """Measure the cases of one size and batch, and keep a row for each."""
+        if cases[0].height is None:
+            height, width = self.subject.size(self.model)
+            cases = [replace(case, height=height, width=width) for case in cases]
+        self.counter.begin(cases[0])
+        missing = [case for case in cases if not self.folder.cases.find(**asdict(case))]
+        if is_late:
+            for case in missing:
+                self._keep(case, {"reason": f"{_LATE}: the {self.settings.budget_minutes:g} minutes were spent"})
+            return
+        if missing and self.workers.is_main:
+            self._time_group(cases)
+        # The other processes have not seen the rows of what could not run.
+        self.folder.cases.records = self.workers.agree(self.folder.cases.records)
+        for case in cases:
+            if not self.folder.cases.find(**asdict(case)):
+                self._finish(case)
+
+    @property
+    def model(self) -> Any:
+        """The model, unpatched."""
+        if self._model is None:
+            self._model = self.subject.load()
+        return self._model
+
+    def _twin(self, case: Case) -> Any:
+        """The copy on which this case's method is on, from beginning to end: one warm-up of each is enough."""
+        if case.name not in self._twins:
+            self._twins[case.name] = switch_on(self.subject, self.model, case, self.settings)
+        return self._twins[case.name]
+
+    # Timing
+
+    def _time_group(self, cases: list[Case]) -> None:
+        """Time the cases in interleaved rounds, and keep the rounds; a case that fails gets its row at once."""
+        rounds = self._rounds(cases[0])
+        if len(rounds) >= self.settings.repeats:
+            return
+        variants: list[Variant] = []
+
+        def drop(name: str, error: Exception) -> None:
+            self._keep(next(case for case in cases if case.name == name), {"reason": reason_of(error)})
+            variants[:] = [variant for variant in variants if variant.name != name]
+            if self.subject.device.type == "cuda":
+                torch.cuda.empty_cache()  # what did not fit must not stand in the way of the next one
+
+        for case in self._runnable(cases):
+            try:
+                self._check_memory(case)
+                steps = self._steps(case)
+                variants.append(Variant(case.name, self.subject.call(self._twin(case), case, steps)))
+                self._warm_up(variants[-1])
+                self._profile(case, variants[-1], steps)
+            except Exception as error:
+                drop(case.name, error)
+        while variants and len(rounds) < self.settings.repeats:
+            samples = time_round(list(variants), self.subject.device, self.counter.step, drop)
+            record = {name: asdict(sample) for name, sample in samples.items()}
+            self.folder.rounds.append({"kind": "round", **_group(cases[0]), "samples": record})
+            rounds.append(samples)
+
+    def _runnable(self, cases: list[Case]) -> list[Case]:
+        """The cases that may be called; the others are computed or get a row that says why."""
+        able = []
+        for case in cases:
+            if self.folder.cases.find(**asdict(case)):
+                continue
+            if self.settings.kind == "generation" or not METHODS[case.method].needs_generation:
                 able.append(case)
-        except MethodUnavailable as error:
-            reasons[case.key] = str(error)
-    if not able:
-        raise BenchError(f"None of the methods can run here: {'; '.join(dict.fromkeys(reasons.values()))}.")
-    return able, reasons
+            elif case.method != _COMPUTED:
+                self._keep(case, {"reason": "shows only over the steps of a generation, and this is a single call"})
+        return able
 
+    def _warm_up(self, variant: Variant) -> None:
+        for _ in range(self.settings.warmup):
+            self.counter.step(variant.name)
+            variant.call(Stopwatch(self.subject.device))
 
-def _variants(cases: Sequence[Case], model: Any, call: Callable[[], object]) -> list[Variant]:
-    return [Variant(case.key, partial(case.enter, model), call) for case in cases]
+    def _steps(self, case: Case) -> int:
+        method = METHODS[case.method]
+        if not isinstance(method, FewerSteps):
+            return self.settings.steps
+        key = {"kind": "steps", **_group(case), "name": case.name}
+        return self.folder.keep(self.folder.rounds, lambda: {"steps": self._fitting_steps(method, case)}, **key)[
+            "steps"
+        ]
 
+    def _fitting_steps(self, method: FewerSteps, case: Case) -> int:
+        """How many steps of vanilla take as long as all steps of another method."""
+        pair = [replace(case, method=BASELINE, ratio=None), replace(case, method=method.reference)]
+        variants = [Variant(one.name, self.subject.call(self._twin(one), one, self.settings.steps)) for one in pair]
+        for variant in variants:
+            self._warm_up(variant)
+        device = self.subject.device
+        rounds = [time_round(variants, device, self.counter.step) for _ in range(_CALIBRATION_ROUNDS)]
+        vanilla, other = variants
+        shares = [
+            (samples[other.name].step_seconds or 0) / (samples[vanilla.name].step_seconds or 1) for samples in rounds
+        ]
+        return max(1, math.floor(self.settings.steps * statistics.median(shares)))
 
-def _whole_schedule(samples: Mapping[str, Sample], ratios: Sequence[float]) -> dict[str, Sample]:
-    """The time of the paper's schedule from the times of its two phases, weighted by their share of the steps."""
-    share = AgentSDConfig().agent_until
-    whole = {}
-    for ratio in ratios:
-        agent, tome = samples[_key("agentsd-agent", ratio)], samples[_key("agentsd-tome", ratio)]
-        whole[_key(_COMPUTED, ratio)] = Sample(share * agent.seconds + (1 - share) * tome.seconds)
-    return whole
+    def _check_memory(self, case: Case) -> None:
+        """Measure memory before anything else: a case that needs too much ends a process of its own, not this one."""
+        if not self.settings.memory or self.subject.device.type != "cpu":
+            return
+        key = {"kind": "memory", **_group(case), "name": case.name}
+        if not self.folder.rounds.find(**key):
+            self.counter.step(f"{case.name} (memory)")
+            peak = peak_memory(self.subject.device, partial(_prepare, self.subject, case, self.settings))
+            self.folder.rounds.append({**key, "peak_bytes": peak})
 
-
-def _rows(
-    cases: Sequence[Case],
-    rounds: Sequence[Mapping[str, Sample]],
-    reasons: Mapping[str, str],
-    height: int,
-    width: int,
-    computed: Collection[str] = (),
-) -> list[Row]:
-    timed = rounds[0].keys()
-    baseline = BASELINE if BASELINE in timed else None
-    summaries = {key: summarize(rounds, key, baseline) for key in timed}
-
-    def compare(case: Case, other: str) -> float | None:
-        """One speed-up divided by another."""
-        mine, theirs = summaries[case.key].speedup, summaries[other].speedup if other in summaries else None
-        return None if mine is None or theirs is None or case.method.name == BASELINE else mine / theirs
-
-    rows = []
-    for case in cases:
-        row = Row(case.method.name, case.ratio, height, width, reason=reasons.get(case.key))
-        if row.reason is None:
-            row = replace(
-                row,
-                **asdict(summaries[case.key]),
-                is_computed=case.key in computed,
-                of_tomesd=compare(case, _key("tomesd", case.ratio)),
-                of_attention_free=compare(case, "attention-free"),
+    def _profile(self, case: Case, variant: Variant, steps: int) -> None:
+        """On a GPU, memory and kernel launches of one call."""
+        device = self.subject.device
+        if device.type != "cuda":
+            return
+        call = partial(variant.call, Stopwatch(device))
+        if self.settings.memory:
+            key = {"kind": "memory", **_group(case), "name": case.name}
+            self.folder.keep(
+                self.folder.rounds, lambda: {"peak_bytes": peak_memory(device, prepare=lambda: call)}, **key
             )
-        rows.append(row)
-    return rows
+        key = {"kind": "launches", **_group(case), "name": case.name}
+        per_step = steps if self.settings.kind == "generation" else 1
+        self.folder.keep(self.folder.rounds, lambda: {"launches": count_launches(call) / per_step}, **key)
+
+    # Rows
+
+    def _finish(self, case: Case) -> None:
+        """Keep the row of a case that could run."""
+        row = self.workers.agree(self._numbers(case, self._rounds(case)) if self.workers.is_main else {})
+        if self.settings.has_pictures and row.get("reason") is None:
+            self.counter.step(f"{case.name} pictures")
+            judge = PictureJudge(self.subject, self.settings, self.folder.images, self.workers, self.prompts)
+            baseline = replace(case, method=BASELINE, ratio=None)
+            row |= judge.judge(case, baseline, row["steps"], partial(self._twin, case), partial(self._twin, baseline))
+        self._keep(case, row)
+
+    def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:
+        is_computed = self.settings.kind == "call" and case.method == _COMPUTED
+        if is_computed:
+            if not rounds or not all(f"{phase} {case.ratio:g}" in rounds[-1] for phase in _PHASES):
+                return {"reason": f"computed from {' and '.join(_PHASES)}, which did not both run"}
+            rounds = [{**samples, case.name: _whole_schedule(samples, case, self.settings)} for samples in rounds]
+        summary = summarize(rounds, case.name, BASELINE if BASELINE in rounds[-1] else None)
+        key = {**_group(case), "name": case.name}
+        kept: dict[str, Any] = {}
+        for kind, value in (("memory", "peak_bytes"), ("launches", "launches")):
+            for record in self.folder.rounds.find(kind=kind, **key):
+                kept[value] = record[value]
+        steps = None if self.settings.kind == "call" else self._steps(case)
+        return {**asdict(summary), **kept, "steps": steps, "is_computed": is_computed}
+
+    def _rounds(self, case: Case) -> list[dict[str, Sample]]:
+        return [
+            {name: Sample(**sample) for name, sample in record["samples"].items()}
+            for record in self.folder.rounds.find(kind="round", **_group(case))
+        ]
+
+    def _keep(self, case: Case, row: Mapping[str, Any]) -> None:
+        record = {**asdict(case), **row}
+        if self.workers.is_main:
+            self.folder.cases.append(record)
+        else:
+            self.folder.cases.records.append(record)
 
 
-def _notes(what: str, repeats: int, device: torch.device, reasons: Mapping[str, str]) -> list[str]:
-    """How to read the table."""
-    notes = [
-        f"median and quartiles: seconds per {what}, over {repeats} interleaved rounds in one process.",
-        "speed-up: median over the rounds of vanilla's time divided by the method's in the same round; "
-        "× tomesd and × free: this speed-up divided by that of tomesd and of attention-free.",
-        "attention-free: the patched layers' self-attention answered by `to_out(to_v(x))`, the reference for what "
-        "faster attention can give.",
-    ]
-    if device.type == "cpu":
-        notes.append("peak memory: of the whole process, weights and all, so only differences tell something.")
-    return [*notes, *(f"{key} did not run: {reason}." for key, reason in reasons.items())]
+def reason_of(error: Exception) -> str:
+    """
+    Why a case could not run, in a line.
+
+    Args:
+        error (`Exception`): What it raised.
+
+    Returns:
+        `str`: The reason.
+
+    Examples:
+
+    ```python
+    >>> reason_of(MemoryError())
+    'out of memory'
+    ```
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in message:
+        return "out of memory"
+    if isinstance(error, MethodUnavailable):
+        return message
+    return f"{type(error).__name__}: {message[:200]}"
 
 
-def _to_record(height: int, width: int, samples: Mapping[str, Sample]) -> dict[str, Any]:
-    return {"height": height, "width": width, "samples": {key: asdict(sample) for key, sample in samples.items()}}
+def _group(case: Case) -> dict[str, Any]:
+    """What the cases that are timed together have in common."""
+    return {name: getattr(case, name) for name in ("model", "height", "width", "batch")}
 
 
-def _from_record(record: Mapping[str, Any]) -> dict[str, Sample]:
-    return {key: Sample(**sample) for key, sample in record["samples"].items()}
+def _prepare(subject: Subject, case: Case, settings: BenchSettings) -> Callable[[], object]:
+    """One call of a case from nothing, for a process of its own."""
+    model = switch_on(subject, subject.load(), case, settings)
+    call = subject.call(model, case, min(settings.steps, _MEMORY_STEPS))
+    return partial(call, Stopwatch(subject.device))
 
 
-def _check_rounds(ratios: Sequence[float], warmup: int, repeats: int) -> None:
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise BenchError(f"A ratio must lie between 0 and 1, but got {ratio}. For none at all there is `vanilla`.")
-    if not ratios:
-        raise BenchError("`ratios` is empty: name at least one.")
-    if warmup < 0:
-        raise BenchError(f"`warmup` must be at least 0, but got {warmup}.")
-    if repeats < 1:
-        raise BenchError(f"`repeats` must be at least 1, but got {repeats}.")
+def _whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSettings) -> Sample:
+    """The time of the paper's schedule from the times of its two phases, weighted by their share of the steps."""
+    share = AgentSDConfig.from_dict(settings.options).agent_until
+    agent, tome = (samples[f"{phase} {case.ratio:g}"].seconds for phase in _PHASES)
+    return Sample(share * agent + (1 - share) * tome)
 
 
 class _Counter:
     """Counts calls for a progress display."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Progress | None, settings: BenchSettings) -> None:
+        cases = [case for group in settings.groups() for case in group]
+        runnable = [
+            case for case in cases if settings.kind == "generation" or not METHODS[case.method].needs_generation
+        ]
         self.progress = progress
-        self.total = total
+        self.total = len(runnable) * (settings.warmup + settings.repeats + settings.memory + settings.has_pictures)
         self.done = 0
         self.prefix = ""
 
-    def step(self, name: str) -> None:
-        """A call of this variant begins."""
-        if self.progress is not None:
-            self.progress(self.done, self.total, self.prefix + name)
-        self.done += 1
+    def begin(self, case: Case) -> None:
+        """A group of cases like this one begins."""
+        self.prefix = f"{case.model} {case.width}×{case.height} "
 
-    def skip(self, calls: int) -> None:
-        """Calls that an earlier run has done already."""
-        self.done += calls
+    def step(self, name: str) -> None:
+        """A call of this case begins."""
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, self.prefix + name)
+        self.done += 1
 
     def finish(self) -> None:
         """All is done."""

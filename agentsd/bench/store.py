@@ -1,6 +1,7 @@
-"""A folder that a long measurement writes to round by round, and goes on from after it was cut off."""
+"""A folder that a long measurement writes to as it goes, and goes on from after it was cut off."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,84 @@ class BenchError(ValueError):
     """A benchmark cannot run as asked; the message says why and what to do."""
 
 
+class Log:
+    """
+    A file of JSON lines that is only ever appended to.
+
+    Args:
+        path (`Path`): The file; made if it is not there. A last line that was cut off in writing is taken away.
+
+    Raises:
+        BenchError: If a line cannot be read.
+
+    Examples:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from agentsd.bench.store import Log
+    >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+    >>> Log(path).append({"seconds": 1.5})
+    >>> Log(path).records
+    [{'seconds': 1.5}]
+    ```
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        path.touch()
+        text = path.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:
+            path.write_text(complete, encoding="utf-8")
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                self.records.append(json.loads(line))
+            except ValueError as error:
+                raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """
+        Write a record at once.
+
+        Args:
+            record (`dict[str, Any]`): Plain JSON values.
+        """
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+
+    def find(self, **values: Any) -> list[dict[str, Any]]:
+        """
+        The records with these values.
+
+        Args:
+            values: Names and values that a record must have.
+
+        Returns:
+            `list[dict[str, Any]]`: Such records, in order.
+        """
+        return [record for record in self.records if all(record.get(name) == values[name] for name in values)]
+
+
 class RunFolder:
     """
-    Finished rounds of one run, each appended to `rounds.jsonl` at once; what was asked for and where it runs lie in
-    `run.json`, so that a run never goes on from rounds of another one.
+    Where one run keeps its results.
+
+    `settings.json` and `environment.json` say what was asked for and where it ran, so that a run never goes on from
+    results of another one; `rounds.jsonl` has every timed round, `cases.jsonl` a row for every finished case, and
+    `images/` the pictures.
 
     Args:
         path (`Path`): The folder; made if it is not there.
-        header (`dict[str, Any]`): What identifies the run, of plain JSON values.
-        resume (`bool`, defaults to `False`): Go on from the rounds that lie there.
+        settings (`dict[str, Any]`): What was asked for, of plain JSON values.
+        environment (`dict[str, Any]`): What it runs on, of plain JSON values.
+        resume (`bool`, defaults to `False`): Go on from the results that lie there.
 
     Raises:
-        BenchError: If rounds lie there and `resume` is off, if they come from a run with another header, or if a line
-            cannot be read.
+        BenchError: If results lie there and `resume` is off, if they come from another run, or if a file cannot be
+            read or written.
 
     Examples:
 
@@ -29,66 +95,66 @@ class RunFolder:
     >>> import tempfile
     >>> from pathlib import Path
     >>> from agentsd.bench.store import RunFolder
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> RunFolder(folder, {"suite": "cpu"}).append({"seconds": 1.5})
-    >>> RunFolder(folder, {"suite": "cpu"}, resume=True).rounds
-    [{'seconds': 1.5}]
+    >>> path = Path(tempfile.mkdtemp())
+    >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}).cases.append({"method": "vanilla"})
+    >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}, resume=True).cases.records
+    [{'method': 'vanilla'}]
     ```
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], environment: dict[str, Any], resume: bool = False
+    ) -> None:
         self.path = path
-        self.rounds: list[dict[str, Any]] = []
-        self._header = path / "run.json"
-        self._log = path / "rounds.jsonl"
-        if self._log.exists():
-            if not resume:
-                raise BenchError(f"{path} holds the rounds of an earlier run. Resume it, or name another folder.")
-            self._check(header)
-            self.rounds = self._read()
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            self._header.write_text(json.dumps(header, indent=2) + "\n")
-            self._log.touch()
+        self.images = path / "images"
+        headers = {path / "settings.json": settings, path / "environment.json": environment}
+        logs = [path / name for name in ("rounds.jsonl", "cases.jsonl")]
+        try:
+            if any(log.exists() for log in logs):
+                if not resume:
+                    raise BenchError(f"{path} holds the results of an earlier run. Resume it, or name another folder.")
+                self._check(headers)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                for file, values in headers.items():
+                    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            self.rounds, self.cases = (Log(log) for log in logs)
+        except OSError as error:
+            raise BenchError(f"Cannot write to {path}: {error.strerror or error}. Name another folder.") from error
 
-    def append(self, record: dict[str, Any]) -> None:
+    def keep(self, log: Log, record: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
         """
-        Keep a finished round.
+        The record of this key, made and written now if it is not there yet.
 
         Args:
-            record (`dict[str, Any]`): Plain JSON values.
-        """
-        with self._log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.rounds.append(record)
+            log (`Log`): Where it lies.
+            record (`Callable`): Makes it, without the key.
+            key: Names and values that identify it.
 
-    def _check(self, header: dict[str, Any]) -> None:
-        try:
-            earlier = json.loads(self._header.read_text())
-        except (OSError, ValueError) as error:
-            raise BenchError(f"{self._header} cannot be read ({error}). Start again in another folder.") from error
-        # JSON turns tuples into lists: compare what would be written.
-        changed = _differences(earlier, json.loads(json.dumps(header)))
+        Returns:
+            `dict[str, Any]`: The record, with the key.
+        """
+        found = log.find(**key)
+        if found:
+            return found[0]
+        made = {**key, **record()}
+        log.append(made)
+        return made
+
+    def _check(self, headers: dict[Path, dict[str, Any]]) -> None:
+        changed = []
+        for file, values in headers.items():
+            try:
+                earlier = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise BenchError(f"{file} cannot be read ({error}). Start again in another folder.") from error
+            # JSON turns tuples into lists: compare what would be written.
+            changed += _differences(earlier, json.loads(json.dumps(values)))
         if changed:
             raise BenchError(
                 f"{self.path} holds another run (different: {', '.join(changed)}). Name another folder, or run with "
                 "the same settings on the same machine and software."
             )
-
-    def _read(self) -> list[dict[str, Any]]:
-        text = self._log.read_text()
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:  # cut off in the middle of a line: that round is measured again
-            self._log.write_text(complete)
-        rounds = []
-        for number, line in enumerate(complete.splitlines(), start=1):
-            try:
-                rounds.append(json.loads(line))
-            except ValueError as error:
-                raise BenchError(
-                    f"Line {number} of {self._log} cannot be read ({error}). Delete it to resume."
-                ) from error
-        return rounds
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,18 +1,64 @@
-"""Fair timing of several variants in one process: interleaved rounds, medians of paired ratios, peak memory."""
+"""Fair timing of several variants in one process: interleaved rounds and medians of paired ratios."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 
-# Linux keeps the peak of a process' resident memory (VmHWM), and writing 5 to clear_refs sets it back.
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+class Stopwatch:
+    """
+    Takes times: on CUDA as events in the device's queue, so that taking one waits for nothing; elsewhere by the clock.
+
+    Args:
+        device (`torch.device`): Where the work runs.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.bench.timing import Stopwatch
+    >>> watch = Stopwatch(torch.device("cpu"))
+    >>> watch.mark()
+    >>> watch.mark()
+    >>> len(watch.seconds())
+    1
+    ```
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+
+    def mark(self) -> None:
+        """Take a time."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self._events.append(event)
+        else:
+            synchronize(self.device)
+            self._times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """
+        The time between each mark and the next.
+
+        Returns:
+            `list[float]`: Seconds; one less than there were marks.
+        """
+        synchronize(self.device)
+        if self.device.type == "cuda":
+            pairs = zip(self._events, self._events[1:], strict=False)
+            return [start.elapsed_time(end) / 1000 for start, end in pairs]
+        return [end - start for start, end in zip(self._times, self._times[1:], strict=False)]
+
+
+# What is timed. It may mark the end of every step.
+Call = Callable[[Stopwatch], object]
 
 
 @dataclass(frozen=True)
@@ -22,13 +68,11 @@ class Variant:
 
     Args:
         name (`str`): Unique among the variants timed together.
-        enter (`Callable`): Returns a context manager that switches the variant on and, on leaving, off again.
-        call (`Callable`): What is timed, while the variant is on.
+        call (`Callable[[Stopwatch], object]`): What is timed; it may mark the end of every step.
     """
 
     name: str
-    enter: Callable[[], AbstractContextManager[object]]
-    call: Callable[[], object]
+    call: Call
 
 
 @dataclass(frozen=True)
@@ -37,12 +81,12 @@ class Sample:
     One timed call.
 
     Args:
-        seconds (`float`): Wall-clock time, the device's queue drained before and after.
-        peak_bytes (`int`, *optional*): See [`PeakMemory`]; `None` where it cannot be measured.
+        seconds (`float`): From its beginning to its end, the device's queue drained.
+        step_seconds (`float`, *optional*): From its beginning to the end of the last step, divided by the steps.
     """
 
     seconds: float
-    peak_bytes: int | None = None
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,71 +96,19 @@ class Summary:
 
     Args:
         rounds (`int`): Number of samples.
-        median (`float`): Median time in seconds.
+        seconds (`float`): Median time in seconds.
         q1 (`float`): Lower quartile in seconds.
         q3 (`float`): Upper quartile in seconds.
+        step_seconds (`float`, *optional*): Median time of a step in seconds.
         speedup (`float`, *optional*): Median over the rounds of the baseline's time divided by this one's.
-        peak_bytes (`int`, *optional*): Highest peak memory of any round.
     """
 
     rounds: int
-    median: float
+    seconds: float
     q1: float
     q3: float
+    step_seconds: float | None
     speedup: float | None
-    peak_bytes: int | None
-
-
-class PeakMemory:
-    """
-    Highest memory use between `reset` and `read`.
-
-    On CUDA it is what torch had allocated. On Linux CPUs it is the resident memory of the *whole process*: weights,
-    libraries and memory that an earlier variant freed but the allocator kept all count, so that only differences
-    between variants tell something. Elsewhere it is not measured.
-
-    Args:
-        device (`torch.device`): Where the variants run.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.bench.timing import PeakMemory
-    >>> memory = PeakMemory(torch.device("cpu"))
-    >>> memory.reset()
-    >>> peak = memory.read()
-    ```
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._is_reset = False
-
-    def reset(self) -> None:
-        """Forget earlier peaks."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.device.type == "cpu":
-            try:
-                _CLEAR_REFS.write_text("5")
-                self._is_reset = True
-            except OSError:  # not Linux, or a sandbox that forbids it
-                self._is_reset = False
-
-    def read(self) -> int | None:
-        """
-        The peak since `reset`.
-
-        Returns:
-            `int`, *optional*: Bytes, or `None` where it cannot be measured.
-        """
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if not self._is_reset:
-            return None
-        peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(peaks[0]) * 1024 if peaks else None
 
 
 def synchronize(device: torch.device) -> None:
@@ -130,52 +122,50 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def time_call(call: Callable[[], object], device: torch.device) -> Sample:
+def time_call(call: Call, device: torch.device) -> Sample:
     """
     Time one call.
 
     Args:
-        call (`Callable`): What to time.
+        call (`Callable[[Stopwatch], object]`): What to time.
         device (`torch.device`): Where it runs.
 
     Returns:
-        `Sample`: Seconds and peak memory.
+        `Sample`: Seconds of the call and, if it marked its steps, of a step.
 
     Examples:
 
     ```python
     >>> import torch
     >>> from agentsd.bench.timing import time_call
-    >>> time_call(lambda: None, torch.device("cpu")).seconds < 1
+    >>> time_call(lambda watch: None, torch.device("cpu")).seconds < 1
     True
     ```
     """
-    memory = PeakMemory(device)
     synchronize(device)
-    memory.reset()
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    return Sample(seconds, memory.read())
+    watch = Stopwatch(device)
+    watch.mark()
+    call(watch)
+    watch.mark()
+    *steps, rest = watch.seconds()
+    return Sample(sum(steps) + rest, sum(steps) / len(steps) if steps else None)
 
 
 def time_round(
     variants: Sequence[Variant],
     device: torch.device,
-    warmup: int = 1,
     on_call: Callable[[str], None] | None = None,
+    on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Sample]:
     """
     Time every variant once, in turn. Calling this again and again gives the order A B C A B C, in which a slow drift
     of the machine (heat, a neighbour's load) meets all variants alike.
 
     Args:
-        variants (`Sequence[Variant]`): What to time.
+        variants (`Sequence[Variant]`): What to time; each has been called before, so that nothing is set up now.
         device (`torch.device`): Where it runs.
-        warmup (`int`, defaults to `1`):
-            Untimed calls each time a variant has been switched on, so that nobody pays for another one's caches.
-        on_call (`Callable`, *optional*): Told the variant's name before each call, timed or not.
+        on_call (`Callable`, *optional*): Told the variant's name before each call.
+        on_error (`Callable`, *optional*): Told the name and error of a variant that fails, instead of raising it.
 
     Returns:
         `dict[str, Sample]`: A sample by variant name.
@@ -184,23 +174,21 @@ def time_round(
 
     ```python
     >>> import torch
-    >>> from contextlib import nullcontext
     >>> from agentsd.bench.timing import Variant, time_round
-    >>> samples = time_round([Variant("nothing", nullcontext, lambda: None)], torch.device("cpu"))
-    >>> list(samples)
+    >>> list(time_round([Variant("nothing", lambda watch: None)], torch.device("cpu")))
     ['nothing']
     ```
     """
     samples: dict[str, Sample] = {}
     for variant in variants:
-        with variant.enter():
-            for _ in range(warmup):
-                if on_call is not None:
-                    on_call(variant.name)
-                variant.call()
-            if on_call is not None:
-                on_call(variant.name)
+        if on_call is not None:
+            on_call(variant.name)
+        try:
             samples[variant.name] = time_call(variant.call, device)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(variant.name, error)
     return samples
 
 
@@ -216,7 +204,7 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str |
             measured one after the other share the machine's momentary state.
 
     Returns:
-        `Summary`: Median, quartiles, speed-up and peak memory.
+        `Summary`: Median, quartiles and speed-up.
 
     Raises:
         ValueError: If there is no round.
@@ -237,15 +225,16 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str |
         q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
     else:
         q1 = q3 = seconds[0]
-    peaks = [samples[name].peak_bytes for samples in rounds]
+    steps = [samples[name].step_seconds for samples in rounds]
+    known = [value for value in steps if value is not None]
     speedup = None
     if baseline is not None:
         speedup = statistics.median(samples[baseline].seconds / samples[name].seconds for samples in rounds)
     return Summary(
         rounds=len(seconds),
-        median=statistics.median(seconds),
+        seconds=statistics.median(seconds),
         q1=q1,
         q3=q3,
+        step_seconds=statistics.median(known) if known else None,
         speedup=speedup,
-        peak_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )

@@ -1,0 +1,169 @@
+"""Extractors of picture features, for distances between sets of pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..metrics import to_tensor
+from .store import BenchError
+
+
+_BATCH = 16
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Extractor(Protocol):
+    """Turns pictures, and perhaps texts, into features."""
+
+    def pictures(self, files: Sequence[Path]) -> np.ndarray:
+        """Features of picture files, of shape `(n, features)`."""
+
+    def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
+        """Features of texts that compare with those of pictures, or `None` where there are none."""
+
+
+def load_extractor(name: str) -> Extractor:
+    """
+    Load an extractor.
+
+    Args:
+        name (`str`):
+            `"inception"` for the network that FID and KID are defined by, or a folder or hub id of a CLIP model.
+
+    Returns:
+        `Extractor`: The extractor.
+
+    Raises:
+        BenchError: If a package or the weights cannot be had.
+    """
+    try:
+        return InceptionFeatures() if name == "inception" else ClipFeatures(name)
+    except (ImportError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BenchError(
+            f"The features of {name!r} cannot be had: {reason}. Inception needs `pip install 'agentsd[quality]'` and "
+            "fetches its weights; a CLIP model is a folder, or an id on the Hugging Face Hub."
+        ) from error
+
+
+class PerceptualDistance:
+    """
+    LPIPS (R. Zhang et al., CVPR 2018) with AlexNet, whose weights are fetched on first use.
+
+    Raises:
+        BenchError: If a package or the weights cannot be had.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            self._metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise BenchError(
+                f"LPIPS cannot be had: {' '.join(str(error).split())[:300]}. It needs `pip install "
+                "'agentsd[quality]'` and fetches its weights."
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, first: PIL.Image.Image, second: PIL.Image.Image) -> float:
+        """The distance of two pictures; 0 for the same."""
+        return float(self._metric(to_tensor(first).float(), to_tensor(second).float()))
+
+
+class InceptionFeatures:
+    """The 2,048 features of Inception v3 that FID and KID are defined by; its weights are fetched on first use."""
+
+    def __init__(self) -> None:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        try:
+            self._model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+        except ModuleNotFoundError as error:
+            raise ImportError(str(error)) from error
+
+    def pictures(self, files: Sequence[Path]) -> np.ndarray:
+        """See [`Extractor.pictures`]."""
+        rows = []
+        for start in range(0, len(files), _BATCH):
+            arrays = [np.asarray(_read(file)) for file in files[start : start + _BATCH]]
+            batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                rows.append(self._model(batch).double().numpy())
+        return np.concatenate(rows)
+
+    def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
+        """See [`Extractor.texts`]."""
+        return None
+
+
+class ClipFeatures:
+    """
+    The joint features of a CLIP model.
+
+    Args:
+        model (`str`): A folder, or an id on the Hugging Face Hub; safetensors only.
+    """
+
+    def __init__(self, model: str) -> None:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+        self._model: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+        self._processor: Any = CLIPImageProcessor.from_pretrained(model)
+        self._tokenizer: Any = CLIPTokenizerFast.from_pretrained(model)
+
+    @torch.no_grad()
+    def pictures(self, files: Sequence[Path]) -> np.ndarray:
+        """See [`Extractor.pictures`]."""
+        rows = []
+        for start in range(0, len(files), _BATCH):
+            batch = [_read(file) for file in files[start : start + _BATCH]]
+            pixels = self._processor(images=batch, return_tensors="pt").pixel_values
+            states = self._model.vision_model(pixel_values=pixels).pooler_output
+            rows.append(self._model.visual_projection(states).double().numpy())
+        return np.concatenate(rows)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
+        """See [`Extractor.texts`]."""
+        rows = []
+        length = self._model.config.text_config.max_position_embeddings
+        for start in range(0, len(prompts), _BATCH):
+            tokens = self._tokenizer(
+                list(prompts[start : start + _BATCH]),
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            states = self._model.text_model(input_ids=tokens.input_ids).pooler_output
+            rows.append(self._model.text_projection(states).double().numpy())
+        return np.concatenate(rows)
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """
+    The pictures of a folder and of the folders in it, sorted.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `list[Path]`: Files.
+
+    Raises:
+        BenchError: If there are fewer than two.
+    """
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES)
+    if len(files) < 2:
+        raise BenchError(f"{folder} holds {len(files)} pictures ({', '.join(_SUFFIXES)}): name a folder of many.")
+    return files
+
+
+def _read(file: Path) -> PIL.Image.Image:
+    with PIL.Image.open(file) as image:
+        return image.convert("RGB")

@@ -1,0 +1,89 @@
+"""How much memory a method takes: the device's own count, or the peak of a process of its own."""
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+# Linux keeps the peak of a process' resident memory (VmHWM), and writing 5 to clear_refs sets it back.
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+
+def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]]) -> int | None:
+    """
+    The highest memory use during a call.
+
+    On CUDA it is what torch had allocated. On Linux CPUs it is the resident memory of a process of its own, weights
+    and libraries included, so that memory which other methods left behind does not count. Elsewhere it is not
+    measured.
+
+    Args:
+        device (`torch.device`): Where the call runs.
+        prepare (`Callable`): Loads what is needed and returns the call; it must be picklable.
+
+    Returns:
+        `int`, *optional*: Bytes, or `None` where it cannot be measured.
+
+    Raises:
+        RuntimeError: If the process ended before it could answer, as it does when memory runs out.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.bench.memory import peak_memory
+    >>> peak_memory(torch.device("meta"), prepare=lambda: lambda: None) is None
+    True
+    ```
+    """
+    if device.type == "cuda":
+        call = prepare()
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu" and _CLEAR_REFS.exists():
+        return _in_own_process(prepare)
+    return None
+
+
+def _in_own_process(prepare: Callable[[], Callable[[], object]]) -> int | None:
+    # A fork of this process would inherit its memory, and OpenMP's threads do not survive a fork. The fork server has
+    # imported the libraries once and done nothing with them.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["agentsd.bench.subjects"])
+    here, there = server.Pipe(duplex=False)
+    child = server.Process(target=_measure, args=(prepare, torch.get_num_threads(), there), daemon=True)
+    child.start()
+    there.close()
+    try:
+        answer: Any = here.recv()
+    except EOFError:
+        answer = RuntimeError("out of memory, or the process that measures it was ended")
+    child.join()
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _measure(prepare: Callable[[], Callable[[], object]], threads: int, answer: Connection) -> None:
+    torch.set_num_threads(threads)
+    try:
+        # If memory runs out, let it be this process that is ended.
+        _OOM_SCORE.write_text("1000")
+        call = prepare()
+        try:
+            _CLEAR_REFS.write_text("5")
+        except OSError:  # a sandbox that forbids it
+            answer.send(None)
+            return
+        call()
+        peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        answer.send(int(peaks[0]) * 1024 if peaks else None)
+    except Exception as error:
+        answer.send(RuntimeError(f"{type(error).__name__}: {error}"))

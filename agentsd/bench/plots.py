@@ -1,0 +1,158 @@
+"""Plots of a benchmark's rows: quality against speed, speed against size, and a grid of pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from .settings import picture_folder, short_name
+
+
+if TYPE_CHECKING:
+    from .report import BenchResult, Row
+
+
+_GRID_PICTURES = 6
+_GRID_SIDE = 192
+
+
+def save_plots(result: "BenchResult", folder: Path) -> list[Path]:
+    """
+    Draw every plot that the rows allow.
+
+    Args:
+        result (`BenchResult`): The rows.
+        folder (`Path`): Where to; pictures are taken from its `images`.
+
+    Returns:
+        `list[Path]`: PNG files; without matplotlib, only grids.
+    """
+    rows = [row for row in result.rows if row.reason is None]
+    files = []
+    try:
+        import matplotlib
+    except ImportError:
+        pass
+    else:
+        matplotlib.use("Agg")
+        if len({(row.height, row.width) for row in rows}) > 1:
+            files += [_plot_sizes(rows, model, folder) for model in dict.fromkeys(row.model for row in rows)]
+        if any("ssim" in row.quality for row in rows):
+            files.append(_plot_quality(rows, folder))
+    return files + _draw_grids(rows, folder)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """
+    The points that no other point beats in both directions.
+
+    Args:
+        points (`Sequence[tuple[float, float]]`): Pairs of which more is better in both.
+
+    Returns:
+        `list[int]`: Indices, by rising first value.
+
+    Examples:
+
+    ```python
+    >>> pareto_front([(1.0, 3.0), (2.0, 2.0), (1.5, 1.0)])
+    [0, 1]
+    ```
+    """
+    best, front = float("-inf"), []
+    for index in sorted(range(len(points)), key=lambda index: points[index], reverse=True):
+        if points[index][1] > best:
+            best = points[index][1]
+            front.append(index)
+    return front[::-1]
+
+
+def _plot_quality(rows: "list[Row]", folder: Path) -> Path:
+    from matplotlib import pyplot
+
+    judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    points = [(row.speedup or 0.0, row.quality["ssim"][0]) for row in judged]
+    for method in dict.fromkeys(row.method for row in judged):
+        mine = [row for row in judged if row.method == method]
+        middle = [row.quality["ssim"][0] for row in mine]
+        ends = [
+            [row.quality["ssim"][0] - row.quality["ssim"][1] for row in mine],
+            [row.quality["ssim"][2] - row.quality["ssim"][0] for row in mine],
+        ]
+        speeds = [row.speedup for row in mine]
+        axes.errorbar(speeds, middle, yerr=ends, fmt="o", capsize=3, label=method)  # type: ignore[arg-type]
+        for row, x, y in zip(mine, speeds, middle, strict=True):
+            note = f"{row.ratio:g}" if row.ratio is not None else ""
+            axes.annotate(note, (x or 0.0, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    front = [points[index] for index in pareto_front(points)]
+    axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", label="Pareto front")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("speed-up over vanilla")
+    axes.set_ylabel("SSIM to vanilla's picture (95 % interval)")
+    axes.legend()
+    return _save(figure, folder / "quality-speed.png")
+
+
+def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
+    from matplotlib import pyplot
+
+    mine = [row for row in rows if row.model == model and row.speedup is not None]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name in dict.fromkeys(row.name for row in mine):
+        line = [row for row in mine if row.name == name]
+        is_reference = name == "attention-free"
+        axes.plot(
+            [(row.height * row.width) ** 0.5 for row in line],
+            [row.speedup or 0.0 for row in line],
+            marker="" if is_reference else "o",
+            linestyle="--" if is_reference else "-",
+            color="black" if is_reference else None,
+            label=name,
+        )
+    axes.set_xlabel("side of the picture in pixels")
+    axes.set_ylabel("speed-up over vanilla")
+    axes.legend(title=model)
+    return _save(figure, folder / f"speed-size-{short_name(model)}.png")
+
+
+def _save(figure: Any, file: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return file
+
+
+def _draw_grids(rows: "list[Row]", folder: Path) -> list[Path]:
+    """One sheet a setting: a line of the first pictures for each method."""
+    files = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        mine = [row for row in rows if row.setting == setting]
+        lines = [(row, sorted((folder / "images" / picture_folder(row)).glob("*.png"))) for row in mine]
+        lines = [(row, found[:_GRID_PICTURES]) for row, found in lines if found]
+        if lines:
+            file = folder / f"pictures-{picture_folder(mine[0]).parent}.png"
+            _draw_grid(lines).save(file)
+            files.append(file)
+    return files
+
+
+def _draw_grid(lines: "list[tuple[Row, list[Path]]]") -> PIL.Image.Image:
+    font = PIL.ImageFont.load_default(size=16)
+    label, gap = 150, 4
+    columns = max(len(files) for _, files in lines)
+    sheet = PIL.Image.new("RGB", (label + columns * (_GRID_SIDE + gap), len(lines) * (_GRID_SIDE + gap)), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for number, (row, files) in enumerate(lines):
+        top = number * (_GRID_SIDE + gap)
+        text = row.name if row.method != "fewer-steps" else f"{row.name}\n{row.steps} steps"
+        draw.text((8, top + _GRID_SIDE // 2), text, fill="black", font=font, anchor="lm")
+        for column, file in enumerate(files):
+            with PIL.Image.open(file) as picture:
+                small = picture.convert("RGB").resize((_GRID_SIDE, _GRID_SIDE), PIL.Image.Resampling.LANCZOS)
+            sheet.paste(small, (label + column * (_GRID_SIDE + gap), top))
+    return sheet

@@ -1,0 +1,310 @@
+"""What can be asked of the benchmark: suites, their defaults, and the cases they are made of."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import AgentSDConfig
+from .methods import METHODS
+from .shapes import LATENT_SCALE, SHAPES
+from .store import BenchError
+
+
+# What a suite runs: generations of a pipeline, or single calls of a UNet with random weights.
+Kind = Literal["generation", "call"]
+
+_SPEED_METHODS = ("vanilla", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
+_QUALITY_METHODS = ("vanilla", "agentsd", "tomesd", "fewer-steps")
+_CPU_METHODS = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
+# Methods that show only over a whole generation are left out of calls by default, save agentsd, which is computed.
+_CALL_METHODS = tuple(name for name, method in METHODS.items() if not method.needs_generation or name == "agentsd")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    A kind of measurement and what it is made of unless told otherwise.
+
+    Args:
+        kind (`"generation"` or `"call"`): Generations of a pipeline, or single calls of a UNet with random weights.
+        has_pictures (`bool`): Whether a set of pictures is drawn and judged.
+        defaults (`dict[str, Any]`): Values of [`BenchSettings`] that differ from its own defaults.
+        fixed (`dict[str, Any]`): Values that cannot be changed, since they are what the suite is about.
+    """
+
+    kind: Kind
+    has_pictures: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+SUITES: dict[str, Suite] = {
+    "speed": Suite("generation", defaults={"methods": _SPEED_METHODS}),
+    "quality": Suite("generation", True, {"methods": _QUALITY_METHODS, "pictures": 64}),
+    # Table 7 of the paper on agent attention: FID, seconds and memory over the ratio, 50 PLMS steps.
+    "paper": Suite(
+        "generation",
+        True,
+        {
+            "methods": ("vanilla", "tomesd", "agentsd"),
+            "ratios": (0.1, 0.2, 0.3, 0.4, 0.5),
+            "steps": 50,
+            "pictures": 64,
+            "scheduler": "plms",
+        },
+    ),
+    "shapes": Suite(
+        "call",
+        defaults={
+            "models": ("sd15", "sd21", "sdxl"),
+            "methods": _CALL_METHODS,
+            "sizes": ((512, 512), (768, 768), (1024, 1024), (1536, 1536), (2048, 2048)),
+        },
+    ),
+    "cpu": Suite(
+        "call",
+        defaults={"methods": _CPU_METHODS, "sizes": ((512, 512), (768, 768))},
+        fixed={"models": ("sd15",), "device": "cpu", "dtype": "float32"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    One row of the result: a method at one setting.
+
+    Args:
+        model (`str`): Name of the model.
+        method (`str`): Name of the method.
+        ratio (`float`, *optional*): Share of tokens merged; `None` for a method without one.
+        height (`int`, *optional*): Picture height in pixels; `None` for the model's own.
+        width (`int`, *optional*): Picture width in pixels.
+        batch (`int`): Pictures in one generation.
+    """
+
+    model: str
+    method: str
+    ratio: float | None
+    height: int | None
+    width: int | None
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """Its name among the cases of one model, size and batch."""
+        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """
+    What [`run_bench`] measures. [`BenchSettings.of_suite`] fills in what a suite is made of.
+
+    Args:
+        suite (`str`, defaults to `"speed"`): A name from `SUITES`.
+        models (`tuple[str, ...]`, defaults to `("emoji",)`):
+            What `agentsd.pipeline.load_pipeline` takes or, for the suites of UNet calls, names from `SHAPES`.
+        methods (`tuple[str, ...]`): Names from `METHODS`.
+        ratios (`tuple[float, ...]`, defaults to `(0.4,)`): Shares of tokens to merge.
+        sizes (`tuple[tuple[int, int], ...]`): Picture heights and widths in pixels; the model's own if empty.
+        batches (`tuple[int, ...]`, defaults to `(1,)`): Pictures in one generation.
+        steps (`int`, defaults to `20`): Denoising steps.
+        warmup (`int`, defaults to `1`): Untimed runs of every case before its first round.
+        repeats (`int`, defaults to `5`): Timed rounds.
+        prompts (`tuple[str, ...]`): What is drawn, in turn; the built-in list if empty.
+        pictures (`int`, defaults to `1`): Pictures in a set, for the suites that draw one.
+        guidance_scale (`float`, *optional*): Strength of the prompt; the pipeline's own if not given.
+        scheduler (`"plms"`, *optional*): Another scheduler than the model's own.
+        seed (`int`, defaults to `0`): Seed of the first picture; each further one has the next.
+        dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; by default what suits the device.
+        device (`str`, *optional*): Where to run; by default the GPU if there is one.
+        compile (`bool`, defaults to `False`): Run every method, vanilla too, through `torch.compile`.
+        memory (`bool`, defaults to `True`): Measure peak memory; on a CPU each case then runs once more, by itself.
+        budget_minutes (`float`, *optional*): Start no further group of cases after this time.
+        options (`dict[str, Any]`): Fields of [`AgentSDConfig`] for the methods of this library.
+        lpips (`bool`, defaults to `False`): Judge pairs by LPIPS too; it fetches weights.
+        features (`str`, *optional*): Extractor for FID, KID and CLIP score, see `agentsd.bench.features`.
+        reference (`str`, *optional*): Folder of real pictures to compare sets with, instead of vanilla's pictures.
+
+    Raises:
+        BenchError: If a value is out of range, or a name is unknown.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench import BenchSettings
+    >>> BenchSettings.of_suite("cpu").sizes
+    ((512, 512), (768, 768))
+    ```
+    """
+
+    suite: str = "speed"
+    models: tuple[str, ...] = ("emoji",)
+    methods: tuple[str, ...] = _SPEED_METHODS
+    ratios: tuple[float, ...] = (0.4,)
+    sizes: tuple[tuple[int, int], ...] = ()
+    batches: tuple[int, ...] = (1,)
+    steps: int = 20
+    warmup: int = 1
+    repeats: int = 5
+    prompts: tuple[str, ...] = ()
+    pictures: int = 1
+    guidance_scale: float | None = None
+    scheduler: Literal["plms"] | None = None
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    compile: bool = False
+    memory: bool = True
+    budget_minutes: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    lpips: bool = False
+    features: str | None = None
+    reference: str | None = None
+
+    @classmethod
+    def of_suite(cls, suite: str, **values: Any) -> "BenchSettings":
+        """
+        The settings of a suite, with some values of one's own.
+
+        Args:
+            suite (`str`): A name from `SUITES`.
+            values: Any other field.
+
+        Returns:
+            `BenchSettings`: The settings.
+
+        Raises:
+            BenchError: If there is no such suite, or a value is one that it settles itself.
+        """
+        known = _suite(suite)
+        settled = [name for name in known.fixed if name in values]
+        if settled:
+            raise BenchError(f"The suite {suite!r} settles {', '.join(settled)} itself: leave it out.")
+        return cls(**{"suite": suite, **known.defaults, **known.fixed, **values})
+
+    def __post_init__(self) -> None:
+        suite = _suite(self.suite)
+        for name in ("models", "methods", "ratios", "batches"):
+            if not getattr(self, name):
+                raise BenchError(f"`{name}` is empty: name at least one.")
+        if suite.kind == "call" and not self.sizes:
+            raise BenchError("`sizes` is empty: name at least one height and width.")
+        _check_names("method", self.methods, METHODS)
+        if suite.kind == "call":
+            _check_names("shape", self.models, SHAPES)
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise BenchError(
+                    f"A ratio must lie between 0 and 1, but got {ratio}. For none at all there is `vanilla`."
+                )
+        for height, width in self.sizes:
+            if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
+                raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
+        for name in ("steps", "warmup", "repeats", "pictures"):
+            if getattr(self, name) < 1:
+                raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
+        if min(self.batches) < 1:
+            raise BenchError(f"A batch must be at least 1, but got {min(self.batches)}.")
+        if self.budget_minutes is not None and self.budget_minutes <= 0:
+            raise BenchError(f"`budget_minutes` must be above 0, but got {self.budget_minutes}.")
+        for name in self.options:
+            if name == "ratio":
+                raise BenchError("The ratio is not one of the options: name it among the ratios.")
+        try:
+            AgentSDConfig.from_dict(self.options)
+        except (TypeError, ValueError) as error:
+            raise BenchError(str(error)) from error
+
+    @property
+    def kind(self) -> Kind:
+        """Whether generations or single calls are measured."""
+        return SUITES[self.suite].kind
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a set of pictures is drawn and judged."""
+        return SUITES[self.suite].has_pictures
+
+    def groups(self) -> list[list[Case]]:
+        """
+        The cases, those together that are timed together: one model, size and batch.
+
+        Returns:
+            `list[list[Case]]`: Groups of cases, every method at every ratio, and methods without a ratio once.
+        """
+        sizes: Sequence[tuple[int | None, int | None]] = self.sizes or ((None, None),)
+        return [
+            [
+                Case(model, name, ratio, height, width, batch)
+                for name in dict.fromkeys(self.methods)
+                for ratio in (dict.fromkeys(self.ratios) if METHODS[name].has_ratio else [None])
+            ]
+            for model in dict.fromkeys(self.models)
+            for height, width in dict.fromkeys(sizes)
+            for batch in dict.fromkeys(self.batches)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        All fields as JSON has them, with lists for tuples.
+
+        Returns:
+            `dict[str, Any]`: Ready for JSON, and equal to what is read back.
+        """
+        return json.loads(json.dumps(asdict(self)))
+
+
+def short_name(model: str) -> str:
+    """
+    What to call a model in a table or a file name.
+
+    Args:
+        model (`str`): A name, hub id, file or folder.
+
+    Returns:
+        `str`: Its last part.
+
+    Examples:
+
+    ```python
+    >>> short_name("stabilityai/stable-diffusion-2-1")
+    'stable-diffusion-2-1'
+    ```
+    """
+    return Path(model).name
+
+
+def picture_folder(case: Any) -> Path:
+    """
+    Where the pictures of a case lie, below the folder of all pictures.
+
+    Args:
+        case (`Case` or `Row`): The case.
+
+    Returns:
+        `Path`: A folder for its setting, and in it one for its method.
+
+    Examples:
+
+    ```python
+    >>> picture_folder(Case("emoji", "agentsd", 0.4, 256, 256, 1)).as_posix()
+    'emoji-256x256-batch1/agentsd-0.4'
+    ```
+    """
+    setting = f"{short_name(case.model)}-{case.width}x{case.height}-batch{case.batch}"
+    return Path(setting) / case.name.replace(" ", "-")
+
+
+def _suite(name: str) -> Suite:
+    _check_names("suite", (name,), SUITES)
+    return SUITES[name]
+
+
+def _check_names(kind: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise BenchError(f"There is no {kind} {name!r}. Known: {', '.join(known)}.")

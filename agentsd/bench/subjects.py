@@ -1,0 +1,236 @@
+"""What is measured: generations of a pipeline, or single calls of a UNet with random weights."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from diffusers import PNDMScheduler
+
+from ..patch import remove_patch
+from ..pipeline import load_pipeline, pick_device, pick_dtype
+from .methods import METHODS
+from .settings import BenchSettings, Case
+from .shapes import call_unet, random_unet, share_weights, unet_inputs
+from .timing import Call, Stopwatch
+
+
+class Subject(Protocol):
+    """A model to measure. It is picklable, so that another process can load the same."""
+
+    @property
+    def unit(self) -> str:
+        """What one call is, for the heading of a table."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its precision."""
+
+    def load(self) -> Any:
+        """The model, unpatched."""
+
+    def copy(self, model: Any) -> Any:
+        """A copy with modules of its own and the same weights."""
+
+    def compile(self, model: Any) -> Any:
+        """The model under `torch.compile`."""
+
+    def size(self, model: Any) -> tuple[int, int]:
+        """The model's own picture height and width in pixels."""
+
+    def call(self, model: Any, case: Case, steps: int) -> Call:
+        """What is timed: `steps` matter only where there is a generation."""
+
+
+@dataclass(frozen=True)
+class PipelineSubject:
+    """
+    Whole generations of a pipeline.
+
+    Args:
+        model (`str`): What [`load_pipeline`] takes.
+        prompt (`str`): What is drawn; time does not depend on it.
+        guidance_scale (`float`, *optional*): Strength of the prompt; the pipeline's own if not given.
+        scheduler (`"plms"`, *optional*): Another scheduler than the model's own.
+        seed (`int`): Seed of the noise.
+        device (`torch.device`): Where it runs.
+        dtype (`torch.dtype`): Its precision.
+    """
+
+    model: str
+    prompt: str
+    guidance_scale: float | None
+    scheduler: str | None
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    unit = "generation"
+
+    def load(self) -> Any:
+        """See [`Subject.load`]."""
+        pipe = load_pipeline(self.model, device=self.device, dtype=self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        if self.scheduler == "plms":
+            pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+        return pipe
+
+    def copy(self, model: Any) -> Any:
+        """See [`Subject.copy`]."""
+        twin = copy.copy(model)
+        twin.unet = share_weights(model.unet)
+        twin.scheduler = copy.deepcopy(model.scheduler)
+        return twin
+
+    def compile(self, model: Any) -> Any:
+        """See [`Subject.compile`]."""
+        model.unet = torch.compile(model.unet)
+        return model
+
+    def size(self, model: Any) -> tuple[int, int]:
+        """See [`Subject.size`]."""
+        size = model.unet.config.sample_size
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        return height * model.vae_scale_factor, width * model.vae_scale_factor
+
+    def draw(
+        self, model: Any, case: Case, steps: int, prompts: Sequence[str], seeds: Sequence[int], **options: Any
+    ) -> Any:
+        """
+        Generate pictures, each from a seed of its own.
+
+        Args:
+            model (`DiffusionPipeline`): The pipeline.
+            case (`Case`): Size of the pictures.
+            steps (`int`): Denoising steps.
+            prompts (`Sequence[str]`): What to draw.
+            seeds (`Sequence[int]`): A seed for each.
+            options: Passed to the pipeline.
+
+        Returns:
+            `StableDiffusionPipelineOutput`: What the pipeline returns, with arrays as pictures.
+        """
+        if self.guidance_scale is not None:
+            options["guidance_scale"] = self.guidance_scale
+        return model(
+            list(prompts),
+            height=case.height,
+            width=case.width,
+            num_inference_steps=steps,
+            # On the CPU, so that a seed means the same noise on every device.
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+            **options,
+        )
+
+    def call(self, model: Any, case: Case, steps: int) -> Call:
+        """See [`Subject.call`]."""
+        prompts = [self.prompt] * case.batch
+        seeds = range(self.seed, self.seed + case.batch)
+
+        def generate(watch: Stopwatch) -> None:
+            def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                watch.mark()
+                return tensors
+
+            self.draw(model, case, steps, prompts, seeds, callback_on_step_end=end_of_step)
+
+        return generate
+
+
+@dataclass(frozen=True)
+class UNetSubject:
+    """
+    Single calls of a UNet with random weights.
+
+    Args:
+        shape (`str`): A name from `SHAPES`.
+        seed (`int`): Seed of weights and inputs.
+        device (`torch.device`): Where it runs.
+        dtype (`torch.dtype`): Its precision.
+    """
+
+    shape: str
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    unit = "UNet call"
+
+    def load(self) -> Any:
+        """See [`Subject.load`]."""
+        unet = random_unet(self.shape, self.seed).to(self.device)
+        return unet if self.dtype == unet.dtype else unet.to(self.dtype)
+
+    def copy(self, model: Any) -> Any:
+        """See [`Subject.copy`]."""
+        return share_weights(model)
+
+    def compile(self, model: Any) -> Any:
+        """See [`Subject.compile`]."""
+        return torch.compile(model)
+
+    def size(self, model: Any) -> tuple[int, int]:
+        """See [`Subject.size`]."""
+        raise NotImplementedError("the size of a UNet call is part of the settings")
+
+    def call(self, model: Any, case: Case, steps: int) -> Call:
+        """See [`Subject.call`]."""
+        assert case.height is not None and case.width is not None
+        inputs = unet_inputs(model, case.height, case.width, case.batch, self.seed)
+        return partial(_call_unet, model, inputs)
+
+
+def _call_unet(unet: torch.nn.Module, inputs: Mapping[str, Any], _watch: Stopwatch) -> None:
+    call_unet(unet, inputs)
+
+
+def subject_of(model: str, settings: BenchSettings, prompt: str, device: str | None) -> PipelineSubject | UNetSubject:
+    """
+    What a suite measures of a model.
+
+    Args:
+        model (`str`): Its name.
+        settings (`BenchSettings`): What was asked for.
+        prompt (`str`): What generations draw.
+        device (`str`, *optional*): Where to run; by default the GPU if there is one.
+
+    Returns:
+        `PipelineSubject` or `UNetSubject`: The subject; nothing is loaded yet.
+
+    Raises:
+        ValueError: If there is no such device, or a model cannot run in this dtype.
+    """
+    where = pick_device(device)
+    dtype = pick_dtype(settings.dtype, where)
+    if settings.kind == "call":
+        return UNetSubject(model, settings.seed, where, dtype)
+    return PipelineSubject(model, prompt, settings.guidance_scale, settings.scheduler, settings.seed, where, dtype)
+
+
+def switch_on(subject: Subject, model: Any, case: Case, settings: BenchSettings) -> Any:
+    """
+    A copy of a model with the method of a case switched on.
+
+    Args:
+        subject (`Subject`): What the model is.
+        model (`DiffusionPipeline` or `UNet2DConditionModel`): The model; it is left as it is.
+        case (`Case`): The method and its ratio.
+        settings (`BenchSettings`): The options of this library's methods, and whether to compile.
+
+    Returns:
+        `DiffusionPipeline` or `UNet2DConditionModel`: The copy; it shares the model's weights.
+
+    Raises:
+        MethodUnavailable: If the method cannot run.
+    """
+    twin = subject.copy(model)
+    remove_patch(twin)
+    METHODS[case.method].apply(twin, case.ratio, settings.options)
+    return subject.compile(twin) if settings.compile else twin

@@ -1,0 +1,223 @@
+"""Judging pictures: the same ones however they are drawn, paired metrics, sets, honest intervals."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from models import tiny_sd, tiny_tokenizer
+
+from agentsd.bench import BenchError, BenchSettings, run_bench
+from agentsd.bench import judge as judge_module
+from agentsd.bench import runner as runner_module
+from agentsd.bench.features import ClipFeatures, picture_files
+from agentsd.bench.intervals import bootstrap_mean, bootstrap_sets
+from agentsd.bench.prompts import read_prompts
+from agentsd.bench.set_metrics import frechet_distance, kernel_distance
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_sd().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP model of the real architecture with random weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    tokenizer = tiny_tokenizer()
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**text, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
+        vision_config=vision,
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def quality(model, **values):
+    given = {"models": (model,), "sizes": ((64, 64),), "steps": 2, "repeats": 1, "memory": False, "pictures": 3}
+    return BenchSettings.of_suite("quality", **{**given, "methods": ("vanilla", "agentsd"), "device": "cpu", **values})
+
+
+def pictures(folder):
+    return {file.relative_to(folder).as_posix(): np.asarray(PIL.Image.open(file)) for file in picture_files(folder)}
+
+
+def test_pictures_are_drawn_and_judged_in_pairs(model, tmp_path):
+    vanilla, agentsd = run_bench(quality(model), out=tmp_path).rows
+    drawn = pictures(tmp_path / "images")
+    names = [f"tiny-64x64-batch1/{name}/0000{index}.png" for name in ("agentsd-0.4", "vanilla") for index in range(3)]
+    assert list(drawn) == names
+    assert not np.array_equal(drawn[names[3]], drawn[names[4]])  # another prompt and seed
+    errors = [np.mean((drawn[names[index]] / 255 - drawn[names[index + 3]] / 255) ** 2) for index in range(3)]
+    psnr, low, high = agentsd.quality["psnr"]
+    assert psnr == pytest.approx(np.mean([-10 * np.log10(error) for error in errors]))
+    assert low <= psnr <= high
+    assert agentsd.quality["ssim"][0] < 1
+    assert "ms_ssim" not in agentsd.quality  # too small a picture
+    assert (vanilla.quality, vanilla.pictures, vanilla.blank) == ({}, 3, 0)
+
+
+def test_pictures_that_are_the_same_are_counted(model, tmp_path, monkeypatch):
+    """`fewer-steps` is vanilla where agentsd is no faster."""
+    monkeypatch.setattr(runner_module._ModelBench, "_fitting_steps", lambda *arguments: 2)
+    result = run_bench(quality(model, methods=("vanilla", "fewer-steps")), out=tmp_path)
+    row = result.rows[1]
+    assert (row.steps, row.identical, row.quality) == (2, 3, {"ssim": [1.0, 1.0, 1.0]})
+    assert "identical" in result.to_markdown()
+
+
+def test_blank_pictures_are_counted_and_left_out(model, tmp_path, monkeypatch):
+    to_image = judge_module.to_image
+    drawn = []
+
+    def spoil(picture):
+        drawn.append(picture)
+        return to_image(np.full_like(picture, np.nan) if len(drawn) == 4 else picture)
+
+    monkeypatch.setattr(judge_module, "to_image", spoil)
+    result = run_bench(quality(model), out=tmp_path)
+    _, agentsd = result.rows
+    assert (agentsd.pictures, agentsd.blank) == (3, 1)
+    assert agentsd.quality["psnr"][0] > 10  # black against a picture would be far below
+    assert "1 of 3" in result.to_markdown()
+
+
+def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):
+    settings = quality(model)
+    whole = run_bench(settings, out=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cases = tmp_path / "cut" / "cases.jsonl"
+    cases.write_text(cases.read_text().splitlines(keepends=True)[0])
+    cut = tmp_path / "cut" / "images" / "tiny-64x64-batch1" / "agentsd-0.4" / "00001.png"
+    cut.unlink()
+    again = run_bench(settings, out=tmp_path / "cut", resume=True)
+    assert again == whole
+    first, second = pictures(tmp_path / "whole" / "images"), pictures(tmp_path / "cut" / "images")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_draw_the_same_pictures(model, tmp_path):
+    command = ["bench", model, "--suite", "quality", "--methods", "vanilla,tomesd", "--prompts", "5", "--steps", "1"]
+    command += "--repeats 1 --no-memory --device cpu --height 64 --width 64 --batch 2 --out".split()
+    alone = subprocess.run(
+        [sys.executable, "-m", "agentsd", *command, str(tmp_path / "one")], capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 0, alone.stderr
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "agentsd"]
+    both = subprocess.run([*launcher, *command, str(tmp_path / "two")], capture_output=True, text=True, check=False)
+    assert both.returncode == 0, both.stderr
+    first, second = (pictures(tmp_path / name / "images") for name in ("one", "two"))
+    assert len(first) == 10
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "cases.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert [row["quality"] for row in rows[0]] == [row["quality"] for row in rows[1]]
+    assert both.stdout.count("report.md") == 1
+
+
+def test_sets_are_compared_by_the_features_of_a_clip_model(model, clip, tmp_path):
+    vanilla, agentsd = run_bench(quality(model, features=clip), out=tmp_path).rows
+    assert set(agentsd.quality) == {"psnr", "ssim", "fid", "kid", "clip"}
+    assert set(vanilla.quality) == {"clip"}  # there is nothing to compare vanilla's pictures with
+    folder = tmp_path / "images" / "tiny-64x64-batch1"
+    extractor = ClipFeatures(clip)
+    one, other = (extractor.pictures(picture_files(folder / name)) for name in ("agentsd-0.4", "vanilla"))
+    assert agentsd.quality["fid"][0] == pytest.approx(frechet_distance(one, other))
+    assert agentsd.quality["kid"][0] == pytest.approx(kernel_distance(one, other))
+
+
+def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
+    for index in range(3):
+        noise = np.random.default_rng(index).integers(256, size=(64, 64, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(tmp_path / f"{index}.png")
+    rows = run_bench(quality(model, features=clip, reference=str(tmp_path)), out=tmp_path / "out").rows
+    assert all({"fid", "kid"} <= set(row.quality) for row in rows)
+
+
+def test_features_that_cannot_be_had_are_an_error_before_anything_is_drawn(model, tmp_path):
+    with pytest.raises(BenchError, match=r"features of '.*nowhere' cannot be had"):
+        run_bench(quality(model, features=str(tmp_path / "nowhere")), out=tmp_path / "out")
+    with pytest.raises(BenchError, match="holds 0 pictures"):
+        run_bench(quality(model, reference=str(tmp_path)), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_learned_metrics_say_what_they_need(model, tmp_path, monkeypatch):
+    """Their packages are an extra, and their weights are fetched."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for values in ({"lpips": True}, {"features": "inception"}):
+        with pytest.raises(BenchError, match=r"cannot be had: .*agentsd\[quality\]"):
+            run_bench(quality(model, **values), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The mathematics of sets
+
+
+def test_frechet_distance_of_normal_distributions():
+    """Known in closed form: |μ|² + Σ(σ₁ − σ₂)² for independent features."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(200_000, 3))
+    second = rng.normal(size=(200_000, 3)) * [1.0, 2.0, 3.0] + [0.5, 0.0, 0.0]
+    assert frechet_distance(first, second) == pytest.approx(0.25 + 1 + 4, rel=0.02)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """The mean over many small pairs of sets of one distribution is zero, not above it."""
+    rng = np.random.default_rng(0)
+    values = [kernel_distance(rng.normal(size=(10, 4)), rng.normal(size=(10, 4))) for _ in range(2000)]
+    error = np.std(values) / len(values) ** 0.5
+    assert abs(np.mean(values)) < 4 * error
+    assert kernel_distance(rng.normal(size=(50, 4)), rng.normal(size=(50, 4)) + 2) > 1
+
+
+def test_the_interval_of_a_mean_covers_it():
+    """In nineteen of twenty repetitions, give or take."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        _, low, high = bootstrap_mean(rng.normal(loc=3, size=50))
+        covered += low <= 3 <= high
+    assert 180 <= covered <= 198
+
+
+def test_the_interval_of_a_distance_covers_no_difference():
+    """Two sets of one distribution must be able to come out as not distinguishable."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(30):
+        _, low, high = bootstrap_sets(kernel_distance, rng.normal(size=(60, 4)), rng.normal(size=(60, 4)))
+        covered += low <= 0 <= high
+    assert covered >= 25
+
+
+def test_prompts_of_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red apple\n\n  a tiger face \n", encoding="utf-8")
+    assert read_prompts(file) == ("a red apple", "a tiger face")
+    file.write_text("\n")
+    with pytest.raises(BenchError, match="no prompts"):
+        read_prompts(file)
+    with pytest.raises(BenchError, match="Cannot read the prompts"):
+        read_prompts(tmp_path / "none.txt")

@@ -1,0 +1,172 @@
+"""Reports of a benchmark: the same numbers as table, Markdown, CSV, page and plots."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from rich.console import Console
+
+from agentsd.bench import BenchError, BenchSettings, environment, load_result
+from agentsd.bench.plots import pareto_front
+from agentsd.bench.report import result_of
+from agentsd.bench.store import RunFolder
+from agentsd.bench.tables import fill_tables
+
+
+@pytest.fixture
+def facts():
+    return environment("cpu", torch.float32)
+
+
+def record(method, ratio=None, **values):
+    shared = {"model": "sd15", "height": 768, "width": 768, "batch": 1}
+    return {"method": method, "ratio": ratio, **shared, **values}
+
+
+RECORDS = [
+    record("tomesd", 0.4, height=512, width=512, reason="tomesd is not installed"),
+    record("vanilla", height=512, width=512, rounds=5, seconds=2.0, q1=1.9, q3=2.1, speedup=1.0),
+    record("attention-free", rounds=5, seconds=28.0, q1=27.0, q3=29.0, speedup=1.667),
+    record("vanilla", rounds=5, seconds=50.0, q1=49.0, q3=51.0, speedup=1.0),
+    record("tomesd", 0.4, rounds=5, seconds=37.5, q1=37.0, q3=38.0, speedup=1.3333),
+    record("agentsd-agent", 0.4, rounds=5, seconds=31.234, q1=31.0, q3=31.987, speedup=1.6, peak_bytes=7 * 2**30),
+]
+
+
+def test_rows_are_sorted_and_compared(facts):
+    result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts)
+    assert [(row.height, row.method) for row in result.rows] == [
+        (512, "vanilla"),
+        (512, "tomesd"),
+        (768, "vanilla"),
+        (768, "agentsd-agent"),
+        (768, "tomesd"),
+        (768, "attention-free"),
+    ]
+    agent = result.rows[3]
+    assert agent.of_tomesd == pytest.approx(1.2, rel=1e-3)
+    assert agent.of_attention_free == pytest.approx(0.96, rel=1e-3)
+    assert result.rows[2].of_tomesd is None
+
+
+def test_a_table_fits_a_terminal(facts):
+    result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result.table())
+    text = console.export_text()
+    for word in ("768×768", "agentsd-agent", "31.23 s", "31.00–31.99", "1.600", "0.960", "7.00 GiB", "not run"):
+        assert word in text
+
+
+def test_a_table_of_quality_fits_a_terminal(facts):
+    quality = {"psnr": [21.5, 20.0, 23.0], "ssim": [0.81, 0.8, 0.82], "ms_ssim": [0.9, 0.89, 0.91]}
+    rows = [
+        record("vanilla", steps=20, rounds=5, seconds=2.0, q1=1.9, q3=2.1, step_seconds=0.1, speedup=1.0),
+        record(
+            "agentsd",
+            0.4,
+            steps=20,
+            rounds=5,
+            seconds=1.9,
+            q1=1.8,
+            q3=2.0,
+            step_seconds=0.09,
+            speedup=1.05,
+            quality=quality,
+            pictures=64,
+        ),
+    ]
+    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
+    result = result_of(rows, settings, facts)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result.table())
+    assert "…" not in console.export_text()
+    assert "21.5 (20.0–23.0)" in result.to_markdown()
+    assert "mean over 64 pictures" in result.to_markdown()
+
+
+def test_every_report_is_written(facts, tmp_path):
+    folder = RunFolder(tmp_path, BenchSettings.of_suite("cpu").to_dict(), facts)
+    for row in RECORDS:
+        folder.cases.append(row)
+    result = load_result(tmp_path)
+    files = {file.name: file for file in result.save(tmp_path)}
+    assert set(files) == {"report.md", "report.csv", "report.html", "speed-size-sd15.png"}
+    markdown = files["report.md"].read_text()
+    assert "| 768×768 | agentsd-agent | 0.4 | 31.23 s |" in markdown
+    assert "tomesd 0.4 at 512×512 did not run: tomesd is not installed." in markdown
+    rows = list(csv.DictReader(io.StringIO(files["report.csv"].read_text())))
+    assert [row["seconds"] for row in rows if row["method"] == "agentsd-agent"] == ["31.234"]
+    page = files["report.html"].read_text()
+    assert "<td>31.23 s</td>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
+    with PIL.Image.open(files["speed-size-sd15.png"]) as plot:
+        assert np.ptp(np.asarray(plot)) > 100
+
+
+def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
+    rows = [{**record("vanilla"), "model": "<script>", "reason": "<b>"}]
+    settings = {**BenchSettings().to_dict(), "models": ("<script>",)}
+    page = result_of(rows, settings, facts).to_html()
+    assert "<script>" not in page
+    assert "<b>" not in page
+
+
+def test_quality_is_plotted_and_pictures_are_laid_out(facts, tmp_path):
+    rows = [
+        record("vanilla", steps=4, seconds=2.0, speedup=1.0, pictures=2),
+        record("agentsd", 0.4, steps=4, seconds=1.0, speedup=2.0, pictures=2, quality={"ssim": [0.9, 0.8, 0.95]}),
+        record("fewer-steps", 0.4, steps=2, seconds=1.0, speedup=1.9, pictures=2, quality={"ssim": [0.7, 0.6, 0.8]}),
+    ]
+    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
+    colours = {"vanilla": (200, 0, 0), "agentsd-0.4": (0, 200, 0), "fewer-steps-0.4": (0, 0, 200)}
+    for name, colour in colours.items():
+        for index in range(2):
+            file = tmp_path / "images" / "sd15-768x768-batch1" / name / f"{index:05d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("RGB", (64, 64), colour).save(file)
+    files = {file.name: file for file in result_of(rows, settings, facts).save(tmp_path)}
+    assert {"quality-speed.png", "pictures-sd15-768x768-batch1.png"} < set(files)
+    with PIL.Image.open(files["pictures-sd15-768x768-batch1.png"]) as sheet:
+        lines = [sheet.getpixel((sheet.width - 50, sheet.height * (2 * line + 1) // 6)) for line in range(3)]
+    assert lines == list(colours.values())
+
+
+def test_the_front_holds_what_nothing_beats():
+    assert pareto_front([(1, 1), (2, 0.5), (1.5, 0.4), (0.9, 0.9)]) == [0, 1]
+    assert pareto_front([(1, 1), (1, 1)]) in ([0], [1])
+
+
+def test_a_folder_that_holds_no_results(facts, tmp_path):
+    with pytest.raises(BenchError, match="no folder of results"):
+        load_result(tmp_path)
+    folder = RunFolder(tmp_path, BenchSettings().to_dict(), facts)
+    folder.cases.append({"method": "vanilla", "speed": 3})
+    with pytest.raises(BenchError, match="another version"):
+        load_result(tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(BenchError, match=r"settings\.json cannot be read"):
+        load_result(tmp_path)
+    assert json.loads((tmp_path / "environment.json").read_text())["agentsd"]
+
+
+def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
+    folder = RunFolder(tmp_path / "results", BenchSettings.of_suite("cpu").to_dict(), facts)
+    folder.cases.append(RECORDS[3])
+    document = tmp_path / "README.md"
+    document.write_text("Before.\n<!-- results: results -->\nold\n<!-- /results -->\nAfter.\n")
+    text = fill_tables(document)
+    assert "| 768×768 | vanilla |" in text
+    assert "old" not in text
+    assert text.startswith("Before.\n<!-- results: results -->\n")
+    assert text.endswith("<!-- /results -->\nAfter.\n")
+    document.write_text(text)
+    assert fill_tables(document) == text
+    document.write_text("No table.")
+    with pytest.raises(BenchError, match="no table of results"):
+        fill_tables(document)

@@ -1,0 +1,111 @@
+"""Fair timing: interleaved, paired, warmed up, and memory in a process of its own."""
+
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from agentsd.bench.memory import peak_memory
+from agentsd.bench.timing import Sample, Stopwatch, Variant, summarize, time_call, time_round
+
+
+CPU = torch.device("cpu")
+
+
+def test_variants_are_interleaved():
+    events = []
+    variants = [Variant(name, lambda watch, name=name: events.append(name)) for name in "abc"]
+    for _ in range(2):
+        time_round(variants, CPU)
+    assert events == list("abcabc")
+
+
+def test_every_call_is_announced():
+    told = []
+    time_round([Variant("a", lambda watch: None)], CPU, on_call=told.append)
+    assert told == ["a"]
+
+
+def test_a_variant_that_fails_does_not_end_the_round():
+    failed = []
+
+    def fail(watch):
+        raise MemoryError
+
+    variants = [Variant("bad", fail), Variant("good", lambda watch: None)]
+    samples = time_round(variants, CPU, on_error=lambda name, error: failed.append((name, type(error))))
+    assert list(samples) == ["good"]
+    assert failed == [("bad", MemoryError)]
+    with pytest.raises(MemoryError):
+        time_round(variants, CPU)
+
+
+def test_steps_and_the_whole_are_both_timed():
+    def call(watch):
+        for _ in range(2):
+            time.sleep(0.02)
+            watch.mark()
+        time.sleep(0.1)
+
+    sample = time_call(call, CPU)
+    assert 0.02 <= sample.step_seconds < 0.06
+    assert sample.seconds >= 0.14
+    assert time_call(lambda watch: None, CPU).step_seconds is None
+
+
+def test_a_stopwatch_measures_between_marks():
+    watch = Stopwatch(CPU)
+    assert watch.seconds() == []
+    for _ in range(3):
+        watch.mark()
+    assert len(watch.seconds()) == 2
+
+
+def test_speedup_is_the_median_of_paired_ratios():
+    # The second round is disturbed for both alike: the ratio of the medians would be 2.5, no round shows that.
+    rounds = [
+        {"vanilla": Sample(1.0), "fast": Sample(0.5, 0.1)},
+        {"vanilla": Sample(9.0), "fast": Sample(4.5, 0.3)},
+        {"vanilla": Sample(2.5), "fast": Sample(1.0, 0.2)},
+    ]
+    summary = summarize(rounds, "fast", baseline="vanilla")
+    assert summary.speedup == 2.0
+    assert (summary.q1, summary.seconds, summary.q3) == (0.75, 1.0, 2.75)
+    assert summary.step_seconds == 0.2
+    assert summary.rounds == 3
+    assert summarize(rounds, "fast").speedup is None
+    assert summarize(rounds[:1], "fast").q1 == summarize(rounds[:1], "fast").q3 == 0.5
+
+
+def test_a_summary_needs_a_round():
+    with pytest.raises(ValueError, match="no finished round"):
+        summarize([], "vanilla")
+
+
+def allocate(mebibytes):
+    return lambda: torch.ones(mebibytes * 2**18)
+
+
+def prepare(mebibytes):
+    return allocate(mebibytes)
+
+
+def run_out():
+    raise MemoryError("as a small machine would")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from Linux' /proc")
+def test_peak_memory_is_that_of_the_call_alone():
+    """What this process holds, or another measurement took, does not count."""
+    held = torch.ones(512 * 2**18)
+    large, small = (peak_memory(CPU, partial(prepare, size)) for size in (400, 1))
+    assert 350 * 2**20 < large - small < 450 * 2**20
+    del held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from Linux' /proc")
+def test_an_error_in_the_process_that_measures_comes_back():
+    with pytest.raises(RuntimeError, match="MemoryError: as a small machine would"):
+        peak_memory(CPU, run_out)
