@@ -55,6 +55,17 @@ def state(tmp_path: Path, stage: str) -> dict:
     return json.loads((tmp_path / "work" / stage / "state.json").read_text())
 
 
+def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end() -> None:
+    recipe = Recipe()
+    early = unet.draw_times(16, 1000, recipe, fraction=0.0)
+    assert all(index * 62.5 - 1 <= time < (index + 1) * 62.5 for index, time in enumerate(sorted(early.tolist())))
+    late = unet.draw_times(16, 1000, recipe, fraction=0.9)
+    assert late.min() >= 0
+    assert late.max() < 1000
+    assert sum(time >= 650 for time in late[4:].tolist()) == 12
+    assert late[:4].min() < 250 <= late[:4].max()
+
+
 def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

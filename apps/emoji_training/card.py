@@ -74,7 +74,8 @@ python apps/train_emoji.py --stage all
   At first three latent channels are pulled towards the colours of 8×8 pixels, so that hue is not learnt last.
   Crops first, whole pictures later.
 - UNet and text encoder: v-prediction on the VAE's latents, 10 % of the captions dropped for classifier-free guidance,
-  averaged weights (EMA).
+  averaged weights (EMA). All noise levels alike for the first {layout_from} % of the time; then {layout_samples} % of
+  the samples from the noisiest {layout_noise} % of the range, where it is decided what is drawn where.
 - Both: AdamW, cosine learning rate over the time budget, bf16 autocast, seed {seed}. {software}. Times are
   wall clock on a machine that was busy with other work too: an idle one takes more steps in the same minutes. As
   the learning rate follows the clock, a second run gives a model alike, not the same weights.
@@ -154,6 +155,9 @@ def text(facts: dict) -> str:
         unet_minutes=facts["unet"]["minutes"],
         unet_steps=facts["unet"]["steps"],
         unet_loss=facts["unet"]["loss"],
+        layout_from=percent(facts["layout"]["from"]),
+        layout_samples=percent(facts["layout"]["samples"]),
+        layout_noise=percent(1 - facts["layout"]["noise"]),
         psnr_trained=facts["vae"]["psnr_trained"],
         psnr_unseen=f", {unseen} dB on {facts['held_out']} drawings it never saw" if unseen else "",
         colour_error=facts["vae"]["colour_error"],

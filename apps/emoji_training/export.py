@@ -52,6 +52,11 @@ def export(icons: list[Icon], held_out: list[Icon], recipe: Recipe, folder: Path
         "match_steps": recipe.match_steps,
         "sample_steps": recipe.sample_steps,
         "sample_prompts": list(SAMPLE_PROMPTS),
+        "layout": {
+            "from": recipe.layout_from,
+            "samples": recipe.layout_samples,
+            "noise": recipe.layout_noise,
+        },
         "seed": recipe.seed,
         "machine": f"{os.cpu_count()} CPU cores" if pick_device().type == "cpu" else torch.cuda.get_device_name(),
         "software": f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}",

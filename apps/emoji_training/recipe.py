@@ -25,14 +25,19 @@ class Recipe:
     vae_minutes: float = 20.0
 
     # UNet and text encoder
-    unet_channels: tuple[int, ...] = (64, 128, 256)
+    unet_channels: tuple[int, ...] = (48, 96, 240)
     unet_layers: int = 1
-    unet_groups: int = 32
-    unet_head_width: int = 32
+    unet_groups: int = 16
+    unet_head_width: int = 48
     unet_variants: int = 10
     unet_batch: int = 16
-    unet_lr: float = 8e-4
-    unet_minutes: float = 46.0
+    unet_lr: float = 2e-3
+    unet_minutes: float = 99.0
+    # What is drawn where is decided while there is almost only noise, and is learned last: after this part of the
+    # time, most samples of a batch come from the noisiest part of the range.
+    layout_from: float = 0.54
+    layout_samples: float = 0.75
+    layout_noise: float = 0.65
     ema_decay: float = 0.998
     caption_dropout: float = 0.1
     text_width: int = 192

@@ -121,6 +121,17 @@ def generate(
     return torch.cat(pictures)
 
 
+def draw_times(count: int, total: int, recipe: Recipe, fraction: float) -> torch.Tensor:
+    """Timesteps for a batch, stratified for less variance from batch to batch; late ones dwell on the noisy end."""
+    noisy = round(count * recipe.layout_samples) if fraction >= recipe.layout_from else 0
+    low = round(total * recipe.layout_noise)
+    parts = [
+        start + (torch.arange(part) + torch.rand(part)) * (total - start) / max(part, 1)
+        for start, part in ((0, count - noisy), (low, noisy))
+    ]
+    return torch.cat(parts).long()
+
+
 def draw_captions(names: list[str], dropout: float, rng: random.Random) -> list[str]:
     """A random caption each; some are dropped, so that the model also learns the unconditional case guidance needs."""
     return ["" if rng.random() < dropout else rng.choice(captions_of(name)) for name in names]
@@ -176,16 +187,14 @@ class Trainer:
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
         return self.text(tokens.input_ids.to(self.device)).last_hidden_state
 
-    def loss(self, latents: torch.Tensor) -> torch.Tensor:
-        """v-prediction error on one random batch."""
+    def loss(self, latents: torch.Tensor, fraction: float) -> torch.Tensor:
+        """v-prediction error on one random batch, after this fraction of the training."""
         count = self.recipe.unet_batch
         rows = torch.randint(latents.shape[0], (count,))
         clean = latents[rows, torch.randint(latents.shape[1], (count,))].to(self.device)
         captions = draw_captions([self.icons[row].name for row in rows], self.recipe.caption_dropout, self.rng)
         noise = torch.randn_like(clean)
-        # stratified over the noise range: less variance from batch to batch
-        total = self.scheduler.config.num_train_timesteps
-        times = ((torch.arange(count) + torch.rand(count)) * total / count).long().to(self.device)
+        times = draw_times(count, self.scheduler.config.num_train_timesteps, self.recipe, fraction).to(self.device)
         noisy = self.scheduler.add_noise(clean, noise, times).to(memory_format=torch.channels_last)
         with autocast(self.device):
             predicted = self.unet(noisy, times, self.embed(captions)).sample
@@ -214,7 +223,7 @@ class Trainer:
             rate = learning_rate(self.recipe.unet_lr, clock.fraction, state["step"], self.recipe.warmup_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = self.loss(latents)
+            loss = self.loss(latents, clock.fraction)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
