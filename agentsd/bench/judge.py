@@ -144,4 +144,4 @@ def _read(file: Path) -> PIL.Image.Image:
 
 def _is_blank(file: Path) -> bool:
     """Whether a picture is a single colour, as one of values that are not finite is shown."""
-    return bool(np.ptp(np.asarray(_read(file))) == 0)
+    return not np.ptp(np.asarray(_read(file)), axis=(0, 1)).any()

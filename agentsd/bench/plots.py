@@ -102,8 +102,8 @@ def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
 
     mine = [row for row in rows if row.model == model and row.speedup is not None]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name in dict.fromkeys(row.name for row in mine):
-        line = [row for row in mine if row.name == name]
+    for name, batch in dict.fromkeys((row.name, row.batch) for row in mine):
+        line = [row for row in mine if (row.name, row.batch) == (name, batch)]
         is_reference = name == "attention-free"
         axes.plot(
             [(row.height * row.width) ** 0.5 for row in line],
@@ -111,7 +111,7 @@ def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
             marker="" if is_reference else "o",
             linestyle="--" if is_reference else "-",
             color="black" if is_reference else None,
-            label=name,
+            label=name if batch == 1 else f"{name}, batch {batch}",
         )
     axes.set_xlabel("side of the picture in pixels")
     axes.set_ylabel("speed-up over vanilla")
