@@ -86,6 +86,56 @@ def test_draws_the_colour_asked_for_on_white(
 ) -> None:
     picture = draw(pipe, prompt, 15)
     middle = picture[:, 96:160, 96:160].mean(dim=(1, 2))
-    border = torch.cat([picture[:, :16], picture[:, -16:]], dim=1)
+    corners = picture[:, [4, 4, -5, -5], [4, -5, 4, -5]]
     assert middle[strong] > middle[weak] + 0.2 and middle[strong] == middle.max(), middle
-    assert border.mean() > 0.9, "white background"
+    assert corners.min() > 0.9, "white background"
+
+
+def inner(picture: torch.Tensor) -> torch.Tensor:
+    """The picture without its outermost pixels, where this decoder draws a faint line."""
+    return picture[:, 4:-4, 4:-4]
+
+
+def drawn(picture: torch.Tensor) -> torch.Tensor:
+    """Where there is something on the white, (height, width), cut to what is drawn."""
+    mask = inner(picture).amin(dim=0) < 0.75
+    rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def widths(mask: torch.Tensor) -> list[float]:
+    """How much of the width is drawn on, in the upper, middle and lower third."""
+    return [float(part.float().mean()) for part in mask.chunk(3)]
+
+
+@pytest.mark.parametrize("prompt", ["a red heart", "a blue heart", "a green heart"])
+def test_a_heart_has_the_shape_of_one(prompt: str, pipe: StableDiffusionPipeline) -> None:
+    """Wide above, a point below, and a notch in the middle of its upper edge."""
+    mask = drawn(draw(pipe, prompt, 15))
+    upper, _, lower = widths(mask)
+    assert upper > lower + 0.2
+    top, third = mask[: len(mask) // 12], mask.shape[1] // 3
+    assert top[:, :third].any() and top[:, -third:].any()
+    assert not top[:, mask.shape[1] // 2].all()
+
+
+def test_a_fir_tree_has_the_shape_of_one(pipe: StableDiffusionPipeline) -> None:
+    """A point above, wide below, and green."""
+    picture = draw(pipe, "a fir tree", 15)
+    mask = drawn(picture)
+    upper, middle, _ = widths(mask)
+    assert upper < 0.45 and middle > upper + 0.1
+    assert len(mask) > 0.9 * mask.shape[1], "upright"
+
+
+def test_a_pineapple_has_its_parts_in_place(pipe: StableDiffusionPipeline) -> None:
+    """Green leaves above, yellow fruit below, and taller than wide."""
+    picture = inner(draw(pipe, "a pineapple", 15))
+    mask = drawn(picture)
+    rows = (picture.amin(dim=0) < 0.75).any(dim=1).nonzero()
+    top, bottom = int(rows[0]), int(rows[-1])
+    leaves = picture[:, top : top + (bottom - top) // 4, 108:140]
+    fruit = picture[:, bottom - (bottom - top) // 2 : bottom - 8, 108:140]
+    excess = [part[0].mean() - part[1].mean() for part in (leaves, fruit)]  # red over green
+    assert excess[1] > excess[0] + 0.2
+    assert len(mask) > 1.2 * mask.shape[1]

@@ -31,7 +31,7 @@ class Recipe:
     unet_head_width: int = 48
     unet_variants: int = 10
     unet_batch: int = 16
-    unet_lr: float = 2e-3
+    unet_lr: float = 1e-3
     unet_minutes: float = 99.0
     # What is drawn where is decided while there is almost only noise, and is learned last: after this part of the
     # time, most samples of a batch come from the noisiest part of the range.
