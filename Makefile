@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 
 PACKAGING := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: help quickstart test lint format wheel clean
+.PHONY: help quickstart test lint format tables wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: $(VENV)/.dev ## Check style, formatting and types.
 format: $(VENV)/.dev ## Format the code and mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: $(VENV)/.dev ## Write the README's tables anew from the recorded results.
+	$(BIN)/python -m agentsd.bench.tables README.md
 
 wheel: $(VENV)/.dev ## Build the source archive and the wheel into dist/.
 	$(BIN)/python -m build --no-isolation

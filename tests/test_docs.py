@@ -1,6 +1,6 @@
 """What the documentation shows runs: every `>>>` example and every snippet and command of the README.
 
-Left out is only the benchmark's suite, which takes half an hour; `test_bench.py` runs it on a small model.
+Left out is only the benchmark's `cpu` suite, which takes half an hour; `test_bench_run.py` runs it on a small model.
 """
 
 import doctest
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import agentsd
+from agentsd.bench.tables import fill_tables
 
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [line for line in commands() if line.startswith("agentsd ") and "--suite" not in line]
+    "command", [line for line in commands() if line.startswith("agentsd ") and "--suite cpu" not in line]
 )
 def test_commands_of_the_readme_run(command, tmp_path):
     program = [sys.executable, "-c", "from agentsd.cli import main; main()"]
@@ -83,6 +84,10 @@ def test_other_commands_of_the_readme_are_make_targets():
     for line in others:
         assert re.fullmatch(r"make \w+", line), line
         assert f"\n{line.split()[1]}:" in makefile, line
+
+
+def test_tables_of_the_readme_are_the_recorded_ones():
+    assert fill_tables(ROOT / "README.md") == README, "make tables"
 
 
 def test_links_of_the_readme_lead_somewhere():
