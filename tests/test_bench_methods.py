@@ -135,6 +135,15 @@ def test_deepcache_is_the_real_package_and_combines():
     assert abs(both - agent).max() > 1e-4
 
 
+def test_a_picture_does_not_depend_on_those_before_it():
+    """tomesd's own generator goes on from picture to picture."""
+    subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
+    case = Case("tiny", "tomesd", 0.4, 64, 64, 1)
+    twin = switch_on(subject, tiny_sd(), case, BenchSettings())
+    first, again = (subject.draw(twin, case, 2, ["red apple"], [3]).images[0] for _ in range(2))
+    assert (first == again).all()
+
+
 def test_fewer_steps_is_vanilla():
     assert (draw("fewer-steps") == draw("vanilla")).all()
 

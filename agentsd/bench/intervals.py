@@ -39,8 +39,8 @@ def bootstrap_sets(
     """
     A distance between two sets with its 95 % interval.
 
-    A resampled set holds rows twice, which such distances take for a difference; so the interval is the "basic" one,
-    which turns the spread of the resamples around the measured value and thereby takes this shift away.
+    A resampled set holds rows twice, which such distances take for a difference between the sets. So only the spread
+    of the resamples counts, around their own mean; it is laid around the measured value.
 
     Args:
         distance (`Callable`): Of two sets.
@@ -65,5 +65,5 @@ def bootstrap_sets(
         distance(first[rng.integers(len(first), size=len(first))], second[rng.integers(len(second), size=len(second))])
         for _ in range(_SET_RESAMPLES)
     ]
-    low, high = np.percentile(resampled, _ENDS)
-    return [value, float(2 * value - high), float(2 * value - low)]
+    low, high = np.percentile(resampled, _ENDS) - np.mean(resampled)
+    return [value, float(value - high), float(value - low)]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from ..config import AgentSDConfig, PresetName
@@ -261,6 +262,22 @@ class NaiveAttention:
         """See [`Method.apply`]."""
         unet: Any = attended_models(model)[0][1]
         unet.set_attn_processor(AttnProcessor())
+
+
+def reseed(model: Any, seed: int) -> None:
+    """
+    Start anew what a method draws at random, so that a picture does not depend on those drawn before it.
+
+    tomesd goes on with one generator from picture to picture; all other methods have no random state.
+
+    Args:
+        model (`DiffusionPipeline` or `UNet2DConditionModel`): A model with a method on.
+        seed (`int`): The picture's seed.
+    """
+    unet = attended_models(model)[0][1]
+    info = getattr(unet, "_tome_info", None)
+    if info is not None:
+        info["args"]["generator"] = torch.Generator(next(unet.parameters()).device).manual_seed(seed)
 
 
 def patchable_sites(model: Any) -> list[Site]:

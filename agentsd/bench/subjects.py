@@ -11,7 +11,7 @@ from diffusers import PNDMScheduler
 
 from ..patch import remove_patch
 from ..pipeline import load_pipeline, pick_device, pick_dtype
-from .methods import METHODS
+from .methods import METHODS, reseed
 from .settings import BenchSettings, Case
 from .shapes import call_unet, random_unet, share_weights, unet_inputs
 from .timing import Call, Stopwatch
@@ -116,6 +116,7 @@ class PipelineSubject:
         Returns:
             `StableDiffusionPipelineOutput`: What the pipeline returns, with arrays as pictures.
         """
+        reseed(model, seeds[0])
         if self.guidance_scale is not None:
             options["guidance_scale"] = self.guidance_scale
         return model(
