@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -351,7 +352,21 @@ def env(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="agentsd")
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        app(prog_name="agentsd")
+    except SystemExit as end:
+        # Libraries turn an interrupt into an error of their own where it meets them in an unlucky moment.
+        if interrupts and end.code not in (0, 130):
+            _messages.print("Interrupted.")
+            raise SystemExit(130) from None
+        raise
 
 
 @contextmanager
