@@ -193,6 +193,13 @@ def test_the_shapes_are_the_real_ones(shape, parameters, sites):
     assert len(patchable_sites(unet)) == sites
 
 
+@pytest.mark.parametrize(("shape", "side"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])
+def test_the_shapes_have_the_native_size_of_their_models(shape, side):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES[shape])
+    assert UNetSubject(shape, 0, torch.device("cpu"), torch.float32).size(unet) == (side, side)
+
+
 def test_inputs_fit_the_model_and_repeat(unet):
     first, second = unet_inputs(unet, 64, 128), unet_inputs(unet, 64, 128)
     assert first["sample"].shape == (2, 4, 8, 16)

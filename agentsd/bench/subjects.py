@@ -13,16 +13,12 @@ from ..patch import remove_patch
 from ..pipeline import load_pipeline, pick_device, pick_dtype
 from .methods import METHODS, reseed
 from .settings import BenchSettings, Case
-from .shapes import call_unet, random_unet, share_weights, unet_inputs
+from .shapes import LATENT_SCALE, call_unet, random_unet, share_weights, unet_inputs
 from .timing import Call, Stopwatch
 
 
 class Subject(Protocol):
     """A model to measure. It is picklable, so that another process can load the same."""
-
-    @property
-    def unit(self) -> str:
-        """What one call is, for the heading of a table."""
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +66,6 @@ class PipelineSubject:
     seed: int
     device: torch.device
     dtype: torch.dtype
-
-    unit = "generation"
 
     def load(self) -> Any:
         """See [`Subject.load`]."""
@@ -162,8 +156,6 @@ class UNetSubject:
     device: torch.device
     dtype: torch.dtype
 
-    unit = "UNet call"
-
     def load(self) -> Any:
         """See [`Subject.load`]."""
         unet = random_unet(self.shape, self.seed).to(self.device)
@@ -179,7 +171,8 @@ class UNetSubject:
 
     def size(self, model: Any) -> tuple[int, int]:
         """See [`Subject.size`]."""
-        raise NotImplementedError("the size of a UNet call is part of the settings")
+        side = model.config.sample_size * LATENT_SCALE
+        return side, side
 
     def call(self, model: Any, case: Case, steps: int) -> Call:
         """See [`Subject.call`]."""
