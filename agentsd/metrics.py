@@ -13,8 +13,8 @@ Picture: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
 
 # Structural similarity looks through a Gaussian window of this many pixels.
 _SSIM_WINDOW = 11
-# Its multi-scale form halves the picture four times before the last look.
-_MS_SSIM_SIDE = (_SSIM_WINDOW - 1) * 2**4
+# Its multi-scale form halves the picture four times, and then wants more than ten pixels.
+MS_SSIM_SIDE = (_SSIM_WINDOW - 1) * 2**4 + 1
 
 
 def psnr(image: Picture, reference: Picture) -> float:
@@ -78,11 +78,7 @@ def ssim(image: Picture, reference: Picture) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     first, second = _pair(image, reference)
-    if min(first.shape[-2:]) < _SSIM_WINDOW:
-        raise ValueError(
-            f"Structural similarity needs pictures of at least {_SSIM_WINDOW}×{_SSIM_WINDOW} pixels, "
-            f"but these have {_size(first)}."
-        )
+    _check_side("Structural similarity", first, _SSIM_WINDOW)
     similarity = structural_similarity_index_measure(first, second, data_range=1.0)
     assert not isinstance(similarity, tuple)  # only with `return_full_image` or `return_contrast_sensitivity`
     return float(similarity)
@@ -94,7 +90,7 @@ def ms_ssim(image: Picture, reference: Picture) -> float:
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture, as [`to_tensor`] takes it, more than 160 pixels high and wide. Of a batch, the mean is
+            The picture, as [`to_tensor`] takes it, at least 161 pixels high and wide. Of a batch, the mean is
             returned.
         reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
 
@@ -118,11 +114,7 @@ def ms_ssim(image: Picture, reference: Picture) -> float:
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     first, second = _pair(image, reference)
-    if min(first.shape[-2:]) <= _MS_SSIM_SIDE:
-        raise ValueError(
-            f"Multi-scale structural similarity needs pictures of more than {_MS_SSIM_SIDE}×{_MS_SSIM_SIDE} pixels, "
-            f"but these have {_size(first)}."
-        )
+    _check_side("Multi-scale structural similarity", first, MS_SSIM_SIDE)
     return float(multiscale_structural_similarity_index_measure(first, second, data_range=1.0))
 
 
@@ -182,6 +174,13 @@ def _pair(image: Picture, reference: Picture) -> tuple["torch.Tensor", "torch.Te
     if first.shape != second.shape:
         raise ValueError(f"The pictures differ in size: {_size(first)} and {_size(second)}.")
     return first, second
+
+
+def _check_side(metric: str, picture: "torch.Tensor", least: int) -> None:
+    if min(picture.shape[-2:]) < least:
+        raise ValueError(
+            f"{metric} needs pictures of at least {least}×{least} pixels, but these have {_size(picture)}."
+        )
 
 
 def _size(picture: "torch.Tensor") -> str:

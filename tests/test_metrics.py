@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from agentsd.metrics import psnr, ssim, to_tensor
+from agentsd.metrics import ms_ssim, psnr, ssim, to_tensor
 
 
 @pytest.fixture
@@ -42,6 +42,16 @@ def test_ssim_falls_with_noise_and_is_symmetric(pictures):
     """A similarity that did not fall, or depended on the order, would say nothing."""
     assert 0 < ssim(*pictures) < 0.95
     assert ssim(*pictures) == pytest.approx(ssim(*reversed(pictures)), abs=1e-12)
+
+
+def test_the_smallest_picture_of_multi_scale_similarity():
+    """It halves a picture four times; a smaller one would fail inside the library, or be judged by fewer scales."""
+    picture = torch.rand(3, 161, 161, generator=torch.Generator().manual_seed(0))
+    noisy = (picture + 0.2 * torch.rand(3, 161, 161, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    assert ms_ssim(picture, picture) == pytest.approx(1.0)
+    assert 0 < ms_ssim(noisy, picture) < 1
+    with pytest.raises(ValueError, match="at least 161×161 pixels, but these have 161×160"):
+        ms_ssim(picture[:, :160], picture[:, :160])
 
 
 @pytest.mark.parametrize("form", ["array", "batch of arrays", "tensor", "batch"])

@@ -9,17 +9,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..metrics import ms_ssim, psnr, ssim
+from ..metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from ..pictures import to_image
 from .features import PerceptualDistance, load_extractor, picture_files
 from .intervals import bootstrap_mean, bootstrap_sets
 from .set_metrics import clip_scores, frechet_distance, kernel_distance
 from .settings import BenchSettings, Case, picture_folder
 from .workers import Workers
-
-
-# Multi-scale structural similarity halves a picture four times and then needs a window of 11 pixels.
-_MS_SSIM_SIDE = 160
 
 
 @dataclass
@@ -111,7 +107,7 @@ class PictureJudge:
             else:
                 scores["psnr"].append(value)
             scores["ssim"].append(ssim(first, second))
-            if min(first.size) > _MS_SSIM_SIDE:
+            if min(first.size) >= MS_SSIM_SIDE:
                 scores["ms_ssim"].append(ms_ssim(first, second))
             if perceptual is not None:
                 scores["lpips"].append(perceptual(first, second))
