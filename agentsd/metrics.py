@@ -13,8 +13,8 @@ Picture: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
 
 # Structural similarity looks through a Gaussian window of this many pixels.
 _SSIM_WINDOW = 11
-# Its multi-scale form halves the picture four times, and then wants more than ten pixels.
-MS_SSIM_SIDE = (_SSIM_WINDOW - 1) * 2**4 + 1
+# Its multi-scale form halves the picture four times, and then looks through the same window.
+MS_SSIM_SIDE = _SSIM_WINDOW * 2**4
 
 
 def psnr(image: Picture, reference: Picture) -> float:
@@ -90,7 +90,7 @@ def ms_ssim(image: Picture, reference: Picture) -> float:
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture, as [`to_tensor`] takes it, at least 161 pixels high and wide. Of a batch, the mean is
+            The picture, as [`to_tensor`] takes it, at least 176 pixels high and wide. Of a batch, the mean is
             returned.
         reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
 

@@ -46,12 +46,12 @@ def test_ssim_falls_with_noise_and_is_symmetric(pictures):
 
 def test_the_smallest_picture_of_multi_scale_similarity():
     """It halves a picture four times; a smaller one would fail inside the library, or be judged by fewer scales."""
-    picture = torch.rand(3, 161, 161, generator=torch.Generator().manual_seed(0))
-    noisy = (picture + 0.2 * torch.rand(3, 161, 161, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    picture = torch.rand(3, 176, 176, generator=torch.Generator().manual_seed(0))
+    noisy = (picture + 0.2 * torch.rand(3, 176, 176, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     assert ms_ssim(picture, picture) == pytest.approx(1.0)
     assert 0 < ms_ssim(noisy, picture) < 1
-    with pytest.raises(ValueError, match="at least 161×161 pixels, but these have 161×160"):
-        ms_ssim(picture[:, :160], picture[:, :160])
+    with pytest.raises(ValueError, match="at least 176×176 pixels, but these have 176×175"):
+        ms_ssim(picture[:, :175], picture[:, :175])
 
 
 @pytest.mark.parametrize("form", ["array", "batch of arrays", "tensor", "batch"])
