@@ -69,4 +69,4 @@ def agent_attention(
         )
     scale = q.shape[-1] ** -0.5
     gathered = attend(agents, k, v, scale=scale)
-    return attend(q, agents, gathered, scale=scale**k_scale2) + k_shortcut * v
+    return torch.add(attend(q, agents, gathered, scale=scale**k_scale2), v, alpha=k_shortcut)
