@@ -83,6 +83,13 @@ def test_a_model_draws_at_its_own_size_by_default(model):
     assert (row.height, row.width) == (128, 128)
 
 
+def test_every_other_round_is_in_reverse_order(model, tmp_path):
+    run_bench(speed(model, methods=("vanilla", "agentsd", "tomesd"), repeats=3), out=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    orders = [list(row["samples"]) for row in rows if row["kind"] == "round"]
+    assert orders == [orders[0], orders[0][::-1], orders[0]]
+
+
 def test_memory_is_measured_for_each_method(model):
     rows = run_bench(speed(model, methods=("vanilla", "agentsd"), memory=True, repeats=1)).rows
     assert all(100 * 2**20 < row.peak_bytes < 8 * 2**30 for row in rows)

@@ -197,7 +197,8 @@ class _ModelBench:
             except Exception as error:
                 drop(case.name, error)
         while variants and len(rounds) < self.settings.repeats:
-            samples = time_round(list(variants), self.subject.device, self.counter.step, drop)
+            in_turn = variants[::-1] if len(rounds) % 2 else list(variants)
+            samples = time_round(in_turn, self.subject.device, self.counter.step, drop)
             record = {name: asdict(sample) for name, sample in samples.items()}
             self.folder.rounds.append({"kind": "round", **_group(cases[0]), "samples": record})
             rounds.append(samples)

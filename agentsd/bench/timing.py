@@ -158,8 +158,9 @@ def time_round(
     on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Sample]:
     """
-    Time every variant once, in turn. Calling this again and again gives the order A B C A B C, in which a slow drift
-    of the machine (heat, a neighbour's load) meets all variants alike.
+    Time every variant once, in turn. Calling this again and again, each time in the reverse of the last order, gives
+    A B C C B A: a slow drift of the machine (heat, a neighbour's load) meets all variants alike, and so does what the
+    one before left behind in caches and memory.
 
     Args:
         variants (`Sequence[Variant]`): What to time; each has been called before, so that nothing is set up now.
