@@ -15,7 +15,10 @@ PYTEST_ARGS ?=
 
 PACKAGING := pyproject.toml setup.cfg constraints.txt
 
-.PHONY: help quickstart test lint format tables wheel clean
+# What the web page shows beside pictures.
+RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl)
+
+.PHONY: help quickstart demo test lint format tables notebooks wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +26,10 @@ help: ## List the targets.
 quickstart: $(VENV)/.core ## Install into .venv and compare with and without agentsd on the embedded model.
 	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --out "$(OUT)"
 
-test: $(VENV)/.dev ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).
+demo: $(VENV)/.demo ## Open a web page that compares speed and pictures side by side.
+	$(BIN)/agentsd demo $(RESULTS:%/cases.jsonl=--results %)
+
+test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Check style, formatting and types.
@@ -37,6 +43,9 @@ format: $(VENV)/.dev ## Format the code and mend what ruff can mend.
 
 tables: $(VENV)/.dev ## Write the README's tables anew from the recorded results.
 	$(BIN)/python -m agentsd.bench.tables README.md
+
+notebooks: $(VENV)/.dev ## Run the notebooks and keep what they print.
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 wheel: $(VENV)/.dev ## Build the source archive and the wheel into dist/.
 	$(BIN)/python -m build --no-isolation
@@ -64,5 +73,14 @@ $(VENV)/.core: $(VENV)/.torch $(PACKAGING)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(PACKAGING)
-	$(PIP) install -c constraints.txt -e '.[bench,train,dev]'
+	$(PIP) install -c constraints.txt -e '.[bench,demo,train,dev]'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(PACKAGING)
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+# The tests of the web page drive a real browser.
+$(VENV)/.browser: $(VENV)/.dev tests/browser.py
+	$(BIN)/python tests/browser.py
 	touch $@

@@ -3,19 +3,15 @@
 import ast
 import importlib.util
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
+from .terminal import calm_libraries, errors_as_messages, messages, print_table, progress_bars, warn
 
 
 if TYPE_CHECKING:
@@ -30,8 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-# Results go to standard output; progress, warnings and errors do not mix with them.
-_messages = Console(stderr=True)
 
 Prompt = Annotated[str, typer.Argument(help="What to draw.")]
 Model = Annotated[
@@ -91,14 +85,14 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Generate a picture."""
-    with _errors(debug, exit_code=2):
+    with errors_as_messages(debug, exit_code=2):
         config = _patch_config(ratio, settings)
         if no_patch and (ratio is not None or settings):
             raise ValueError("--no-patch leaves nothing for --ratio and --set to change: leave out one or the other.")
         _check_picture_file(out)
         _check_size(height, width)
     pipe = _load(model, device, dtype, debug)
-    with _errors(debug):
+    with errors_as_messages(debug):
         import torch
 
         from .patch import apply_patch
@@ -127,7 +121,7 @@ def generate(
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
         how = "without agentsd" if no_patch else f"with agentsd, ratio {config.ratio:g}"
-        _warn(picture_warnings(output, how.split(",")[0], pipe.unet.dtype))
+        warn(picture_warnings(output, how.split(",")[0], pipe.unet.dtype))
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
 
 
@@ -149,15 +143,15 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Generate the same picture with and without agentsd, and compare time and picture."""
-    with _errors(debug, exit_code=2):
+    with errors_as_messages(debug, exit_code=2):
         config = _patch_config(ratio, settings)
         _check_folder(out)
         _check_size(height, width)
     pipe = _load(model, device, dtype, debug)
-    with _errors(debug):
+    with errors_as_messages(debug):
         from .compare import compare as run_comparison
 
-        with _progress() as bars:
+        with progress_bars() as bars:
             names = {"vanilla": "without agentsd", "agentsd": "with agentsd"}
             tasks = {variant: bars.add_task(name, total=steps) for variant, name in names.items()}
             comparison = run_comparison(
@@ -173,8 +167,8 @@ def compare(
                 progress=lambda variant, done, total: bars.update(tasks[variant], completed=done, total=total),
             )
         files = comparison.save(out)
-        _warn(comparison.warnings)
-        _print(comparison.table())
+        warn(comparison.warnings)
+        print_table(comparison.table())
         for file in files.values():
             print(file)
 
@@ -245,8 +239,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure speed, memory and picture quality, with agentsd and with other methods."""
-    with _errors(debug, exit_code=2), _messages.status("Starting"):
-        _calm_libraries(debug)
+    with errors_as_messages(debug, exit_code=2), messages.status("Starting"):
+        calm_libraries(debug)
         from .bench import BenchSettings, run_bench
         from .bench.prompts import read_prompts
 
@@ -285,8 +279,8 @@ def bench(
         if asked.kind == "generation":
             for name in asked.models:
                 _check_model(name, device, dtype)
-    with _errors(debug):
-        with _progress() as bars:
+    with errors_as_messages(debug):
+        with progress_bars() as bars:
             task = bars.add_task("loading", total=None)
 
             def advance(done: int, total: int, name: str) -> None:
@@ -297,7 +291,7 @@ def bench(
 
         if not Workers().is_main:
             return
-        _print(result.table())
+        print_table(result.table())
         for note in result.notes:
             print(f"- {note}")
         if out is None:
@@ -305,7 +299,7 @@ def bench(
         for file in result.save(out):
             print(file)
         if importlib.util.find_spec("matplotlib") is None:
-            _warn(["There are no plots, since matplotlib is not installed: pip install 'agentsd[bench]'"])
+            warn(["There are no plots, since matplotlib is not installed: pip install 'agentsd[bench]'"])
 
 
 @app.command()
@@ -318,11 +312,11 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show what agentsd does to each layer of a model: tokens, agents and operations."""
-    with _errors(debug, exit_code=2):
+    with errors_as_messages(debug, exit_code=2):
         config = _patch_config(ratio, settings)
         _check_size(height, width)
     pipe = _load(model, "cpu", None, debug)
-    with _errors(debug):
+    with errors_as_messages(debug):
         from .patch import apply_patch
         from .patch_report import report as report_patch
 
@@ -334,11 +328,55 @@ def report(
 
 
 @app.command()
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="As of the other commands; may be given several times. [default: emoji]"),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder written by `agentsd bench`, to look at; may be given several times."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen at; 0.0.0.0 for the whole network. [default: this machine]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port. [default: the first free one from 7860]")
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's servers.")] = False,
+    max_side: Annotated[int, typer.Option(help="Longest side of a picture in pixels.")] = 1024,
+    max_steps: Annotated[int, typer.Option(help="Most denoising steps.")] = 100,
+    max_waiting: Annotated[int, typer.Option(help="How many generations may wait for their turn.")] = 8,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Open a web page that compares speed and pictures side by side."""
+    with errors_as_messages(debug, exit_code=2), messages.status("Starting"):
+        calm_libraries(debug)
+        missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"The web page needs {' and '.join(missing)}: pip install 'agentsd[demo]'")
+        from .bench import load_result
+        from .engine import Engine, Limits
+
+        for folder in results or ():
+            load_result(folder)
+        limits = Limits(side=max_side, steps=max_steps, waiting=max_waiting)
+        engine = Engine(model or ("emoji",), device=device, dtype=dtype, limits=limits)
+    with errors_as_messages(debug):
+        from .demo import build_demo, launch_demo
+
+        print("Ctrl+C ends the page.")
+        launch_demo(build_demo(engine, results or ()), host=host, port=port, share=share)
+
+
+@app.command()
 def env(debug: Debug = False) -> None:
     """Show versions, device and precision: what a bug report needs."""
-    with _errors(debug):
-        with _messages.status("Looking around"):
-            _calm_libraries(debug)
+    with errors_as_messages(debug):
+        with messages.status("Looking around"):
+            calm_libraries(debug)
             from .bench import environment
             from .pipeline import pick_device, pick_dtype
 
@@ -347,7 +385,7 @@ def env(debug: Debug = False) -> None:
         table = Table(box=None, show_header=False)
         for name, value in facts.items():
             table.add_row(name, "not there" if value is None else str(value))
-        _print(table)
+        print_table(table)
 
 
 def main() -> None:
@@ -364,36 +402,16 @@ def main() -> None:
     except SystemExit as end:
         # Libraries turn an interrupt into an error of their own where it meets them in an unlucky moment.
         if interrupts and end.code not in (0, 130):
-            _messages.print("Interrupted.")
+            messages.print("Interrupted.")
             raise SystemExit(130) from None
         raise
 
 
-@contextmanager
-def _errors(debug: bool, exit_code: int = 1) -> Iterator[None]:
-    """End with one line and an exit code instead of a traceback: 2 for what was asked wrongly, 1 for what failed."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt:
-        _messages.print("Interrupted.")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split())
-        if not isinstance(error, (OSError, RuntimeError, TypeError, ValueError)):
-            message = f"{type(error).__name__}: {message} (--debug shows where)"
-        _say("Error", message)
-        raise typer.Exit(exit_code) from None
-
-
 def _load(model: str, device: str | None, dtype: str | None, debug: bool) -> Any:
-    with _errors(debug, exit_code=2), _messages.status(f"Starting {model}"):
-        _calm_libraries(debug)
+    with errors_as_messages(debug, exit_code=2), messages.status(f"Starting {model}"):
+        calm_libraries(debug)
         _check_model(model, device, dtype)
-    with _errors(debug), _messages.status(f"Loading {model}"):
+    with errors_as_messages(debug), messages.status(f"Loading {model}"):
         from .pipeline import load_pipeline
 
         return load_pipeline(model, device=device, dtype=dtype)
@@ -404,21 +422,6 @@ def _check_model(model: str, device: str | None, dtype: str | None) -> None:
 
     resolve_model(model)
     pick_dtype(dtype, pick_device(device))
-
-
-def _calm_libraries(debug: bool) -> None:
-    """Spare the user notes about the libraries' insides, and progress bars of less than a second."""
-    if debug:
-        return
-    import transformers
-
-    # Before diffusers is imported, which makes transformers warn.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
 
 
 def _patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
@@ -477,24 +480,3 @@ def _check_size(height: int | None, width: int | None) -> None:
     # Given one of them, some pipelines silently take their default for both.
     if (height is None) != (width is None):
         raise ValueError("Give both --height and --width, or neither.")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=_messages
-    )
-
-
-def _print(table: Table) -> None:
-    # In a file or a pipe there is no edge to fit a table to.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _warn(warnings: list[str]) -> None:
-    for warning in warnings:
-        _say("Warning", warning)
-
-
-def _say(kind: str, message: str) -> None:
-    # Printed as it is: messages hold brackets and paths that rich would read as markup, colour or break.
-    _messages.print(f"{kind}: {message}", markup=False, highlight=False, soft_wrap=True)

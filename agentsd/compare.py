@@ -2,55 +2,33 @@
 
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 from rich.table import Table
 from rich.text import Text
 
 from .config import AgentSDConfig
+from .generation import Run, RunTime, generate_timed, pipeline_call
 from .metrics import psnr, ssim
 from .patch import is_patched, patched, remove_patch
 from .patch_report import PatchReport, report
-from .pictures import difference_map, picture_warnings, side_by_side, to_image
+from .pictures import difference_map, side_by_side
 
 
 # Variant ("vanilla" or "agentsd"), steps done, steps in all. Whatever it raises ends the comparison.
 Progress = Callable[[str, int, int], None]
 
-# With three steps, evenly spaced schedules reach both the agent phase and the ToMe phase.
-_WARMUP_STEPS = 3
 _OWN_OPTIONS = {
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator", "num_images_per_prompt"),
     *("num_inference_steps", "output_type", "return_dict"),
 }
-
-
-@dataclass(frozen=True)
-class RunTime:
-    """
-    How long one generation took.
-
-    Args:
-        steps (`list[float]`): Seconds of each denoising step. The first contains the text encoding too.
-        total (`float`): Seconds from the prompt to the decoded picture.
-    """
-
-    steps: list[float]
-    total: float
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The mean step, without the first one if there are more: the steps of the two phases differ by design."""
-        return statistics.fmean(self.steps[1:] or self.steps)
 
 
 @dataclass(frozen=True)
@@ -59,32 +37,51 @@ class Comparison:
     A picture generated twice from one seed, without the patch (`vanilla`) and with it (`agentsd`).
 
     Args:
-        vanilla (`PIL.Image.Image`): The picture without the patch.
-        agentsd (`PIL.Image.Image`): The picture with it.
+        vanilla_run (`Run`): Picture, times and memory without the patch.
+        agentsd_run (`Run`): The same with it.
         difference (`PIL.Image.Image`): Where they differ, brightened `difference_scale` times.
         difference_scale (`int`): How much the difference is brightened.
         side_by_side (`PIL.Image.Image`): All three with labels.
-        vanilla_time (`RunTime`): Time without the patch.
-        agentsd_time (`RunTime`): Time with it.
         psnr (`float`, *optional*): Peak signal-to-noise ratio in decibels, infinite for identical pictures.
         ssim (`float`, *optional*): Structural similarity. Both are `None` if a picture has values that are not finite.
         report (`PatchReport`): What the patch did to each layer.
         settings (`dict[str, Any]`): What was generated, and how.
-        warnings (`list[str]`): What is wrong with the pictures: not finite, black, replaced by the safety checker.
     """
 
-    vanilla: PIL.Image.Image
-    agentsd: PIL.Image.Image
+    vanilla_run: Run
+    agentsd_run: Run
     difference: PIL.Image.Image
     difference_scale: int
     side_by_side: PIL.Image.Image
-    vanilla_time: RunTime
-    agentsd_time: RunTime
     psnr: float | None
     ssim: float | None
     report: PatchReport
     settings: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def vanilla(self) -> PIL.Image.Image:
+        """The picture without the patch."""
+        return self.vanilla_run.image
+
+    @property
+    def agentsd(self) -> PIL.Image.Image:
+        """The picture with the patch."""
+        return self.agentsd_run.image
+
+    @property
+    def vanilla_time(self) -> RunTime:
+        """Time without the patch."""
+        return self.vanilla_run.time
+
+    @property
+    def agentsd_time(self) -> RunTime:
+        """Time with the patch."""
+        return self.agentsd_run.time
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the pictures: not finite, black, replaced by the safety checker."""
+        return self.vanilla_run.warnings + self.agentsd_run.warnings
 
     @property
     def speed_up(self) -> float:
@@ -113,8 +110,9 @@ class Comparison:
         ):
             table.add_row(name, f"{before:.3f} s", f"{after:.3f} s", f"{gain:.2f}×")
         table.add_section()
-        table.add_row("PSNR", "", _decibels(self.psnr), "")
-        table.add_row("SSIM", "", _similarity(self.ssim), "")
+        table.add_row("peak memory", self.vanilla_run.peak, self.agentsd_run.peak, "")
+        table.add_row("PSNR", "", decibels(self.psnr), "")
+        table.add_row("SSIM", "", similarity(self.ssim), "")
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,8 +125,8 @@ class Comparison:
         """
         return {
             "settings": self.settings,
-            "vanilla": _plain_time(self.vanilla_time),
-            "agentsd": _plain_time(self.agentsd_time),
+            "vanilla": _plain_run(self.vanilla_run),
+            "agentsd": _plain_run(self.agentsd_run),
             "speed_up": self.speed_up,
             "total_speed_up": self.total_speed_up,
             "psnr": self.psnr if self.psnr is not None and math.isfinite(self.psnr) else None,
@@ -171,6 +169,7 @@ def compare(
     seed: int = 0,
     negative_prompt: str | None = None,
     progress: Progress | None = None,
+    vanilla: Run | None = None,
     **options: Any,
 ) -> Comparison:
     """
@@ -192,6 +191,8 @@ def compare(
         progress (`Callable[[str, int, int], None]`, *optional*):
             Told the variant, the steps done and the steps in all, at each step; during the warm-up no step is done
             yet. An exception that it raises ends the comparison. It takes the place of the pipeline's progress bar.
+        vanilla (`Run`, *optional*):
+            The run without the patch, if it is known already from [`generate_timed`] with the same arguments.
         options: Passed to the pipeline, such as `image` and `strength`.
 
     Returns:
@@ -213,44 +214,34 @@ def compare(
     ```
     """
     _check(prompt, steps, seed, options)
-    # Given one of them, some pipelines silently take their default for both.
-    if (height is None) != (width is None):
-        raise ValueError("Give both `height` and `width`, or neither.")
-    given = {
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "negative_prompt": negative_prompt,
-        **options,
-    }
-    call = {"prompt": prompt, **{name: value for name, value in given.items() if value is not None}}
-
-    with _unpatched(pipe):
-        before, vanilla_time, vanilla_warnings = _generate(pipe, call, steps, seed, "vanilla", progress)
+    call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
+    if vanilla is None:
+        with _unpatched(pipe):
+            vanilla = generate_timed(pipe, call, steps, seed, "without agentsd", _part(progress, "vanilla"))
     has_own_patch = config is None and is_patched(pipe)
     with nullcontext() if has_own_patch else patched(pipe, config=config):
-        after, agentsd_time, agentsd_warnings = _generate(pipe, call, steps, seed, "agentsd", progress)
+        agentsd = generate_timed(pipe, call, steps, seed, "with agentsd", _part(progress, "agentsd"))
         patch_report = report(pipe)
+    if vanilla.values.shape != agentsd.values.shape:
+        raise ValueError(
+            f"`vanilla` is a run of another size: {vanilla.values.shape}, but the picture is {agentsd.values.shape}."
+        )
 
-    is_comparable = bool(np.isfinite(before).all() and np.isfinite(after).all())
-    vanilla, agentsd = to_image(before), to_image(after)
-    difference, scale = difference_map(vanilla, agentsd)
-    fidelity = (psnr(before, after), ssim(before, after)) if is_comparable else (None, None)
+    difference, scale = difference_map(vanilla.image, agentsd.image)
+    ratio, likeness = fidelity(agentsd.values, vanilla.values)
     labels = [
-        f"without agentsd: {vanilla_time.seconds_per_step:.3g} s a step",
-        f"with agentsd: {agentsd_time.seconds_per_step:.3g} s a step",
+        f"without agentsd: {vanilla.time.seconds_per_step:.3g} s a step",
+        f"with agentsd: {agentsd.time.seconds_per_step:.3g} s a step",
         f"difference, {scale} times as bright",  # Pillow's built-in font has no multiplication sign
     ]
     return Comparison(
-        vanilla=vanilla,
-        agentsd=agentsd,
+        vanilla_run=vanilla,
+        agentsd_run=agentsd,
         difference=difference,
         difference_scale=scale,
-        side_by_side=side_by_side([vanilla, agentsd, difference], labels),
-        vanilla_time=vanilla_time,
-        agentsd_time=agentsd_time,
-        psnr=fidelity[0],
-        ssim=fidelity[1],
+        side_by_side=side_by_side([vanilla.image, agentsd.image, difference], labels),
+        psnr=ratio,
+        ssim=likeness,
         report=patch_report,
         settings={
             "pipeline": type(pipe).__name__,
@@ -259,13 +250,12 @@ def compare(
             "seed": seed,
             "steps": steps,
             "guidance_scale": guidance_scale,
-            "height": vanilla.height,
-            "width": vanilla.width,
+            "height": vanilla.image.height,
+            "width": vanilla.image.width,
             "device": str(pipe._execution_device),
             "dtype": str(pipe.unet.dtype).removeprefix("torch."),
             "patch": patch_report.config.to_dict(),
         },
-        warnings=vanilla_warnings + agentsd_warnings,
     )
 
 
@@ -285,6 +275,10 @@ def _check(prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
         )
 
 
+def _part(progress: Progress | None, variant: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, variant)
+
+
 @contextmanager
 def _unpatched(pipe: Any) -> Iterator[None]:
     if not is_patched(pipe):
@@ -296,78 +290,12 @@ def _unpatched(pipe: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _without_progress_bar(pipe: Any) -> Iterator[None]:
-    before = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-def _generate(
-    pipe: Any, call: dict[str, Any], steps: int, seed: int, variant: str, progress: Progress | None
-) -> tuple[np.ndarray, RunTime, list[str]]:
-    """Warm up, then generate and time; returns values of shape `(height, width, 3)`, times and warnings."""
-
-    def tell_warmup(_done: int) -> None:
-        if progress is not None:
-            progress(variant, 0, steps)
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            # Fewer than `steps` if the pipeline starts from a picture.
-            progress(variant, done, getattr(pipe, "num_timesteps", steps))
-
-    with _without_progress_bar(pipe):
-        _run(pipe, call, min(steps, _WARMUP_STEPS), seed, tell_warmup)
-    with nullcontext() if progress is None else _without_progress_bar(pipe):
-        output, times = _run(pipe, call, steps, seed, tell)
-    name = {"vanilla": "without agentsd", "agentsd": "with agentsd"}[variant]
-    return output.images[0], times, picture_warnings(output, name, pipe.unet.dtype)
-
-
-def _run(pipe: Any, call: dict[str, Any], steps: int, seed: int, tell: Callable[[int], None]) -> tuple[Any, RunTime]:
-    device = torch.device(pipe._execution_device)
-    seconds: list[float] = []
-    mark = 0.0
-
-    def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal mark
-        _synchronize(device)
-        seconds.append(time.perf_counter() - mark)
-        tell(len(seconds))
-        mark = time.perf_counter()
-        return tensors
-
-    _synchronize(device)
-    start = mark = time.perf_counter()
-    output = pipe(
-        **call,
-        num_inference_steps=steps,
-        # On the CPU, so that a seed means the same noise on every device.
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-        callback_on_step_end=end_of_step,
-    )
-    _synchronize(device)
-    total = time.perf_counter() - start
-    if getattr(pipe, "interrupt", False):
-        raise RuntimeError("The comparison was interrupted.")
-    return output, RunTime(seconds, total)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def _plain_time(run_time: RunTime) -> dict[str, Any]:
+def _plain_run(run: Run) -> dict[str, Any]:
     return {
-        "seconds_per_step": run_time.seconds_per_step,
-        "total_seconds": run_time.total,
-        "step_seconds": run_time.steps,
+        "seconds_per_step": run.time.seconds_per_step,
+        "total_seconds": run.time.total,
+        "step_seconds": run.time.steps,
+        "peak_bytes": run.peak_bytes,
     }
 
 
@@ -376,9 +304,68 @@ def _size_and_steps(comparison: Comparison) -> str:
     return f"{width}×{height}, {steps} steps"
 
 
-def _decibels(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """
+    A peak signal-to-noise ratio for people.
+
+    Args:
+        value (`float`, *optional*): Decibels, infinite for identical pictures, `None` if not known.
+
+    Returns:
+        `str`: A few characters.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.compare import decibels
+    >>> decibels(31.234), decibels(float("inf")), decibels(None)
+    ('31.23 dB', 'identical', 'unknown')
+    ```
+    """
     return "unknown" if value is None else "identical" if math.isinf(value) else f"{value:.2f} dB"
 
 
-def _similarity(value: float | None) -> str:
+def similarity(value: float | None) -> str:
+    """
+    A structural similarity for people.
+
+    Args:
+        value (`float`, *optional*): From -1 to 1, `None` if not known.
+
+    Returns:
+        `str`: A few characters.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.compare import similarity
+    >>> similarity(0.98765)
+    '0.9877'
+    ```
+    """
     return "unknown" if value is None else f"{value:.4f}"
+
+
+def fidelity(picture: np.ndarray, reference: np.ndarray) -> tuple[float | None, float | None]:
+    """
+    How close a picture is to a reference.
+
+    Args:
+        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
+        reference (`np.ndarray` of shape `(height, width, 3)`): The same.
+
+    Returns:
+        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> from agentsd.compare import fidelity
+    >>> fidelity(np.zeros((16, 16, 3)), np.zeros((16, 16, 3)))
+    (inf, 1.0)
+    ```
+    """
+    if not (np.isfinite(picture).all() and np.isfinite(reference).all()):
+        return None, None
+    return psnr(reference, picture), ssim(reference, picture)

@@ -1,6 +1,7 @@
 """Pictures for people: from values to images, their difference, and several side by side."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,3 +136,17 @@ def to_image(picture: np.ndarray) -> PIL.Image.Image:
     """
     finite = np.nan_to_num(picture, nan=0.0, posinf=1.0, neginf=0.0)
     return PIL.Image.fromarray((finite * 255).round().astype(np.uint8))
+
+
+def opened(file: str | Path) -> PIL.Image.Image:
+    """
+    Read a picture file and close it.
+
+    Args:
+        file (`str` or `Path`): The file.
+
+    Returns:
+        `PIL.Image.Image`: The picture in RGB.
+    """
+    with PIL.Image.open(file) as picture:
+        return picture.convert("RGB")

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
+from ..memory import can_watch_peak, read_peak, start_peak
 
-# Linux keeps the peak of a process' resident memory (VmHWM), and writing 5 to clear_refs sets it back.
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
@@ -42,14 +41,15 @@ def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]
     True
     ```
     """
-    if device.type == "cuda":
-        call = prepare()
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "cpu" and _CLEAR_REFS.exists():
-        return _in_own_process(prepare)
-    return None
+    if not can_watch_peak(device):
+        return None
+    return _in_own_process(prepare) if device.type == "cpu" else _watch(device, prepare())
+
+
+def _watch(device: torch.device, call: Callable[[], object]) -> int | None:
+    is_watched = start_peak(device)
+    call()
+    return read_peak(device) if is_watched else None
 
 
 def _in_own_process(prepare: Callable[[], Callable[[], object]]) -> int | None:
@@ -76,14 +76,6 @@ def _measure(prepare: Callable[[], Callable[[], object]], threads: int, answer: 
     try:
         # If memory runs out, let it be this process that is ended.
         _OOM_SCORE.write_text("1000")
-        call = prepare()
-        try:
-            _CLEAR_REFS.write_text("5")
-        except OSError:  # a sandbox that forbids it
-            answer.send(None)
-            return
-        call()
-        peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        answer.send(int(peaks[0]) * 1024 if peaks else None)
+        answer.send(_watch(torch.device("cpu"), prepare()))
     except Exception as error:
         answer.send(RuntimeError(f"{type(error).__name__}: {error}"))

@@ -19,13 +19,14 @@ _GRID_PICTURES = 6
 _GRID_SIDE = 192
 
 
-def save_plots(result: "BenchResult", folder: Path) -> list[Path]:
+def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) -> list[Path]:
     """
     Draw every plot that the rows allow.
 
     Args:
         result (`BenchResult`): The rows.
-        folder (`Path`): Where to; pictures are taken from its `images`.
+        folder (`Path`): Where to.
+        images (`Path`, *optional*): The folder of the run's pictures; by default `images` in that folder.
 
     Returns:
         `list[Path]`: PNG files; without matplotlib, only grids.
@@ -41,8 +42,8 @@ def save_plots(result: "BenchResult", folder: Path) -> list[Path]:
         if len({(row.height, row.width) for row in rows}) > 1:
             files += [_plot_sizes(rows, model, folder) for model in dict.fromkeys(row.model for row in rows)]
         if any("ssim" in row.quality for row in rows):
-            files.append(_plot_quality(rows, folder))
-    return files + _draw_grids(rows, folder)
+            files.append(plot_quality(rows, folder / "quality-speed.png"))
+    return files + _draw_grids(rows, folder, images or folder / "images")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -70,7 +71,17 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front[::-1]
 
 
-def _plot_quality(rows: "list[Row]", folder: Path) -> Path:
+def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
+    """
+    Plot similarity to vanilla's pictures against speed, with the Pareto front.
+
+    Args:
+        rows (`Sequence[Row]`): The rows; those without a speed-up or SSIM are left out.
+        file (`Path`): The PNG file to write.
+
+    Returns:
+        `Path`: That file.
+    """
     from matplotlib import pyplot
 
     judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None]
@@ -92,9 +103,10 @@ def _plot_quality(rows: "list[Row]", folder: Path) -> Path:
     axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", label="Pareto front")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("speed-up over vanilla")
-    axes.set_ylabel("SSIM to vanilla's picture (95 % interval)")
+    has_intervals = any(low < high for row in judged for _, low, high in [row.quality["ssim"]])
+    axes.set_ylabel("SSIM to vanilla's picture" + (" (95 % interval)" if has_intervals else ""))
     axes.legend()
-    return _save(figure, folder / "quality-speed.png")
+    return _save(figure, file)
 
 
 def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
@@ -127,12 +139,12 @@ def _save(figure: Any, file: Path) -> Path:
     return file
 
 
-def _draw_grids(rows: "list[Row]", folder: Path) -> list[Path]:
+def _draw_grids(rows: "list[Row]", folder: Path, images: Path) -> list[Path]:
     """One sheet a setting: a line of the first pictures for each method."""
     files = []
     for setting in dict.fromkeys(row.setting for row in rows):
         mine = [row for row in rows if row.setting == setting]
-        lines = [(row, sorted((folder / "images" / picture_folder(row)).glob("*.png"))) for row in mine]
+        lines = [(row, sorted((images / picture_folder(row)).glob("*.png"))) for row in mine]
         lines = [(row, found[:_GRID_PICTURES]) for row, found in lines if found]
         if lines:
             file = folder / f"pictures-{picture_folder(mine[0]).parent}.png"

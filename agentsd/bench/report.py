@@ -16,7 +16,7 @@ from rich.table import Table
 from ..config import AgentSDConfig
 from .methods import BASELINE
 from .settings import SUITES, short_name
-from .store import BenchError, Log
+from .store import BenchError, read_log
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ def load_result(folder: str | Path) -> BenchResult:
         except (OSError, ValueError) as error:
             raise BenchError(f"{folder / name} cannot be read ({error}).") from error
     try:
-        return result_of(Log(folder / "cases.jsonl").records, *values)
+        return result_of(read_log(folder / "cases.jsonl"), *values)
     except (KeyError, TypeError, ValueError) as error:
         raise BenchError(f"{folder} was written by another version of agentsd: {error}.") from error
 

@@ -10,6 +10,46 @@ class BenchError(ValueError):
     """A benchmark cannot run as asked; the message says why and what to do."""
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """
+    Read a file of JSON lines, and leave it as it is: a run may be writing to it.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `list[dict[str, Any]]`: Its records, without a last line that was cut off in writing.
+
+    Raises:
+        BenchError: If a line cannot be read.
+
+    Examples:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from agentsd.bench.store import read_log
+    >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+    >>> path.write_text('{"seconds": 1.5}\\n{"seco')
+    23
+    >>> read_log(path)
+    [{'seconds': 1.5}]
+    ```
+    """
+    records = []
+    lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
+    return records
+
+
+def _complete_lines(text: str) -> str:
+    return text[: text.rfind("\n") + 1]
+
+
 class Log:
     """
     A file of JSON lines that is only ever appended to.
@@ -35,17 +75,11 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
         path.touch()
+        self.records: list[dict[str, Any]] = read_log(path)
         text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:
-            path.write_text(complete, encoding="utf-8")
-        for number, line in enumerate(complete.splitlines(), start=1):
-            try:
-                self.records.append(json.loads(line))
-            except ValueError as error:
-                raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
+        if not text.endswith("\n"):
+            path.write_text(_complete_lines(text), encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
         """

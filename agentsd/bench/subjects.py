@@ -44,6 +44,33 @@ class Subject(Protocol):
         """What is timed: `steps` matter only where there is a generation."""
 
 
+def twin_pipeline(pipe: Any) -> Any:
+    """
+    A copy of a pipeline to switch a method on: its UNet and scheduler are its own, all weights are shared.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline, unpatched.
+
+    Returns:
+        `DiffusionPipeline`: The copy.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench.subjects import twin_pipeline
+    >>> from agentsd.pipeline import load_pipeline
+    >>> pipe = load_pipeline("emoji")
+    >>> twin = twin_pipeline(pipe)
+    >>> twin.unet is pipe.unet, twin.unet.conv_in.weight is pipe.unet.conv_in.weight
+    (False, True)
+    ```
+    """
+    twin = copy.copy(pipe)
+    twin.unet = share_weights(pipe.unet)
+    twin.scheduler = copy.deepcopy(pipe.scheduler)
+    return twin
+
+
 @dataclass(frozen=True)
 class PipelineSubject:
     """
@@ -77,10 +104,7 @@ class PipelineSubject:
 
     def copy(self, model: Any) -> Any:
         """See [`Subject.copy`]."""
-        twin = copy.copy(model)
-        twin.unet = share_weights(model.unet)
-        twin.scheduler = copy.deepcopy(model.scheduler)
-        return twin
+        return twin_pipeline(model)
 
     def compile(self, model: Any) -> Any:
         """See [`Subject.compile`]."""

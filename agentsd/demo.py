@@ -1,0 +1,112 @@
+"""The web page: compare, see what is merged, sweep over methods, look at benchmarks. Needs `agentsd[demo]`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .bench import load_result
+from .demo_tabs.benchmark import benchmark_tab
+from .demo_tabs.compare import compare_tab
+from .demo_tabs.events import forget_on_leaving
+from .demo_tabs.inputs import patch_inputs, wish_inputs
+from .demo_tabs.sweep import sweep_tab
+from .demo_tabs.tokens import tokens_tab
+from .engine import Engine
+
+
+# Uploaded results are text and small pictures.
+_LARGEST_UPLOAD = "50mb"
+# How often Gradio looks for files to delete, and how old they must be, in seconds.
+_DELETE_CACHE = (3600, 3600)
+# Only fonts that every system has: the page must work without a network.
+_THEME = gr.themes.Default(
+    font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "Menlo", "Consolas", "monospace")
+)
+_CSS = """
+.numbers table { width: 100%; }
+.numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; }
+.report { overflow-x: auto; }
+.report pre { white-space: pre; }
+"""
+
+
+def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
+    """
+    Build the web page.
+
+    Args:
+        engine (`Engine`): What generates.
+        results (`Sequence[str | Path]`): Folders of benchmark results that visitors may look at.
+
+    Returns:
+        `gradio.Blocks`: The page; [`launch_demo`] serves it.
+
+    Raises:
+        BenchError: If a folder has no results.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.demo import build_demo
+    >>> from agentsd.engine import Engine
+    >>> build_demo(Engine()).title
+    'agentsd'
+    ```
+    """
+    recorded = {f"{Path(folder).name}: {load_result(folder).title}": Path(folder) for folder in results}
+    height, width, guidance = engine.own_settings(engine.models[0])
+    with gr.Blocks(title="agentsd", analytics_enabled=False, delete_cache=_DELETE_CACHE) as demo:
+        gr.Markdown(
+            "# agentsd\nStable Diffusion with agent attention: the same picture with and without, its time and what "
+            "changed."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                asked = wish_inputs(engine, height, width, guidance)
+                patch = patch_inputs()
+            with gr.Column(scale=2, min_width=340), gr.Tabs():
+                with gr.Tab("Compare"):
+                    compare_tab(engine, asked, patch)
+                with gr.Tab("Tokens"):
+                    tokens_tab(engine, asked, patch)
+                with gr.Tab("Sweep"):
+                    sweep_tab(engine, asked)
+                with gr.Tab("Benchmark"):
+                    benchmark_tab(recorded)
+        forget_on_leaving(demo, engine)
+    # The engine has its own line, from which a generation can also be stopped while it waits.
+    return demo.queue(max_size=4 * (engine.limits.waiting + 1), default_concurrency_limit=None)
+
+
+def launch_demo(
+    demo: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False, **options: Any
+) -> Any:
+    """
+    Serve the web page.
+
+    Args:
+        demo (`gradio.Blocks`): From [`build_demo`].
+        host (`str`, *optional*):
+            Address to listen at; by default `GRADIO_SERVER_NAME` of the environment, or else only this machine.
+        port (`int`, *optional*): Port; by default the first free one from 7860.
+        share (`bool`, defaults to `False`): Open a public link through Gradio's servers.
+        options: Passed to `gradio.Blocks.launch`.
+
+    Returns:
+        What `gradio.Blocks.launch` returns: the app, its local address and its public one.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    return demo.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        theme=_THEME,
+        css=_CSS,
+        max_file_size=_LARGEST_UPLOAD,
+        footer_links=["settings"],
+        **options,
+    )

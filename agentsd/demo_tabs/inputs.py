@@ -1,0 +1,134 @@
+"""What visitors set: the picture, which every tab draws, and the patch."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from ..config import AgentSDConfig
+from ..engine import Engine, Wish
+
+
+_PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tree", "a rainbow")
+_SEEDS = 2**31
+
+
+def wish_inputs(engine: Engine, height: int, width: int, guidance: float) -> list[gr.components.Component]:
+    """
+    Everything that determines the picture, in the order of the fields of `Wish`.
+
+    Args:
+        engine (`Engine`): Its models and limits.
+        height (`int`): Height to begin with, in pixels.
+        width (`int`): Width to begin with, in pixels.
+        guidance (`float`): Guidance to begin with.
+
+    Returns:
+        `list[Component]`: For [`wish_of`].
+    """
+    limits = engine.limits
+    prompt = gr.Textbox(_PROMPTS[0], label="Prompt", lines=2, max_lines=4, elem_id="prompt")
+    gr.Examples(
+        [[text] for text in _PROMPTS], [prompt], label="Examples (of the emoji model)", api_visibility="private"
+    )
+    negative = gr.Textbox("", label="Negative prompt", placeholder="what not to draw", elem_id="negative")
+    model = gr.Dropdown(engine.models, value=engine.models[0], label="Model", elem_id="model")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
+        dice = gr.Button("🎲 New seed", min_width=100, elem_id="dice")
+    steps = gr.Slider(1, limits.steps, value=min(20, limits.steps), step=1, label="Steps", elem_id="steps")
+    strength = gr.Slider(0, 20, value=guidance, step=0.5, label="Guidance", elem_id="guidance")
+    with gr.Row():
+        rows = gr.Slider(
+            64, limits.side, value=height, step=8, label="Height in pixels", min_width=120, elem_id="height"
+        )
+        columns = gr.Slider(
+            64, limits.side, value=width, step=8, label="Width in pixels", min_width=120, elem_id="width"
+        )
+    dice.click(lambda: random.randrange(_SEEDS), outputs=[seed], queue=False, api_visibility="private")
+    model.input(engine.own_settings, [model], [rows, columns, strength], api_visibility="private")
+    return [prompt, negative, model, seed, steps, strength, rows, columns]
+
+
+def patch_inputs() -> list[gr.components.Component]:
+    """
+    What the patch is made of.
+
+    Returns:
+        `list[Component]`: For [`config_of`].
+    """
+    plain = AgentSDConfig()
+    ratio = gr.Slider(
+        0,
+        0.95,
+        value=plain.ratio,
+        step=0.05,
+        label="Ratio",
+        info="Share of tokens that are merged away",
+        elem_id="ratio",
+    )
+    until = gr.Slider(
+        0,
+        1,
+        value=plain.agent_until,
+        step=0.05,
+        label="Agent phase",
+        info="Share of the noise range, from its noisy end, that runs agents; the rest only merges tokens",
+        elem_id="agent_until",
+    )
+    with gr.Accordion("More", open=False):
+        levels = gr.Dropdown(
+            [1, 2, 4, 8],
+            value=plain.max_downsample,
+            label="Deepest layers",
+            elem_id="max_downsample",
+            info="Patch layers with at most this down-sampling",
+        )
+        exponent = gr.Slider(
+            0,
+            1,
+            value=plain.k_scale2,
+            step=0.05,
+            label="k_scale2",
+            info="Exponent on the scale of the queries' softmax",
+        )
+        shortcut = gr.Slider(
+            0, 1, value=plain.k_shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"
+        )
+        is_random = gr.Checkbox(plain.use_rand, label="Choose each cell's destination at random")
+        cross = gr.Checkbox(plain.merge_crossattn, label="Merge in cross-attention, too")
+        mlp = gr.Checkbox(plain.merge_mlp, label="Merge in the feed-forward layers, too")
+    return [ratio, until, levels, exponent, shortcut, is_random, cross, mlp]
+
+
+def wish_of(values: Sequence[Any]) -> Wish:
+    """
+    The picture that a visitor asks for.
+
+    Args:
+        values (`Sequence[Any]`): Values of the components of [`wish_inputs`].
+
+    Returns:
+        `Wish`: The picture.
+    """
+    prompt, negative, model, seed, steps, guidance, height, width = values
+    return Wish(prompt, negative or "", model, seed, steps, guidance, height, width)
+
+
+def config_of(values: Sequence[Any]) -> AgentSDConfig:
+    """
+    The patch that a visitor asks for.
+
+    Args:
+        values (`Sequence[Any]`): Values of the components of [`patch_inputs`].
+
+    Returns:
+        `AgentSDConfig`: The patch.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range.
+    """
+    names = "ratio agent_until max_downsample k_scale2 k_shortcut use_rand merge_crossattn merge_mlp".split()
+    return AgentSDConfig.from_dict(dict(zip(names, values, strict=True)))

@@ -1,0 +1,78 @@
+"""The tab that shows what is merged, and where the agents are."""
+
+from typing import Any
+
+import gradio as gr
+import PIL.Image
+
+from ..engine import Engine, Progress, Stopped
+from ..token_maps import TokenMap, draw_map
+from .events import buttons, on_start
+from .inputs import config_of, wish_of
+
+
+_NO_TOKENS = "Nothing is merged at this step in this layer."
+_KEPT_SECONDS = 3600
+
+
+def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
+    """
+    Fill the tab.
+
+    Args:
+        engine (`Engine`): What generates.
+        asked (`list[Component]`): From `wish_inputs`.
+        patch (`list[Component]`): From `patch_inputs`.
+    """
+    gr.Markdown(
+        "What agentsd merges: tokens that share a representative have the same colour, tokens without a colour are on "
+        "their own. Dots are the tokens that the agents grow from."
+    )
+    start, status = buttons(engine, "Draw and record", "tokens")
+    recorded = gr.State(None, time_to_live=_KEPT_SECONDS)
+    with gr.Row():
+        step = gr.Slider(1, 20, value=1, step=1, label="Step", interactive=False, elem_id="tokens-step")
+        layer = gr.Dropdown([], label="Layer", interactive=False, elem_id="tokens-layer")
+    drawing = gr.Image(
+        label="Merged tokens and agents",
+        type="pil",
+        format="png",
+        interactive=False,
+        elem_id="tokens-drawing",
+        alt_text="The picture, with merged tokens in one colour a group and a dot on each agent",
+    )
+
+    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+        wish, config = wish_of(values[: len(asked)]), config_of(values[len(asked) :])
+        try:
+            record = engine.tokens(session, wish, config, progress)
+        except Stopped:
+            return ["Stopped.", *[gr.skip()] * 4]
+        layers = list(dict.fromkeys(name for name, _ in record[1]))
+        first = layers[0] if layers else None
+        text, picture = _drawn(record, 1, first)
+        return [
+            text,
+            record,
+            gr.update(value=1, maximum=wish.steps, interactive=True),
+            gr.update(choices=layers, value=first, interactive=True),
+            picture,
+        ]
+
+    on_start(start, run, [*asked, *patch], [status, recorded, step, layer, drawing], drawing, "tokens")
+    for changed in (step, layer):
+        changed.input(
+            _drawn, [recorded, step, layer], [status, drawing], api_visibility="private", show_progress="hidden"
+        )
+
+
+def _drawn(
+    record: tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]] | None, step: int, layer: str | None
+) -> tuple[str, PIL.Image.Image | None]:
+    if record is None:
+        return "", None
+    image, maps = record
+    token_map = maps.get((layer or "", step - 1))
+    if token_map is None:
+        return _NO_TOKENS, image
+    return f"Step {step}: {token_map.caption}.", draw_map(token_map, image)

@@ -1,0 +1,435 @@
+"""What the web page asks for: generations one at a time, within limits, each of which its owner can stop."""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
+import torch
+
+from .bench.methods import METHODS, MethodUnavailable, reseed
+from .bench.settings import short_name
+from .bench.subjects import twin_pipeline
+from .compare import Comparison, compare, fidelity
+from .config import AgentSDConfig
+from .generation import Run, generate_timed, pipeline_call
+from .patch import patched
+from .pipeline import BUILTIN_MODELS, load_pipeline, pick_device, pick_dtype, resolve_model
+from .token_maps import TokenMap, recorded_maps
+
+
+# Told what goes on, the steps done and the steps in all.
+Progress = Callable[[str, int, int], None]
+
+# Sides of pictures are multiples of what the VAE shrinks them by.
+_SIDE_UNIT = 8
+_SMALLEST_SIDE = 64
+# Plain runs kept for the next comparison; one is 12 MB at 1024×1024.
+_KEPT_RUNS = 16
+# How often a generation that waits looks whether it was stopped.
+_WAIT_SECONDS = 0.2
+# The embedded model tints its backgrounds at the guidance that Stable Diffusion is used with.
+_GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
+SWEEP_METHODS = ("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache")
+
+
+class Stopped(Exception):
+    """A generation was stopped by its owner."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What a visitor may ask for.
+
+    Args:
+        side (`int`): Longest side of a picture in pixels.
+        steps (`int`): Denoising steps.
+        sweep (`int`): Runs in a sweep.
+        waiting (`int`): Generations that may wait for their turn.
+    """
+
+    side: int = 1024
+    steps: int = 100
+    sweep: int = 16
+    waiting: int = 8
+
+    def __post_init__(self) -> None:
+        for name, low in (("side", _SMALLEST_SIDE), ("steps", 1), ("sweep", 1), ("waiting", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"The limit on {name} must be at least {low}, but got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """
+    The picture that a visitor asks for: everything that determines it, apart from the patch.
+
+    Args:
+        prompt (`str`): What to draw.
+        negative_prompt (`str`): What not to draw; may be empty.
+        model (`str`): One of the engine's models.
+        seed (`int`): Seed of the noise.
+        steps (`int`): Denoising steps.
+        guidance_scale (`float`): Strength of the prompt.
+        height (`int`): Height in pixels.
+        width (`int`): Width in pixels.
+    """
+
+    prompt: str
+    negative_prompt: str
+    model: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments that the pipeline is called with."""
+        return pipeline_call(self.prompt, self.guidance_scale, self.height, self.width, self.negative_prompt or None)
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """
+    One picture of a sweep.
+
+    Args:
+        method (`str`): Name of the method.
+        ratio (`float`, *optional*): Share of tokens merged.
+        run (`Run`, *optional*): Picture and times; `None` if the method could not run.
+        speed_up (`float`, *optional*): How many times faster a step is than without the method.
+        psnr (`float`, *optional*): Against the picture without it, in decibels.
+        ssim (`float`, *optional*): Against the picture without it.
+        reason (`str`, *optional*): Why it could not run.
+    """
+
+    method: str
+    ratio: float | None
+    run: Run | None = None
+    speed_up: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Method and ratio."""
+        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+
+
+class Engine:
+    """
+    Models, and the generations that visitors of the web page ask for.
+
+    One generation runs at a time, since two beside each other would spoil both times; the others wait in line. A
+    session (one open page) can stop its own generations, and sees no other session's pictures.
+
+    Args:
+        models (`Sequence[str]`, defaults to `("emoji",)`): What [`load_pipeline`] takes; loaded when first used.
+        device (`str` or `torch.device`, *optional*): See [`pick_device`].
+        dtype (`str` or `torch.dtype`, *optional*): See [`pick_dtype`].
+        limits (`Limits`, *optional*): What a visitor may ask for.
+
+    Raises:
+        FileNotFoundError: If a model is a path where nothing is.
+        ValueError: If a model cannot be used, two have the same short name, or device or dtype cannot be used.
+
+    Examples:
+
+    ```python
+    >>> from agentsd import AgentSDConfig
+    >>> from agentsd.engine import Engine, Wish
+    >>> engine = Engine()
+    >>> wish = Wish("red apple", "", "emoji", seed=0, steps=2, guidance_scale=4.0, height=256, width=256)
+    >>> comparison, is_cached = engine.compare("one session", wish, AgentSDConfig(), lambda *step: None)
+    >>> is_cached, engine.compare("one session", wish, AgentSDConfig(ratio=0.6), lambda *step: None)[1]
+    (False, True)
+    ```
+    """
+
+    def __init__(
+        self,
+        models: Sequence[str] = ("emoji",),
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        # Visitors see the last part of a path only.
+        self._sources = {short_name(model): model for model in models}
+        if len(self._sources) != len(models):
+            raise ValueError(f"Two of the models {', '.join(models)} have the same name: name each once.")
+        for model in models:
+            resolve_model(model)
+        self._pipes: dict[str, Any] = {}
+        self._plain_runs: OrderedDict[tuple[str, Wish], Run] = OrderedDict()
+        self._line: deque[threading.Event] = deque()
+        self._stops: dict[str, set[threading.Event]] = {}
+        self._changed = threading.Condition()
+        self._loading = threading.Lock()
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return list(self._sources)
+
+    def own_settings(self, model: str) -> tuple[int, int, float]:
+        """
+        Height and width that a model draws best, as far as the limits allow, and a guidance that suits it.
+
+        Args:
+            model (`str`): One of the models.
+
+        Returns:
+            `tuple[int, int, float]`: Height and width in pixels, and the guidance.
+        """
+        pipe = self._pipe(model)
+        size = pipe.unet.config.sample_size
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        factor = pipe.vae_scale_factor
+        guidance = _BUILTIN_GUIDANCE if self._sources[model] in BUILTIN_MODELS else _GUIDANCE
+        return min(height * factor, self.limits.side), min(width * factor, self.limits.side), guidance
+
+    def compare(self, session: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> tuple[Comparison, bool]:
+        """
+        Draw a picture without the patch, unless this session has it already, and with it.
+
+        Args:
+            session (`str`): Who asks.
+            wish (`Wish`): What to draw.
+            config (`AgentSDConfig`): The patch.
+            progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
+
+        Returns:
+            `tuple[Comparison, bool]`: The comparison, and whether the run without the patch is an earlier one.
+
+        Raises:
+            RuntimeError: If too many generations wait already.
+            Stopped: If the session stopped it.
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument is out of range.
+        """
+        self._check(wish)
+        with self._turn(session, progress) as told:
+            is_cached = (session, wish) in self._plain_runs
+            plain = self._plain_run(session, wish, told)
+            comparison = compare(
+                self._pipe(wish.model),
+                wish.prompt,
+                config=config,
+                steps=wish.steps,
+                guidance_scale=wish.guidance_scale,
+                height=wish.height,
+                width=wish.width,
+                seed=wish.seed,
+                negative_prompt=wish.negative_prompt or None,
+                progress=lambda _variant, done, total: told("with agentsd", done, total),
+                vanilla=plain,
+            )
+        return comparison, is_cached
+
+    def tokens(
+        self, session: str, wish: Wish, config: AgentSDConfig, progress: Progress
+    ) -> tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]]:
+        """
+        Draw a picture with the patch, and record what is merged on the way.
+
+        Args:
+            session (`str`): Who asks.
+            wish (`Wish`): What to draw.
+            config (`AgentSDConfig`): The patch.
+            progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
+
+        Returns:
+            `tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]]`: The picture, and a map for each layer and step
+            (counted from 0) at which something is merged.
+
+        Raises:
+            RuntimeError: If too many generations wait already.
+            Stopped: If the session stopped it.
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument is out of range.
+        """
+        self._check(wish)
+        with self._turn(session, progress) as told:
+            pipe = self._pipe(wish.model)
+
+            def end_of_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                told("with agentsd", index + 1, wish.steps)
+                return tensors
+
+            with patched(pipe, config=config), recorded_maps(pipe) as maps:
+                output = pipe(
+                    **wish.call,
+                    num_inference_steps=wish.steps,
+                    generator=torch.Generator().manual_seed(wish.seed),
+                    callback_on_step_end=end_of_step,
+                )
+        return output.images[0], maps
+
+    def sweep(
+        self, session: str, wish: Wish, methods: Sequence[str], ratios: Sequence[float], progress: Progress
+    ) -> list[SweepRun]:
+        """
+        Draw a picture by several methods at several ratios, beside the one without any.
+
+        Args:
+            session (`str`): Who asks.
+            wish (`Wish`): What to draw.
+            methods (`Sequence[str]`): Names from `SWEEP_METHODS`.
+            ratios (`Sequence[float]`): Shares of tokens to merge, for the methods that merge.
+            progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
+
+        Returns:
+            `list[SweepRun]`: The picture without any method first. What cannot run says why.
+
+        Raises:
+            RuntimeError: If too many generations wait already.
+            Stopped: If the session stopped it.
+            ValueError: If an argument is out of range.
+        """
+        self._check(wish)
+        cases = self._sweep_cases(methods, ratios)
+        with self._turn(session, progress) as told:
+            plain = self._plain_run(session, wish, told)
+            runs = [SweepRun("vanilla", None, plain, 1.0)]
+            for method, ratio in cases:
+                name = SweepRun(method, ratio).name
+                twin = twin_pipeline(self._pipe(wish.model))
+                try:
+                    METHODS[method].apply(twin, ratio, {})
+                except MethodUnavailable as error:
+                    runs.append(SweepRun(method, ratio, reason=str(error)))
+                    continue
+                reseed(twin, wish.seed)
+                run = generate_timed(twin, wish.call, wish.steps, wish.seed, name, _named(told, name))
+                speed_up = plain.time.seconds_per_step / run.time.seconds_per_step
+                runs.append(SweepRun(method, ratio, run, speed_up, *fidelity(run.values, plain.values)))
+        return runs
+
+    def stop(self, session: str) -> int:
+        """
+        Stop the generations of a session, running or waiting; they end at their next step.
+
+        Args:
+            session (`str`): Whose.
+
+        Returns:
+            `int`: How many there were.
+        """
+        with self._changed:
+            stops = self._stops.get(session, set())
+            for stop in stops:
+                stop.set()
+            return len(stops)
+
+    def forget(self, session: str) -> None:
+        """
+        Stop the generations of a session that has ended, and drop its pictures.
+
+        Args:
+            session (`str`): Whose.
+        """
+        self.stop(session)
+        with self._changed:
+            for key in [key for key in self._plain_runs if key[0] == session]:
+                del self._plain_runs[key]
+
+    @contextmanager
+    def _turn(self, session: str, progress: Progress) -> Iterator[Progress]:
+        """Wait in line; hands out a `progress` that raises `Stopped` once the session has asked for it."""
+        stop = threading.Event()
+
+        def told(what: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise Stopped("The generation was stopped.")
+            progress(what, done, total)
+
+        with self._changed:
+            if len(self._line) > self.limits.waiting:
+                raise RuntimeError("Too many generations are waiting already. Please try again later.")
+            self._line.append(stop)
+            self._stops.setdefault(session, set()).add(stop)
+        try:
+            with self._changed:
+                while self._line[0] is not stop:
+                    told("waiting for another generation", 0, self._line.index(stop))
+                    self._changed.wait(_WAIT_SECONDS)
+            told("starting", 0, 1)
+            yield told
+        finally:
+            with self._changed:
+                self._line.remove(stop)
+                self._stops[session].discard(stop)
+                if not self._stops[session]:
+                    del self._stops[session]
+                self._changed.notify_all()
+
+    def _plain_run(self, session: str, wish: Wish, told: Progress) -> Run:
+        key = (session, wish)
+        if key not in self._plain_runs:
+            what = "without agentsd"
+            pipe = self._pipe(wish.model)
+            self._plain_runs[key] = generate_timed(pipe, wish.call, wish.steps, wish.seed, what, _named(told, what))
+        self._plain_runs.move_to_end(key)
+        while len(self._plain_runs) > _KEPT_RUNS:
+            self._plain_runs.popitem(last=False)
+        return self._plain_runs[key]
+
+    def _pipe(self, model: str) -> Any:
+        with self._loading:
+            if model in self._pipes:
+                return self._pipes[model]
+            pipe = load_pipeline(self._sources[model], device=self.device, dtype=self.dtype)
+            pipe.set_progress_bar_config(disable=True)
+            self._pipes[model] = pipe
+            return pipe
+
+    def _check(self, wish: Wish) -> None:
+        if wish.model not in self._sources:
+            raise ValueError(f"There is no model {wish.model!r} here, but {', '.join(self._sources)}.")
+        if not isinstance(wish.prompt, str) or not isinstance(wish.negative_prompt, str):
+            raise TypeError("Prompts must be text.")
+        for name, value, low, high in (
+            ("seed", wish.seed, 0, 2**63 - 1),
+            ("number of steps", wish.steps, 1, self.limits.steps),
+            ("height", wish.height, _SMALLEST_SIDE, self.limits.side),
+            ("width", wish.width, _SMALLEST_SIDE, self.limits.side),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"The {name} must be a whole number, but got {value!r}.")
+            if not low <= value <= high:
+                raise ValueError(f"The {name} must be from {low} to {high}, but got {value}.")
+        if wish.height % _SIDE_UNIT or wish.width % _SIDE_UNIT:
+            raise ValueError(f"Height and width must be multiples of {_SIDE_UNIT}.")
+        if not 0 <= wish.guidance_scale <= 100:
+            raise ValueError(f"The guidance must be from 0 to 100, but got {wish.guidance_scale}.")
+
+    def _sweep_cases(self, methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, float | None]]:
+        unknown = [name for name in methods if name not in SWEEP_METHODS]
+        if unknown or not methods:
+            raise ValueError(f"Choose from the methods {', '.join(SWEEP_METHODS)}.")
+        for ratio in ratios:
+            AgentSDConfig(ratio=ratio)  # refuses what is out of range
+        cases: list[tuple[str, float | None]] = []
+        for name in dict.fromkeys(methods):
+            cases += [(name, ratio) for ratio in dict.fromkeys(ratios)] if METHODS[name].has_ratio else [(name, None)]
+        if not cases:
+            raise ValueError("Give at least one ratio.")
+        if len(cases) + 1 > self.limits.sweep:
+            raise ValueError(
+                f"This sweep has {len(cases) + 1} runs, and at most {self.limits.sweep} are allowed: leave out some."
+            )
+        return cases
+
+
+def _named(told: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: told(what, done, total)

@@ -1,0 +1,169 @@
+"""What was merged in a layer, as a picture: which tokens share a representative, and where the agents are."""
+
+import colorsys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
+
+from .hooks import TokenPlan
+from .merge import plan_merging
+from .sites import attended_models, find_sites
+
+
+# Neighbouring numbers get hues far apart when each is a golden section of the circle further on.
+_GOLDEN_SECTION = 0.618034
+_TINT = 0.55
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """
+    What was merged in one layer at one step, for one sample of the batch.
+
+    Args:
+        groups (`np.ndarray` of shape `(height, width)`): Number of the merged token that stands for each token.
+        agents (`np.ndarray` of shape `(agents, 2)`, *optional*):
+            Row and column of the token that each agent grew from; `None` where no agents were used.
+    """
+
+    groups: np.ndarray
+    agents: np.ndarray | None = None
+
+    @property
+    def caption(self) -> str:
+        """How many tokens there were, how many are left, and how many agents."""
+        before, after = self.groups.size, len(np.unique(self.groups))
+        agents = "no agents (token merging only)" if self.agents is None else f"{len(self.agents):,} agents"
+        return f"{before:,} tokens merged to {after:,}, {agents}"
+
+
+def map_of(plan: TokenPlan, size: tuple[int, int], sample: int = -1) -> TokenMap:
+    """
+    The map of what a block merges.
+
+    Args:
+        plan (`TokenPlan`): The block's plan.
+        size (`tuple[int, int]`): Height and width in tokens.
+        sample (`int`, defaults to `-1`): Which sample; with guidance, the last one has the prompt.
+
+    Returns:
+        `TokenMap`: The map.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.hooks import TokenPlan
+    >>> from agentsd.merge import Matches, Partition, plan_merging
+    >>> from agentsd.token_maps import map_of
+    >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2, 3]]))
+    >>> matches = Matches(cell=torch.zeros(1, 3, dtype=torch.int64), score=torch.tensor([[0.2, 0.9, 0.1]]))
+    >>> merging = plan_merging(partition, matches, count=1)
+    >>> map_of(TokenPlan(partition, matches, merging, None), size=(2, 2)).caption
+    '4 tokens merged to 3, no agents (token merging only)'
+    ```
+    """
+    groups = plan.merging.position[sample].reshape(size).int().cpu().numpy()
+    if plan.agent_count is None:
+        return TokenMap(groups)
+    grown_from = plan_merging(plan.partition, plan.matches, plan.agent_count).members[sample].int().cpu().numpy()
+    return TokenMap(groups, np.stack([grown_from // size[1], grown_from % size[1]], axis=1))
+
+
+@contextmanager
+def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]]:
+    """
+    Record what a patched model merges while it runs in a `with` block.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): Patched, and not compiled.
+
+    Yields:
+        `dict[tuple[str, int], TokenMap]`: Filled as it runs, by the name of the layer and the number of the step,
+        counted from 0; without the layers and steps at which nothing is merged.
+
+    Examples:
+
+    ```python
+    >>> from agentsd import AgentSDPipeline
+    >>> from agentsd.token_maps import recorded_maps
+    >>> pipe = AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> with recorded_maps(pipe) as maps:
+    ...     picture = pipe("red apple", num_inference_steps=2)
+    >>> next(iter(maps.values())).caption
+    '1,024 tokens merged to 615, 64 agents'
+    ```
+    """
+    unet = attended_models(pipe_or_unet)[0][1]
+    maps: dict[tuple[str, int], TokenMap] = {}
+    step = -1
+
+    def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal step
+        step += 1
+
+    def record(name: str) -> Callable[..., None]:
+        def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            site = getattr(module, "agentsd_site", None)
+            if site is None or not site.current:
+                return
+            plan = site.current[-1].tokens
+            if plan is not None:
+                maps[name, step] = map_of(plan, site.size)
+
+        return after
+
+    handles = [unet.register_forward_pre_hook(count)]
+    handles += [site.attn.register_forward_hook(record(site.name)) for site in find_sites(unet)]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw_map(token_map: TokenMap, image: PIL.Image.Image, side: int = 768) -> PIL.Image.Image:
+    """
+    Draw a map over its picture: tokens that were merged with others in one colour a group, all others as they are, and
+    a dot on each agent.
+
+    Args:
+        token_map (`TokenMap`): What was merged.
+        image (`PIL.Image.Image`): The picture.
+        side (`int`, defaults to `768`): About how long the longer side becomes, in pixels.
+
+    Returns:
+        `PIL.Image.Image`: The drawing, a whole number of pixels a token.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> import PIL.Image
+    >>> from agentsd.token_maps import TokenMap, draw_map
+    >>> draw_map(TokenMap(np.array([[0, 0], [1, 2]])), PIL.Image.new("RGB", (16, 16)), side=64).size
+    (64, 64)
+    ```
+    """
+    height, width = token_map.groups.shape
+    cell = max(1, side // max(height, width))
+    sheet = image.convert("RGB").resize((width * cell, height * cell), PIL.Image.Resampling.LANCZOS)
+    numbers, sizes = np.unique(token_map.groups, return_counts=True)
+    colours = np.zeros((token_map.groups.max() + 1, 4), dtype=np.uint8)
+    for number in numbers[sizes > 1]:
+        red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN_SECTION % 1, 0.75, 0.95)
+        colours[number] = [round(255 * part) for part in (red, green, blue, _TINT)]
+    tint = PIL.Image.fromarray(colours[token_map.groups]).resize(sheet.size, PIL.Image.Resampling.NEAREST)
+    sheet.paste(tint, mask=tint.getchannel("A"))
+    draw = PIL.ImageDraw.Draw(sheet)
+    for row, column in token_map.agents if token_map.agents is not None else ():
+        middle = ((column + 0.5) * cell, (row + 0.5) * cell)
+        draw.circle(middle, max(2, cell / 4), fill="white", outline="black", width=max(1, cell // 12))
+    return sheet

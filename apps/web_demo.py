@@ -1,0 +1,8 @@
+"""The web page as a program and as a Hugging Face Space. `agentsd demo` is the same with options."""
+
+from agentsd.demo import build_demo, launch_demo
+from agentsd.engine import Engine
+
+
+if __name__ == "__main__":
+    launch_demo(build_demo(Engine()))

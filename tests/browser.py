@@ -1,0 +1,75 @@
+"""The browser that the tests of the web page drive. `python tests/browser.py` installs one where there is none."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+
+
+# As root Chromium needs --no-sandbox; the others keep it from calling home.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+HELP = (
+    "The tests of the web page need Chromium, and it could not be installed. Install it with `apt install chromium` "
+    "(Debian), with `playwright install --with-deps chromium`, or by hand as `chromium` on the PATH."
+)
+
+
+def find_browser() -> str | None:
+    """The path of a Chromium: the system's, or the one that Playwright installed."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        found = shutil.which(name)
+        if found:
+            return found
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).exists() else None
+
+
+def install_browser() -> None:
+    """Debian's package as root, Playwright's download elsewhere."""
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        ways = [["apt-get", "update", "-q"], ["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"]]
+    else:
+        ways = [[sys.executable, "-m", "playwright", "install", "chromium"]]
+    for command in ways:
+        subprocess.run(command, check=False, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+
+
+def start_browser(playwright: Playwright) -> Browser:
+    path = find_browser()
+    assert path, HELP
+    return playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+
+
+def set_number(page: Page, label: str, value: float) -> None:
+    """Set one of Gradio's sliders by its number."""
+    box = page.get_by_label(f"number input for {label}", exact=True)
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def open_tab(page: Page, name: str) -> None:
+    """Open a tab; where the page is narrow, Gradio keeps the last ones in a menu."""
+    tab = page.get_by_role("tab", name=name)
+    if not tab.is_visible():
+        page.locator(".overflow-menu > button").click()
+        tab = page.locator(".overflow-dropdown").get_by_text(name)
+    tab.click()
+
+
+if __name__ == "__main__":
+    if find_browser() is None:
+        install_browser()
+        if find_browser() is None:
+            sys.exit(HELP)

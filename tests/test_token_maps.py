@@ -1,0 +1,57 @@
+"""Drawings of what was merged: what has a colour, where dots are, and that recording changes nothing."""
+
+import numpy as np
+import PIL.Image
+import torch
+from models import tiny_sd
+
+import agentsd
+from agentsd.token_maps import TokenMap, draw_map, recorded_maps
+
+
+def test_only_merged_tokens_are_tinted():
+    groups = np.array([[0, 0, 1], [2, 3, 0]])
+    drawing = np.asarray(draw_map(TokenMap(groups), PIL.Image.new("RGB", (24, 16), "white"), side=30))
+    assert drawing.shape == (20, 30, 3)
+    cells = drawing.reshape(2, 10, 3, 10, 3)
+    assert all(len(np.unique(cells[row, :, column].reshape(-1, 3), axis=0)) == 1 for row, column in np.ndindex(2, 3))
+    is_white = (cells[:, 0, :, 0] == 255).all(axis=-1)
+    np.testing.assert_array_equal(is_white, groups != 0)
+    assert len(np.unique(cells[[0, 0, 1], 0, [0, 1, 2], 0], axis=0)) == 1
+
+
+def test_groups_differ_in_colour():
+    drawing = np.asarray(draw_map(TokenMap(np.repeat(np.arange(8), 2)[None]), PIL.Image.new("RGB", (16, 1)), side=16))
+    assert len(np.unique(drawing.reshape(-1, 3), axis=0)) == 8
+
+
+def test_agents_are_dots_at_their_tokens():
+    empty = np.arange(16).reshape(4, 4)
+    image = PIL.Image.new("RGB", (32, 32), "red")
+    drawing = np.asarray(draw_map(TokenMap(empty, np.array([[1, 2]])), image, side=64))
+    rows, columns = np.nonzero((drawing == 255).all(axis=-1))
+    assert rows.min() >= 16 and rows.max() < 32
+    assert columns.min() >= 32 and columns.max() < 48
+    assert abs(rows.mean() - 23.5) < 1 and abs(columns.mean() - 39.5) < 1
+
+
+def test_recording_changes_nothing_and_leaves_no_hook():
+    pipe = agentsd.apply_patch(tiny_sd(), ratio=0.5)
+
+    def draw():
+        return np.asarray(pipe("red", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0])
+
+    before = draw()
+    with recorded_maps(pipe) as maps:
+        np.testing.assert_array_equal(draw(), before)
+    count = len(maps)
+    assert count == 2 * len(agentsd.report(pipe).rows)
+    draw()
+    assert len(maps) == count
+
+
+def test_an_unpatched_model_has_no_maps():
+    pipe = tiny_sd()
+    with recorded_maps(pipe) as maps:
+        pipe("red", num_inference_steps=1)
+    assert maps == {}
