@@ -10,7 +10,7 @@ from .bench import load_result
 from .demo_tabs.benchmark import benchmark_tab
 from .demo_tabs.compare import compare_tab
 from .demo_tabs.events import forget_on_leaving
-from .demo_tabs.inputs import patch_inputs, wish_inputs
+from .demo_tabs.inputs import patch_inputs, picture_inputs, prompt_inputs
 from .demo_tabs.sweep import sweep_tab
 from .demo_tabs.tokens import tokens_tab
 from .engine import Engine
@@ -25,10 +25,19 @@ _THEME = gr.themes.Default(
     font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "Menlo", "Consolas", "monospace")
 )
 _CSS = """
+.numbers { overflow-x: auto; }
 .numbers table { width: 100%; }
-.numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; }
+.numbers th, .numbers td { overflow-wrap: normal; text-align: right; white-space: nowrap; word-break: normal; }
+.numbers th:first-child, .numbers td:first-child, .results th:nth-child(2), .results td:nth-child(2) {
+  text-align: left;
+}
 .report { overflow-x: auto; }
 .report pre { white-space: pre; }
+/* On a narrow screen the pictures come before what is seldom changed. */
+@media (max-width: 768px) {
+  .settings { order: 1; }
+  .numbers th, .numbers td { font-size: 0.85em; padding: 0.4em; }
+}
 """
 
 
@@ -56,15 +65,15 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
     ```
     """
     recorded = {f"{Path(folder).name}: {load_result(folder).title}": Path(folder) for folder in results}
-    height, width, guidance = engine.own_settings(engine.models[0])
     with gr.Blocks(title="agentsd", analytics_enabled=False, delete_cache=_DELETE_CACHE) as demo:
         gr.Markdown(
             "# agentsd\nStable Diffusion with agent attention: the same picture with and without, its time and what "
             "changed."
         )
+        prompts = prompt_inputs()
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                asked = wish_inputs(engine, height, width, guidance)
+            with gr.Column(scale=1, min_width=300, elem_classes=["settings"]):
+                asked = [*prompts, *picture_inputs(engine)]
                 patch = patch_inputs()
             with gr.Column(scale=2, min_width=340), gr.Tabs():
                 with gr.Tab("Compare"):

@@ -70,7 +70,7 @@ def table(page, name):
 
 def compare(page):
     page.locator("#compare-start").click()
-    expect(page.locator("#compare-status")).to_contain_text("A step at", timeout=SLOW)
+    expect(page.locator("#compare-status")).to_contain_text("Speed-up of a step", timeout=SLOW)
     return table(page, "compare-numbers")
 
 
@@ -214,7 +214,7 @@ def test_two_visitors_do_not_see_each_other(open_page):
     yours.locator("#compare-start").click()
     expect(yours.get_by_text(re.compile("waiting for another generation, 1 before yours"))).to_be_visible()
     mine.locator("#compare-stop").click()
-    expect(yours.locator("#compare-status")).to_contain_text("A step at", timeout=SLOW)
+    expect(yours.locator("#compare-status")).to_contain_text("Speed-up of a step", timeout=SLOW)
     expect(mine.locator("#compare-status")).to_contain_text("Stopped")
     assert mine.locator("#compare-slider img").count() == 0
 
@@ -245,7 +245,7 @@ def test_programs_get_messages_too(address):
     asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
     patch = [0.4, 0.4, 1, 0.3, 0.075, True, False, False]
     status, pictures, *_ = client.predict(*asked, *patch, api_name="/compare")
-    assert "A step at" in status
+    assert "Speed-up of a step" in status
     assert PIL.Image.open(pictures[0]).size == (256, 256)
     for values, message in (
         ([*asked[:4], 201, *asked[5:], *patch], "201 is greater"),

@@ -31,9 +31,15 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
         height=140,
         elem_id="benchmark-upload",
     )
-    table = gr.Markdown("", elem_classes=["numbers", "report"], elem_id="benchmark-table")
+    table = gr.Markdown("", elem_classes=["numbers", "results"], elem_id="benchmark-table")
     plots = gr.Gallery(
-        label="Plots", columns=1, object_fit="contain", format="png", interactive=False, elem_id="benchmark-plots"
+        label="Plots",
+        columns=2,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        elem_id="benchmark-plots",
     )
 
     @answered

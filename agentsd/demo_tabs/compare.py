@@ -10,6 +10,7 @@ from .events import buttons, on_start
 from .inputs import config_of, wish_of
 from .texts import gain, markdown_table, seconds
 
+
 # The slider has no option for what its pictures are called.
 _DESCRIBE_PICTURES = """() => {
     const texts = ["The picture without agentsd", "The picture with agentsd"];
@@ -23,7 +24,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
     Args:
         engine (`Engine`): What generates.
-        asked (`list[Component]`): From `wish_inputs`.
+        asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
         patch (`list[Component]`): From `patch_inputs`.
     """
     start, status = buttons(engine, "Compare", "compare")
@@ -68,8 +69,8 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
 
 def _summary(comparison: Comparison, is_cached: bool) -> str:
-    earlier = "; the time without is that of an earlier run" if is_cached else ""
-    return f"A step at {gain(comparison.speed_up)} the speed with agentsd{earlier}."
+    earlier = " The time without agentsd is that of an earlier run." if is_cached else ""
+    return f"Speed-up of a step: {gain(comparison.speed_up)}.{earlier}"
 
 
 def _numbers(comparison: Comparison, is_cached: bool) -> str:
@@ -78,7 +79,7 @@ def _numbers(comparison: Comparison, is_cached: bool) -> str:
     totals = (seconds(run.time.total) for run in (plain, patched))
     return markdown_table(
         [
-            ("", "without agentsd (cached)" if is_cached else "without agentsd", "with agentsd", "speed-up"),
+            ("", "without (cached)" if is_cached else "without", "with agentsd", "speed-up"),
             ("a step", *steps, gain(comparison.speed_up)),
             ("in all", *totals, gain(comparison.total_speed_up)),
             ("peak memory", plain.peak, patched.peak, ""),

@@ -14,41 +14,46 @@ _PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tr
 _SEEDS = 2**31
 
 
-def wish_inputs(engine: Engine, height: int, width: int, guidance: float) -> list[gr.components.Component]:
+def prompt_inputs() -> list[gr.components.Component]:
     """
-    Everything that determines the picture, in the order of the fields of `Wish`.
+    What to draw, and what not.
+
+    Returns:
+        `list[Component]`: The first part of what [`wish_of`] takes.
+    """
+    with gr.Row():
+        prompt = gr.Textbox(_PROMPTS[0], label="Prompt", lines=2, max_lines=4, scale=2, min_width=300)
+        negative = gr.Textbox("", label="Negative prompt", lines=2, placeholder="what not to draw", min_width=200)
+    gr.Examples(
+        [[text] for text in _PROMPTS], [prompt], label="Examples (for the emoji model)", api_visibility="private"
+    )
+    return [prompt, negative]
+
+
+def picture_inputs(engine: Engine) -> list[gr.components.Component]:
+    """
+    Everything else that determines the picture.
 
     Args:
         engine (`Engine`): Its models and limits.
-        height (`int`): Height to begin with, in pixels.
-        width (`int`): Width to begin with, in pixels.
-        guidance (`float`): Guidance to begin with.
 
     Returns:
-        `list[Component]`: For [`wish_of`].
+        `list[Component]`: The second part of what [`wish_of`] takes.
     """
     limits = engine.limits
-    prompt = gr.Textbox(_PROMPTS[0], label="Prompt", lines=2, max_lines=4, elem_id="prompt")
-    gr.Examples(
-        [[text] for text in _PROMPTS], [prompt], label="Examples (of the emoji model)", api_visibility="private"
-    )
-    negative = gr.Textbox("", label="Negative prompt", placeholder="what not to draw", elem_id="negative")
-    model = gr.Dropdown(engine.models, value=engine.models[0], label="Model", elem_id="model")
+    height, width, guidance = engine.own_settings(engine.models[0])
+    model = gr.Dropdown(engine.models, value=engine.models[0], label="Model")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
-        dice = gr.Button("🎲 New seed", min_width=100, elem_id="dice")
-    steps = gr.Slider(1, limits.steps, value=min(20, limits.steps), step=1, label="Steps", elem_id="steps")
-    strength = gr.Slider(0, 20, value=guidance, step=0.5, label="Guidance", elem_id="guidance")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+        dice = gr.Button("⚄ New seed", min_width=100)
+    steps = gr.Slider(1, limits.steps, value=min(20, limits.steps), step=1, label="Steps")
+    strength = gr.Slider(0, 20, value=guidance, step=0.5, label="Guidance")
     with gr.Row():
-        rows = gr.Slider(
-            64, limits.side, value=height, step=8, label="Height in pixels", min_width=120, elem_id="height"
-        )
-        columns = gr.Slider(
-            64, limits.side, value=width, step=8, label="Width in pixels", min_width=120, elem_id="width"
-        )
+        rows = gr.Slider(64, limits.side, value=height, step=8, label="Height in pixels", min_width=120)
+        columns = gr.Slider(64, limits.side, value=width, step=8, label="Width in pixels", min_width=120)
     dice.click(lambda: random.randrange(_SEEDS), outputs=[seed], queue=False, api_visibility="private")
     model.input(engine.own_settings, [model], [rows, columns, strength], api_visibility="private")
-    return [prompt, negative, model, seed, steps, strength, rows, columns]
+    return [model, seed, steps, strength, rows, columns]
 
 
 def patch_inputs() -> list[gr.components.Component]:
@@ -66,7 +71,6 @@ def patch_inputs() -> list[gr.components.Component]:
         step=0.05,
         label="Ratio",
         info="Share of tokens that are merged away",
-        elem_id="ratio",
     )
     until = gr.Slider(
         0,
@@ -75,14 +79,12 @@ def patch_inputs() -> list[gr.components.Component]:
         step=0.05,
         label="Agent phase",
         info="Share of the noise range, from its noisy end, that runs agents; the rest only merges tokens",
-        elem_id="agent_until",
     )
     with gr.Accordion("More", open=False):
         levels = gr.Dropdown(
             [1, 2, 4, 8],
             value=plain.max_downsample,
             label="Deepest layers",
-            elem_id="max_downsample",
             info="Patch layers with at most this down-sampling",
         )
         exponent = gr.Slider(
@@ -107,7 +109,7 @@ def wish_of(values: Sequence[Any]) -> Wish:
     The picture that a visitor asks for.
 
     Args:
-        values (`Sequence[Any]`): Values of the components of [`wish_inputs`].
+        values (`Sequence[Any]`): Values of the components of [`prompt_inputs`] and [`picture_inputs`].
 
     Returns:
         `Wish`: The picture.

@@ -25,7 +25,7 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
 
     Args:
         engine (`Engine`): What generates.
-        asked (`list[Component]`): From `wish_inputs`.
+        asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
     """
     gr.Markdown("One picture by several methods. Each is timed once: for numbers to rely on, run `agentsd bench`.")
     methods = gr.CheckboxGroup(
@@ -40,11 +40,18 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
     )
     start, status = buttons(engine, "Sweep", "sweep")
     gallery = gr.Gallery(
-        label="Pictures", columns=3, object_fit="contain", format="png", interactive=False, elem_id="sweep-gallery"
+        label="Pictures",
+        columns=3,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        elem_id="sweep-gallery",
     )
     numbers = gr.Markdown("", elem_classes=["numbers"], elem_id="sweep-numbers")
     plot = gr.Image(
         label="Quality against speed",
+        show_label=False,
         interactive=False,
         elem_id="sweep-plot",
         alt_text="A plot of each run: structural similarity to the picture without any method, against its speed-up",
@@ -74,7 +81,7 @@ def _ratios_of(text: str) -> list[float]:
 def _caption(each: SweepRun) -> str:
     if each.method == "vanilla" or each.speed_up is None:
         return each.name
-    return f"{each.name}: {gain(each.speed_up)}, {decibels(each.psnr)}"
+    return f"{each.name}: {each.speed_up:.2f}×, {decibels(each.psnr)}"
 
 
 def _sweep_numbers(runs: Sequence[SweepRun]) -> str:

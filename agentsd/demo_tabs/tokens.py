@@ -21,7 +21,7 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
     Args:
         engine (`Engine`): What generates.
-        asked (`list[Component]`): From `wish_inputs`.
+        asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
         patch (`list[Component]`): From `patch_inputs`.
     """
     gr.Markdown(
