@@ -35,6 +35,7 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
     plots = gr.Gallery(
         label="Plots",
         columns=2,
+        fit_columns=False,
         height="auto",
         object_fit="contain",
         format="png",
