@@ -18,7 +18,7 @@ PACKAGING := pyproject.toml setup.cfg constraints.txt
 # What the web page shows beside pictures.
 RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl)
 
-.PHONY: help quickstart demo test lint format tables notebooks wheel clean
+.PHONY: help quickstart demo test lint format tables notebooks wheel space clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,12 @@ notebooks: $(VENV)/.dev ## Run the notebooks and keep what they print.
 
 wheel: $(VENV)/.dev ## Build the source archive and the wheel into dist/.
 	$(BIN)/python -m build --no-isolation
+
+space: wheel ## Put the web page as a Hugging Face Space into dist/space.
+	rm -rf dist/space
+	mkdir -p dist/space/results
+	cp apps/web_demo.py apps/README.md apps/requirements.txt dist/*.whl dist/space
+	cp -r $(RESULTS:%/cases.jsonl=%) dist/space/results
 
 clean: ## Remove build outputs and caches (.venv stays).
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -368,7 +368,7 @@ def demo(
         from .demo import build_demo, launch_demo
 
         print("Ctrl+C ends the page.")
-        launch_demo(build_demo(engine, results or ()), host=host, port=port, share=share)
+        launch_demo(build_demo(engine, results or ()), host=host or "127.0.0.1", port=port, share=share)
 
 
 @app.command()
@@ -399,6 +399,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         app(prog_name="agentsd")
+    except KeyboardInterrupt:  # where no command was at work
+        messages.print("Interrupted.")
+        raise SystemExit(130) from None
     except SystemExit as end:
         # Libraries turn an interrupt into an error of their own where it meets them in an unlucky moment.
         if interrupts and end.code not in (0, 130):

@@ -70,7 +70,7 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
             "# agentsd\nStable Diffusion with agent attention: the same picture with and without, its time and what "
             "changed."
         )
-        prompts = prompt_inputs()
+        prompts = prompt_inputs(engine)
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes=["settings"]):
                 asked = [*prompts, *picture_inputs(engine)]
@@ -86,7 +86,7 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
                     benchmark_tab(recorded)
         forget_on_leaving(demo, engine)
     # The engine has its own line, from which a generation can also be stopped while it waits.
-    return demo.queue(max_size=4 * (engine.limits.waiting + 1), default_concurrency_limit=None)
+    return demo.queue(max_size=4 * (engine.limits.waiting + 1), default_concurrency_limit=None, api_open=False)
 
 
 def launch_demo(
@@ -108,6 +108,18 @@ def launch_demo(
 
     Raises:
         OSError: If the port is taken.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.demo import build_demo, launch_demo
+    >>> from agentsd.engine import Engine
+    >>> demo = build_demo(Engine())
+    >>> _, address, _ = launch_demo(demo, prevent_thread_lock=True, quiet=True)
+    >>> address.startswith("http://127.0.0.1")
+    True
+    >>> demo.close(verbose=False)
+    ```
     """
     return demo.launch(
         server_name=host,

@@ -29,6 +29,8 @@ _SIDE_UNIT = 8
 _SMALLEST_SIDE = 64
 # Plain runs kept for the next comparison; one is 12 MB at 1024×1024.
 _KEPT_RUNS = 16
+# Each that waits keeps one of the web server's 40 threads, and others are needed to stop them.
+_MOST_WAITING = 24
 # How often a generation that waits looks whether it was stopped.
 _WAIT_SECONDS = 0.2
 # The embedded model tints its backgrounds at the guidance that Stable Diffusion is used with.
@@ -50,17 +52,23 @@ class Limits:
         steps (`int`): Denoising steps.
         sweep (`int`): Runs in a sweep.
         waiting (`int`): Generations that may wait for their turn.
+        prompt (`int`): Characters of a prompt.
     """
 
     side: int = 1024
     steps: int = 100
     sweep: int = 16
     waiting: int = 8
+    prompt: int = 2000
 
     def __post_init__(self) -> None:
-        for name, low in (("side", _SMALLEST_SIDE), ("steps", 1), ("sweep", 1), ("waiting", 0)):
+        for name, low in (("side", _SMALLEST_SIDE), ("steps", 1), ("sweep", 1), ("waiting", 0), ("prompt", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"The limit on {name} must be at least {low}, but got {getattr(self, name)}.")
+        if self.waiting > _MOST_WAITING:
+            raise ValueError(f"The limit on waiting must be at most {_MOST_WAITING}, but got {self.waiting}.")
+        if self.side % _SIDE_UNIT:
+            raise ValueError(f"The limit on side must be a multiple of {_SIDE_UNIT}, but got {self.side}.")
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class SweepRun:
         psnr (`float`, *optional*): Against the picture without it, in decibels.
         ssim (`float`, *optional*): Against the picture without it.
         reason (`str`, *optional*): Why it could not run.
+        is_cached (`bool`): Whether it is an earlier run of the same session.
     """
 
     method: str
@@ -116,6 +125,7 @@ class SweepRun:
     psnr: float | None = None
     ssim: float | None = None
     reason: str | None = None
+    is_cached: bool = False
 
     @property
     def name(self) -> str:
@@ -131,7 +141,8 @@ class Engine:
     session (one open page) can stop its own generations, and sees no other session's pictures.
 
     Args:
-        models (`Sequence[str]`, defaults to `("emoji",)`): What [`load_pipeline`] takes; loaded when first used.
+        models (`Sequence[str]`, defaults to `("emoji",)`):
+            What [`load_pipeline`] takes; all loaded at once, so that no load disturbs a run.
         device (`str` or `torch.device`, *optional*): See [`pick_device`].
         dtype (`str` or `torch.dtype`, *optional*): See [`pick_dtype`].
         limits (`Limits`, *optional*): What a visitor may ask for.
@@ -169,12 +180,11 @@ class Engine:
             raise ValueError(f"Two of the models {', '.join(models)} have the same name: name each once.")
         for model in models:
             resolve_model(model)
-        self._pipes: dict[str, Any] = {}
+        self._pipes = {name: self._load(model) for name, model in self._sources.items()}
         self._plain_runs: OrderedDict[tuple[str, Wish], Run] = OrderedDict()
         self._line: deque[threading.Event] = deque()
         self._stops: dict[str, set[threading.Event]] = {}
         self._changed = threading.Condition()
-        self._loading = threading.Lock()
 
     @property
     def models(self) -> list[str]:
@@ -191,7 +201,7 @@ class Engine:
         Returns:
             `tuple[int, int, float]`: Height and width in pixels, and the guidance.
         """
-        pipe = self._pipe(model)
+        pipe = self._pipes[model]
         size = pipe.unet.config.sample_size
         height, width = size if isinstance(size, Sequence) else (size, size)
         factor = pipe.vae_scale_factor
@@ -222,7 +232,7 @@ class Engine:
             is_cached = (session, wish) in self._plain_runs
             plain = self._plain_run(session, wish, told)
             comparison = compare(
-                self._pipe(wish.model),
+                self._pipes[wish.model],
                 wish.prompt,
                 config=config,
                 steps=wish.steps,
@@ -260,10 +270,11 @@ class Engine:
         """
         self._check(wish)
         with self._turn(session, progress) as told:
-            pipe = self._pipe(wish.model)
+            pipe = self._pipes[wish.model]
 
             def end_of_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                told("with agentsd", index + 1, wish.steps)
+                # As many as the scheduler takes, which is more than asked for with some.
+                told("with agentsd", index + 1, getattr(pipe, "num_timesteps", wish.steps))
                 return tensors
 
             with patched(pipe, config=config), recorded_maps(pipe) as maps:
@@ -299,18 +310,19 @@ class Engine:
         self._check(wish)
         cases = self._sweep_cases(methods, ratios)
         with self._turn(session, progress) as told:
+            is_cached = (session, wish) in self._plain_runs
             plain = self._plain_run(session, wish, told)
-            runs = [SweepRun("vanilla", None, plain, 1.0)]
+            runs = [SweepRun("vanilla", None, plain, 1.0, is_cached=is_cached)]
             for method, ratio in cases:
                 name = SweepRun(method, ratio).name
-                twin = twin_pipeline(self._pipe(wish.model))
+                twin = twin_pipeline(self._pipes[wish.model])
                 try:
                     METHODS[method].apply(twin, ratio, {})
-                except MethodUnavailable as error:
+                    reseed(twin, wish.seed)
+                    run = generate_timed(twin, wish.call, wish.steps, wish.seed, name, _named(told, name))
+                except (MethodUnavailable, RuntimeError, TypeError, ValueError) as error:
                     runs.append(SweepRun(method, ratio, reason=str(error)))
                     continue
-                reseed(twin, wish.seed)
-                run = generate_timed(twin, wish.call, wish.steps, wish.seed, name, _named(told, name))
                 speed_up = plain.time.seconds_per_step / run.time.seconds_per_step
                 runs.append(SweepRun(method, ratio, run, speed_up, *fidelity(run.values, plain.values)))
         return runs
@@ -375,29 +387,30 @@ class Engine:
 
     def _plain_run(self, session: str, wish: Wish, told: Progress) -> Run:
         key = (session, wish)
-        if key not in self._plain_runs:
+        kept = self._plain_runs.get(key)
+        if kept is None:
             what = "without agentsd"
-            pipe = self._pipe(wish.model)
-            self._plain_runs[key] = generate_timed(pipe, wish.call, wish.steps, wish.seed, what, _named(told, what))
-        self._plain_runs.move_to_end(key)
-        while len(self._plain_runs) > _KEPT_RUNS:
-            self._plain_runs.popitem(last=False)
-        return self._plain_runs[key]
+            pipe = self._pipes[wish.model]
+            kept = generate_timed(pipe, wish.call, wish.steps, wish.seed, what, _named(told, what))
+        with self._changed:
+            self._plain_runs[key] = kept
+            self._plain_runs.move_to_end(key)
+            while len(self._plain_runs) > _KEPT_RUNS:
+                self._plain_runs.popitem(last=False)
+        return kept
 
-    def _pipe(self, model: str) -> Any:
-        with self._loading:
-            if model in self._pipes:
-                return self._pipes[model]
-            pipe = load_pipeline(self._sources[model], device=self.device, dtype=self.dtype)
-            pipe.set_progress_bar_config(disable=True)
-            self._pipes[model] = pipe
-            return pipe
+    def _load(self, model: str) -> Any:
+        pipe = load_pipeline(model, device=self.device, dtype=self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def _check(self, wish: Wish) -> None:
         if wish.model not in self._sources:
             raise ValueError(f"There is no model {wish.model!r} here, but {', '.join(self._sources)}.")
         if not isinstance(wish.prompt, str) or not isinstance(wish.negative_prompt, str):
             raise TypeError("Prompts must be text.")
+        if max(len(wish.prompt), len(wish.negative_prompt)) > self.limits.prompt:
+            raise ValueError(f"Prompts may have {self.limits.prompt} characters at most.")
         for name, value, low, high in (
             ("seed", wish.seed, 0, 2**63 - 1),
             ("number of steps", wish.steps, 1, self.limits.steps),
@@ -414,6 +427,8 @@ class Engine:
             raise ValueError(f"The guidance must be from 0 to 100, but got {wish.guidance_scale}.")
 
     def _sweep_cases(self, methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, float | None]]:
+        if len(ratios) > self.limits.sweep:
+            raise ValueError(f"There are {len(ratios)} ratios, and at most {self.limits.sweep} runs are allowed.")
         unknown = [name for name in methods if name not in SWEEP_METHODS]
         if unknown or not methods:
             raise ValueError(f"Choose from the methods {', '.join(SWEEP_METHODS)}.")

@@ -1,11 +1,16 @@
 """The web page in a real browser: every tab, its numbers, stopping, errors, and what it must not give away."""
 
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,7 +22,10 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
 from playwright.sync_api import expect, sync_playwright
+from typer.testing import CliRunner
 
+import agentsd
+from agentsd.cli import app
 from agentsd.demo import build_demo, launch_demo
 from agentsd.engine import Engine, Limits
 
@@ -28,8 +36,13 @@ SLOW = 120_000
 
 
 @pytest.fixture(scope="module")
-def address():
-    demo = build_demo(Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6)), [RESULTS])
+def engine():
+    return Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6))
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    demo = build_demo(engine, [RESULTS])
     _, address, _ = launch_demo(demo, prevent_thread_lock=True, quiet=True)
     yield address
     demo.close()
@@ -219,15 +232,17 @@ def test_two_visitors_do_not_see_each_other(open_page):
     assert mine.locator("#compare-slider img").count() == 0
 
 
-def test_closing_the_page_stops_what_it_asked_for(open_page):
-    mine = open_page()
-    set_number(mine, "Steps", 200)
-    mine.locator("#compare-start").click()
-    expect(mine.get_by_text(re.compile(r"\d+/200"))).to_be_visible(timeout=SLOW)
-    mine.close()
-    yours = open_page()
-    set_number(yours, "Steps", 1)
-    compare(yours)  # within the time limit of the test only if nothing of 400 steps goes on
+def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
+    page = open_page()
+    set_number(page, "Steps", 200)
+    page.locator("#compare-start").click()
+    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible(timeout=SLOW)
+    assert engine._line
+    page.close()
+    deadline = time.monotonic() + 8  # the run itself would take more than twenty
+    while engine._line and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not engine._line
 
 
 @pytest.mark.parametrize(
@@ -238,6 +253,34 @@ def test_no_file_can_be_read_through_the_page(address, path):
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(f"{address}gradio_api/file={path}")
     assert refusal.value.code in (403, 404)
+
+
+def test_an_uploaded_result_cannot_name_files_of_the_server(open_page, tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    PIL.Image.new("RGB", (64, 64), "red").save(secret / "picture.png")
+    upload = tmp_path / "upload"
+    upload.mkdir()
+    for name in ("settings.json", "environment.json", "cases.jsonl"):
+        shutil.copy(RESULTS / name, upload)
+    row = json.loads((upload / "cases.jsonl").read_text().splitlines()[0])
+    page = open_page()
+    open_tab(page, "Benchmark")
+    field = page.locator("#benchmark-upload input[type=file]")
+    with (upload / "cases.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "method": str(secret)}) + "\n")
+    field.set_input_files(upload)
+    expect(page.get_by_text("there is no method")).to_be_visible(timeout=SLOW)
+    assert page.locator("#benchmark-plots img").count() == 0
+
+
+def test_the_queue_cannot_be_skipped(address):
+    request = urllib.request.Request(
+        f"{address}gradio_api/run/compare", data=b'{"data": []}', headers={"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request)
+    assert refusal.value.code in (401, 403, 404)
 
 
 def test_programs_get_messages_too(address):
@@ -264,19 +307,45 @@ def test_a_space_can_be_made_of_the_folder():
     card = SpaceCard.load(ROOT / "apps" / "README.md").data.to_dict()
     assert (ROOT / "apps" / card["app_file"]).is_file()
     assert f"gradio=={card['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
-    assert "agentsd[demo]" in (ROOT / "apps" / "requirements.txt").read_text().splitlines()
+    wheel = f"./agentsd-{agentsd.__version__}-py3-none-any.whl[demo]"
+    assert wheel in (ROOT / "apps" / "requirements.txt").read_text().splitlines()
 
 
-def test_the_command_serves_the_page_until_it_is_interrupted():
-    command = [sys.executable, "-c", "from agentsd.cli import main; main()", "demo", "--results", str(RESULTS)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    ) as process:
+def test_the_command_of_the_readme_serves_the_page_until_it_is_interrupted():
+    (line,) = re.findall(r"(?m)^agentsd (demo .*)$", (ROOT / "README.md").read_text(encoding="utf-8"))
+    command = [sys.executable, "-c", "from agentsd.cli import main; main()", *shlex.split(line)]
+    # A port that is free, beside others that test this just now.
+    command[-1] = str(free_port())
+    assert command[-2] == "--port"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             lines = iter(process.stdout.readline, "")
             address = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            assert address.endswith(command[-1])
             assert b"agentsd" in urllib.request.urlopen(address).read()
             process.send_signal(signal.SIGINT)
             assert process.wait(60) in (0, 130)
         finally:
             process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--results", "nowhere"], "nowhere is no folder of results"),
+        (["--model", "nowhere"], "There is no model 'nowhere'"),
+        (["--max-side", "8"], "limit on side must be at least 64"),
+        (["--model", "emoji", "--model", "emoji"], "same name"),
+    ],
+)
+def test_bad_options_of_the_command(options, message):
+    result = CliRunner().invoke(app, ["demo", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -1,7 +1,7 @@
 """What the documentation shows runs: every `>>>` example and every snippet and command of the README.
 
-Left out are only the benchmarks that take half an hour (`test_bench_run.py` and `test_bench_quality.py` run the same
-on small models), and the web page, which runs until it is interrupted (`test_demo.py`).
+Benchmarks that take half an hour are among the slow tests. `agentsd demo`, which runs until it is interrupted, is run
+in `test_demo.py`.
 """
 
 import doctest
@@ -23,7 +23,7 @@ from agentsd.bench.tables import fill_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TOO_LONG = re.compile("--suite (cpu|shapes)|--prompts 64|^agentsd demo")
+LONG = re.compile("--suite (cpu|shapes)|--prompts 64")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
 
 
@@ -70,13 +70,18 @@ def commands() -> list[str]:
     return [line for block in blocks("bash") for line in block.splitlines() if line]
 
 
+def marked(command: str) -> object:
+    return pytest.param(command, marks=[pytest.mark.slow, pytest.mark.timeout(7200)] if LONG.search(command) else [])
+
+
 @pytest.mark.parametrize(
-    "command", [line for line in commands() if line.startswith("agentsd ") and not TOO_LONG.search(line)]
+    "command",
+    [marked(line) for line in commands() if line.startswith("agentsd ") and not line.startswith("agentsd demo")],
 )
 def test_commands_of_the_readme_run(command, tmp_path):
     program = [sys.executable, "-c", "from agentsd.cli import main; main()"]
     arguments = shlex.split(command)[1:]
-    subprocess.run([*program, *arguments], cwd=tmp_path, check=True, env=environment(), timeout=300)
+    subprocess.run([*program, *arguments], cwd=tmp_path, check=True, env=environment())
 
 
 def test_other_commands_of_the_readme_are_make_targets():

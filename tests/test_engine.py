@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from models import tiny_sd
 
 import agentsd
@@ -165,6 +166,30 @@ def test_tokens_are_those_that_were_merged(engine, wish):
     assert merging_only.caption == "128 tokens merged to 64, no agents (token merging only)"
 
 
+def test_all_steps_of_the_scheduler_are_recorded(engine, wish, monkeypatch):
+    """PLMS calls the model once more than it was asked for steps."""
+    monkeypatch.setattr(
+        engine._pipes["tiny"], "scheduler", PNDMScheduler.from_config(tiny_sd().scheduler.config, skip_prk_steps=True)
+    )
+    told = []
+    _, maps = engine.tokens("me", wish, CONFIG, lambda *step: told.append(step))
+    assert {step for _, step in maps} == {0, 1, 2, 3}
+    assert told[-1] == ("with agentsd", 4, 4)
+
+
+def test_a_sweep_tells_an_earlier_run_and_goes_on_after_a_failure(engine, wish, monkeypatch):
+    engine.compare("me", wish, CONFIG, ignore)
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(methods_module.ToMeSD, "apply", fail)
+    runs = engine.sweep("me", wish, ["tomesd", "agentsd"], [0.5], ignore)
+    assert runs[0].is_cached
+    assert (runs[1].run, runs[1].reason) == (None, "out of memory")
+    assert runs[2].run is not None
+
+
 def test_a_sweep_compares_methods(engine, wish):
     runs = engine.sweep("me", wish, ["tomesd", "agentsd"], [0.5], ignore)
     assert [run.name for run in runs] == ["vanilla", "tomesd 0.5", "agentsd 0.5"]
@@ -196,6 +221,8 @@ def test_every_method_of_the_sweep_exists():
     [
         ({"model": "other"}, ValueError, "no model 'other'"),
         ({"prompt": None}, TypeError, "text"),
+        ({"prompt": "x" * 2001}, ValueError, "2000 characters"),
+        ({"negative_prompt": "x" * 2001}, ValueError, "2000 characters"),
         ({"seed": -1}, ValueError, "seed must be from 0"),
         ({"steps": 51}, ValueError, "steps must be from 1 to 50"),
         ({"steps": 2.5}, TypeError, "whole number"),
@@ -222,6 +249,7 @@ def test_bad_wishes(engine, wish, values, error, message):
         (["vanilla"], [0.5], "Choose from the methods"),
         (["agentsd"], [], "at least one ratio"),
         (["agentsd"], [1.5], "ratio"),
+        (["agentsd"], [0.1] * 5, "5 ratios, and at most 4"),
         (["agentsd", "tomesd"], [0.2, 0.4], "5 runs, and at most 4"),
     ],
 )
@@ -235,8 +263,12 @@ def test_models_are_looked_for_at_the_start(folder, tmp_path):
         Engine([str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="same name"):
         Engine([folder, folder])
-    with pytest.raises(ValueError, match="limit on side"):
-        Limits(side=8)
+
+
+@pytest.mark.parametrize("values", [{"side": 8}, {"side": 500}, {"steps": 0}, {"waiting": 25}, {"waiting": -1}])
+def test_bad_limits(values):
+    with pytest.raises(ValueError, match=f"limit on {next(iter(values))}"):
+        Limits(**values)
 
 
 def test_what_suits_a_model(engine):

@@ -1,5 +1,6 @@
 """Plots of a benchmark's rows: quality against speed, speed against size, and a grid of pictures."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,24 +27,19 @@ def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) 
     Args:
         result (`BenchResult`): The rows.
         folder (`Path`): Where to.
-        images (`Path`, *optional*): The folder of the run's pictures; by default `images` in that folder.
+        images (`Path`, *optional*): The folder of the run's pictures; without it, there are no grids.
 
     Returns:
         `list[Path]`: PNG files; without matplotlib, only grids.
     """
     rows = [row for row in result.rows if row.reason is None]
     files = []
-    try:
-        import matplotlib
-    except ImportError:
-        pass
-    else:
-        matplotlib.use("Agg")
+    if importlib.util.find_spec("matplotlib") is not None:
         if len({(row.height, row.width) for row in rows}) > 1:
             files += [_plot_sizes(rows, model, folder) for model in dict.fromkeys(row.model for row in rows)]
         if any("ssim" in row.quality for row in rows):
             files.append(plot_quality(rows, folder / "quality-speed.png"))
-    return files + _draw_grids(rows, folder, images or folder / "images")
+    return files + (_draw_grids(rows, folder, images) if images is not None else [])
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -82,10 +78,8 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     Returns:
         `Path`: That file.
     """
-    from matplotlib import pyplot
-
     judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = _figure()
     points = [(row.speedup or 0.0, row.quality["ssim"][0]) for row in judged]
     for method in dict.fromkeys(row.method for row in judged):
         mine = [row for row in judged if row.method == method]
@@ -95,7 +89,7 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
             [row.quality["ssim"][2] - row.quality["ssim"][0] for row in mine],
         ]
         speeds = [row.speedup for row in mine]
-        axes.errorbar(speeds, middle, yerr=ends, fmt="o", capsize=3, label=method)  # type: ignore[arg-type]
+        axes.errorbar(speeds, middle, yerr=ends, fmt="o", capsize=3, label=method)
         for row, x, y in zip(mine, speeds, middle, strict=True):
             note = f"{row.ratio:g}" if row.ratio is not None else ""
             axes.annotate(note, (x or 0.0, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
@@ -110,10 +104,8 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
 
 
 def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
-    from matplotlib import pyplot
-
     mine = [row for row in rows if row.model == model and row.speedup is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = _figure()
     for name, batch in dict.fromkeys((row.name, row.batch) for row in mine):
         line = [row for row in mine if (row.name, row.batch) == (name, batch)]
         is_reference = name == "attention-free"
@@ -131,11 +123,16 @@ def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
     return _save(figure, folder / f"speed-size-{short_name(model)}.png")
 
 
-def _save(figure: Any, file: Path) -> Path:
-    from matplotlib import pyplot
+def _figure() -> tuple[Any, Any]:
+    # Not by pyplot, which belongs to whoever draws on a screen, and to one thread.
+    from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, file: Path) -> Path:
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)
     return file
 
 
@@ -145,12 +142,17 @@ def _draw_grids(rows: "list[Row]", folder: Path, images: Path) -> list[Path]:
     for setting in dict.fromkeys(row.setting for row in rows):
         mine = [row for row in rows if row.setting == setting]
         lines = [(row, sorted((images / picture_folder(row)).glob("*.png"))) for row in mine]
-        lines = [(row, found[:_GRID_PICTURES]) for row, found in lines if found]
+        # Rows may come from a file that anybody wrote, and name a folder that is none of the run's.
+        lines = [(row, found[:_GRID_PICTURES]) for row, found in lines if found and _is_inside(found[0], images)]
         if lines:
             file = folder / f"pictures-{picture_folder(mine[0]).parent}.png"
             _draw_grid(lines).save(file)
             files.append(file)
     return files
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
 
 
 def _draw_grid(lines: "list[tuple[Row, list[Path]]]") -> PIL.Image.Image:

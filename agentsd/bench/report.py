@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..config import AgentSDConfig
-from .methods import BASELINE
+from .methods import BASELINE, METHODS
 from .settings import SUITES, short_name
 from .store import BenchError, read_log
 
@@ -239,7 +239,7 @@ class BenchResult:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        plots = save_plots(self, folder)
+        plots = save_plots(self, folder, folder / "images")
         files = {
             "report.md": self.to_markdown() + "".join(f"\n![{file.stem}]({file.name})\n" for file in plots),
             "report.csv": self.to_csv(),
@@ -307,6 +307,9 @@ def result_of(
         `BenchResult`: The rows in the order of the settings, compared with those of tomesd and attention-free.
     """
     rows = [Row(**record) for record in records]
+    unknown = sorted({row.method for row in rows} - METHODS.keys())
+    if unknown:
+        raise ValueError(f"there is no method {', '.join(unknown)}")
     speedups = {(*row.setting, row.name): row.speedup for row in rows}
 
     def share(row: Row, other: str) -> float | None:

@@ -7,10 +7,16 @@ from pathlib import Path
 import gradio as gr
 import PIL.Image
 
-from ..bench import load_result
+from ..bench import BenchError, load_result
 from ..bench.plots import save_plots
 from ..pictures import opened
 from .events import answered
+
+
+_FILES = ("settings.json", "environment.json", "cases.jsonl")
+_MOST_BYTES = 2**20
+_MOST_ROWS = 500
+_MOST_MODELS = 8
 
 
 def benchmark_tab(recorded: dict[str, Path]) -> None:
@@ -46,25 +52,36 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
     @answered
     def show_recorded(name: str | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
         # A name, never a path: what visitors send cannot lead anywhere else.
-        return _result_shown(recorded[name]) if name in recorded else ("", [])
+        return _result_shown(recorded[name], recorded[name] / "images") if name in recorded else ("", [])
 
     @answered
     def show_uploaded(files: list[str] | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
         if not files:
             return "", []
+        asked = {Path(file).name: Path(file) for file in files if Path(file).name in _FILES}
+        if sum(file.stat().st_size for file in asked.values()) > _MOST_BYTES:
+            raise ValueError("These results are larger than what can be shown here: 1 MB.")
         with tempfile.TemporaryDirectory() as folder:
-            for file in files:
-                if Path(file).suffix in (".json", ".jsonl"):
-                    shutil.copy(file, Path(folder) / Path(file).name)
-            return _result_shown(Path(folder))
+            for name, file in asked.items():
+                shutil.copy(file, Path(folder) / name)
+            # Their pictures are not looked for: what visitors send must not name files of this machine.
+            return _result_shown(Path(folder), None)
 
-    choice.input(show_recorded, [choice], [table, plots], api_visibility="private")
-    upload.change(show_uploaded, [upload], [table, plots], api_visibility="private")
+    # One at a time, since plots take time that somebody else's run would miss.
+    common = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "benchmark"}
+    choice.input(show_recorded, [choice], [table, plots], **common)
+    upload.change(show_uploaded, [upload], [table, plots], **common)
 
 
-def _result_shown(folder: Path) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
+def _result_shown(folder: Path, images: Path | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
     """The table, and the plots drawn anew from the rows: no file of the folder itself is sent."""
-    result = load_result(folder)
+    try:
+        result = load_result(folder)
+    except BenchError as error:
+        # Visitors do not learn where it lies.
+        raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "This")) from error
+    if len(result.rows) > _MOST_ROWS or len({row.model for row in result.rows}) > _MOST_MODELS:
+        raise ValueError(f"Results of at most {_MOST_ROWS} rows and {_MOST_MODELS} models can be shown here.")
     with tempfile.TemporaryDirectory() as scratch:
-        files = save_plots(result, Path(scratch), folder / "images")
+        files = save_plots(result, Path(scratch), images)
         return result.to_markdown(), [(opened(file), file.stem) for file in files]

@@ -1,6 +1,7 @@
 """What happens at a click: a generation with its progress, a stop, an error as a message."""
 
 import functools
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import gradio as gr
 from ..engine import Engine, Progress
 
 
-_EXPECTED_ERRORS = (OSError, RuntimeError, TypeError, ValueError)
+# What visitors asked wrongly, or have to wait for. Other errors, which may name files, are told to the terminal only.
+_EXPECTED_ERRORS = (RuntimeError, TypeError, ValueError)
 
 
 def answered(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +79,8 @@ def buttons(engine: Engine, label: str, name: str) -> tuple[gr.Button, gr.Markdo
 
 
 def _session(request: gr.Request) -> str:
-    return request.session_hash or "no page"
+    # A caller without a session shares nothing with any other.
+    return request.session_hash or uuid.uuid4().hex
 
 
 def _shown(progress: gr.Progress) -> Progress:

@@ -14,16 +14,30 @@ _PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tr
 _SEEDS = 2**31
 
 
-def prompt_inputs() -> list[gr.components.Component]:
+def prompt_inputs(engine: Engine) -> list[gr.components.Component]:
     """
     What to draw, and what not.
+
+    Args:
+        engine (`Engine`): Its limits.
 
     Returns:
         `list[Component]`: The first part of what [`wish_of`] takes.
     """
+    longest = engine.limits.prompt
     with gr.Row():
-        prompt = gr.Textbox(_PROMPTS[0], label="Prompt", lines=2, max_lines=4, scale=2, min_width=300)
-        negative = gr.Textbox("", label="Negative prompt", lines=2, placeholder="what not to draw", min_width=200)
+        prompt = gr.Textbox(
+            _PROMPTS[0], label="Prompt", lines=2, max_lines=4, max_length=longest, scale=2, min_width=300
+        )
+        negative = gr.Textbox(
+            "",
+            label="Negative prompt",
+            lines=2,
+            max_lines=4,
+            max_length=longest,
+            placeholder="what not to draw",
+            min_width=200,
+        )
     gr.Examples(
         [[text] for text in _PROMPTS], [prompt], label="Examples (for the emoji model)", api_visibility="private"
     )

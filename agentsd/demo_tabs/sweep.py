@@ -31,7 +31,13 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
     methods = gr.CheckboxGroup(
         list(SWEEP_METHODS), value=["tomesd", "agentsd"], label="Methods", elem_id="sweep-methods"
     )
-    ratios = gr.Textbox("0.2, 0.4, 0.6", label="Ratios", info="From 0 to below 1, with commas", elem_id="sweep-ratios")
+    ratios = gr.Textbox(
+        "0.2, 0.4, 0.6",
+        label="Ratios",
+        info="From 0 to below 1, with commas",
+        max_length=200,
+        elem_id="sweep-ratios",
+    )
     gr.Examples(
         [[["tomesd", "agentsd"], "0.2, 0.4, 0.6"], [["agentsd-agent", "agentsd-tome", "agentsd"], "0.4"]],
         [methods, ratios],
@@ -89,7 +95,8 @@ def _sweep_numbers(runs: Sequence[SweepRun]) -> str:
     for each in runs:
         if each.run is not None and each.speed_up is not None:
             judged = ("", "") if each.method == "vanilla" else (decibels(each.psnr), similarity(each.ssim))
-            lines.append((each.name, seconds(each.run.time.seconds_per_step), gain(each.speed_up), *judged))
+            name = f"{each.name} (cached)" if each.is_cached else each.name
+            lines.append((name, seconds(each.run.time.seconds_per_step), gain(each.speed_up), *judged))
     return markdown_table(lines)
 
 

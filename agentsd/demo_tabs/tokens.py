@@ -7,7 +7,7 @@ import PIL.Image
 
 from ..engine import Engine, Progress, Stopped
 from ..token_maps import TokenMap, draw_map
-from .events import buttons, on_start
+from .events import answered, buttons, on_start
 from .inputs import config_of, wish_of
 
 
@@ -54,16 +54,15 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         return [
             text,
             record,
-            gr.update(value=1, maximum=wish.steps, interactive=True),
+            gr.update(value=1, maximum=1 + max((at for _, at in record[1]), default=0), interactive=True),
             gr.update(choices=layers, value=first, interactive=True),
             picture,
         ]
 
     on_start(start, run, [*asked, *patch], [status, recorded, step, layer, drawing], drawing, "tokens")
+    draw = answered(_drawn)
     for changed in (step, layer):
-        changed.input(
-            _drawn, [recorded, step, layer], [status, drawing], api_visibility="private", show_progress="hidden"
-        )
+        changed.input(draw, [recorded, step, layer], [status, drawing], api_visibility="private")
 
 
 def _drawn(
