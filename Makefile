@@ -26,7 +26,7 @@ help: ## List the targets.
 quickstart: $(VENV)/.core ## Install into .venv and compare with and without agentsd on the embedded model.
 	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --out "$(OUT)"
 
-demo: $(VENV)/.demo ## Open a web page that compares speed and pictures side by side.
+demo: $(VENV)/.demo ## Serve a web page that compares speed and pictures side by side.
 	$(BIN)/agentsd demo $(RESULTS:%/cases.jsonl=--results %)
 
 test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).

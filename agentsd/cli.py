@@ -351,7 +351,7 @@ def demo(
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
-    """Open a web page that compares speed and pictures side by side."""
+    """Serve a web page that compares speed and pictures side by side."""
     with errors_as_messages(debug, exit_code=2), messages.status("Starting"):
         calm_libraries(debug)
         missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]

@@ -46,7 +46,8 @@ def take(folder: Path) -> None:
             open_tab(page, "Benchmark")
             page.get_by_label("Recorded results").click()
             page.get_by_role("option").first.click()
-            expect(page.locator("#benchmark-table table")).to_be_visible(timeout=SLOW)
+            expect(page.locator("#benchmark-plots img").first).to_be_visible(timeout=SLOW)
+            page.wait_for_timeout(1000)  # it fades in
             page.screenshot(path=folder / "benchmark.png", full_page=True)
     demo.close()
 
