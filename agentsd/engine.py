@@ -115,7 +115,7 @@ class SweepRun:
         psnr (`float`, *optional*): Against the picture without it, in decibels.
         ssim (`float`, *optional*): Against the picture without it.
         reason (`str`, *optional*): Why it could not run.
-        is_cached (`bool`): Whether it is an earlier run of the same session.
+        is_cached (`bool`): Whether it is an earlier run for the same visitor.
     """
 
     method: str
@@ -138,7 +138,7 @@ class Engine:
     Models, and the generations that visitors of the web page ask for.
 
     One generation runs at a time, since two beside each other would spoil both times; the others wait in line. A
-    session (one open page) can stop its own generations, and sees no other session's pictures.
+    visitor (one open page) can stop their own generations, and sees no other's pictures.
 
     Args:
         models (`Sequence[str]`, defaults to `("emoji",)`):
@@ -158,8 +158,8 @@ class Engine:
     >>> from agentsd.engine import Engine, Wish
     >>> engine = Engine()
     >>> wish = Wish("red apple", "", "emoji", seed=0, steps=2, guidance_scale=4.0, height=256, width=256)
-    >>> comparison, is_cached = engine.compare("one session", wish, AgentSDConfig(), lambda *step: None)
-    >>> is_cached, engine.compare("one session", wish, AgentSDConfig(ratio=0.6), lambda *step: None)[1]
+    >>> comparison, is_cached = engine.compare("one visitor", wish, AgentSDConfig(), lambda *step: None)
+    >>> is_cached, engine.compare("one visitor", wish, AgentSDConfig(ratio=0.6), lambda *step: None)[1]
     (False, True)
     ```
     """
@@ -208,12 +208,12 @@ class Engine:
         guidance = _BUILTIN_GUIDANCE if self._sources[model] in BUILTIN_MODELS else _GUIDANCE
         return min(height * factor, self.limits.side), min(width * factor, self.limits.side), guidance
 
-    def compare(self, session: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> tuple[Comparison, bool]:
+    def compare(self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> tuple[Comparison, bool]:
         """
-        Draw a picture without the patch, unless this session has it already, and with it.
+        Draw a picture without the patch, unless this visitor has it already, and with it.
 
         Args:
-            session (`str`): Who asks.
+            visitor (`str`): Who asks.
             wish (`Wish`): What to draw.
             config (`AgentSDConfig`): The patch.
             progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
@@ -223,14 +223,14 @@ class Engine:
 
         Raises:
             RuntimeError: If too many generations wait already.
-            Stopped: If the session stopped it.
+            Stopped: If the visitor stopped it.
             TypeError: If an argument has the wrong type.
             ValueError: If an argument is out of range.
         """
         self._check(wish)
-        with self._turn(session, progress) as told:
-            is_cached = (session, wish) in self._plain_runs
-            plain = self._plain_run(session, wish, told)
+        with self._turn(visitor, progress) as told:
+            is_cached = (visitor, wish) in self._plain_runs
+            plain = self._plain_run(visitor, wish, told)
             comparison = compare(
                 self._pipes[wish.model],
                 wish.prompt,
@@ -247,13 +247,13 @@ class Engine:
         return comparison, is_cached
 
     def tokens(
-        self, session: str, wish: Wish, config: AgentSDConfig, progress: Progress
+        self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress
     ) -> tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]]:
         """
         Draw a picture with the patch, and record what is merged on the way.
 
         Args:
-            session (`str`): Who asks.
+            visitor (`str`): Who asks.
             wish (`Wish`): What to draw.
             config (`AgentSDConfig`): The patch.
             progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
@@ -264,12 +264,12 @@ class Engine:
 
         Raises:
             RuntimeError: If too many generations wait already.
-            Stopped: If the session stopped it.
+            Stopped: If the visitor stopped it.
             TypeError: If an argument has the wrong type.
             ValueError: If an argument is out of range.
         """
         self._check(wish)
-        with self._turn(session, progress) as told:
+        with self._turn(visitor, progress) as told:
             pipe = self._pipes[wish.model]
 
             def end_of_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -287,13 +287,13 @@ class Engine:
         return output.images[0], maps
 
     def sweep(
-        self, session: str, wish: Wish, methods: Sequence[str], ratios: Sequence[float], progress: Progress
+        self, visitor: str, wish: Wish, methods: Sequence[str], ratios: Sequence[float], progress: Progress
     ) -> list[SweepRun]:
         """
         Draw a picture by several methods at several ratios, beside the one without any.
 
         Args:
-            session (`str`): Who asks.
+            visitor (`str`): Who asks.
             wish (`Wish`): What to draw.
             methods (`Sequence[str]`): Names from `SWEEP_METHODS`.
             ratios (`Sequence[float]`): Shares of tokens to merge, for the methods that merge.
@@ -304,14 +304,14 @@ class Engine:
 
         Raises:
             RuntimeError: If too many generations wait already.
-            Stopped: If the session stopped it.
+            Stopped: If the visitor stopped it.
             ValueError: If an argument is out of range.
         """
         self._check(wish)
         cases = self._sweep_cases(methods, ratios)
-        with self._turn(session, progress) as told:
-            is_cached = (session, wish) in self._plain_runs
-            plain = self._plain_run(session, wish, told)
+        with self._turn(visitor, progress) as told:
+            is_cached = (visitor, wish) in self._plain_runs
+            plain = self._plain_run(visitor, wish, told)
             runs = [SweepRun("vanilla", None, plain, 1.0, is_cached=is_cached)]
             for method, ratio in cases:
                 name = SweepRun(method, ratio).name
@@ -327,37 +327,37 @@ class Engine:
                 runs.append(SweepRun(method, ratio, run, speed_up, *fidelity(run.values, plain.values)))
         return runs
 
-    def stop(self, session: str) -> int:
+    def stop(self, visitor: str) -> int:
         """
-        Stop the generations of a session, running or waiting; they end at their next step.
+        Stop the generations of a visitor, running or waiting; they end at their next step.
 
         Args:
-            session (`str`): Whose.
+            visitor (`str`): Whose.
 
         Returns:
             `int`: How many there were.
         """
         with self._changed:
-            stops = self._stops.get(session, set())
+            stops = self._stops.get(visitor, set())
             for stop in stops:
                 stop.set()
             return len(stops)
 
-    def forget(self, session: str) -> None:
+    def forget(self, visitor: str) -> None:
         """
-        Stop the generations of a session that has ended, and drop its pictures.
+        Stop the generations of a visitor who has left, and drop the pictures kept for them.
 
         Args:
-            session (`str`): Whose.
+            visitor (`str`): Whose.
         """
-        self.stop(session)
+        self.stop(visitor)
         with self._changed:
-            for key in [key for key in self._plain_runs if key[0] == session]:
+            for key in [key for key in self._plain_runs if key[0] == visitor]:
                 del self._plain_runs[key]
 
     @contextmanager
-    def _turn(self, session: str, progress: Progress) -> Iterator[Progress]:
-        """Wait in line; hands out a `progress` that raises `Stopped` once the session has asked for it."""
+    def _turn(self, visitor: str, progress: Progress) -> Iterator[Progress]:
+        """Wait in line; hands out a `progress` that raises `Stopped` once the visitor has asked for it."""
         stop = threading.Event()
 
         def told(what: str, done: int, total: int) -> None:
@@ -369,7 +369,7 @@ class Engine:
             if len(self._line) > self.limits.waiting:
                 raise RuntimeError("Too many generations are waiting already. Please try again later.")
             self._line.append(stop)
-            self._stops.setdefault(session, set()).add(stop)
+            self._stops.setdefault(visitor, set()).add(stop)
         try:
             with self._changed:
                 while self._line[0] is not stop:
@@ -380,13 +380,13 @@ class Engine:
         finally:
             with self._changed:
                 self._line.remove(stop)
-                self._stops[session].discard(stop)
-                if not self._stops[session]:
-                    del self._stops[session]
+                self._stops[visitor].discard(stop)
+                if not self._stops[visitor]:
+                    del self._stops[visitor]
                 self._changed.notify_all()
 
-    def _plain_run(self, session: str, wish: Wish, told: Progress) -> Run:
-        key = (session, wish)
+    def _plain_run(self, visitor: str, wish: Wish, told: Progress) -> Run:
+        key = (visitor, wish)
         kept = self._plain_runs.get(key)
         if kept is None:
             what = "without agentsd"

@@ -1,4 +1,4 @@
-"""The engine behind the web page: one generation at a time, limits, sessions that do not see each other."""
+"""The engine behind the web page: one generation at a time, limits, visitors who do not see each other."""
 
 import threading
 import time
@@ -63,7 +63,7 @@ def test_the_plain_run_is_kept_by_everything_that_determines_it(engine, wish):
         assert not engine.compare("me", replace(wish, **{name: value}), CONFIG, ignore)[1], name
 
 
-def test_a_session_has_only_its_own_pictures(engine, wish):
+def test_a_visitor_has_only_its_own_pictures(engine, wish):
     engine.compare("me", wish, CONFIG, ignore)
     assert not engine.compare("you", wish, CONFIG, ignore)[1]
     engine.forget("me")

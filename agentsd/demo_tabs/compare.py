@@ -48,10 +48,10 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
     with gr.Accordion("What was patched", open=False):
         table = gr.Markdown("", elem_classes=["report"], elem_id="compare-report")
 
-    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+    def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
         wish, config = wish_of(values[: len(asked)]), config_of(values[len(asked) :])
         try:
-            comparison, is_cached = engine.compare(session, wish, config, progress)
+            comparison, is_cached = engine.compare(visitor, wish, config, progress)
         except Stopped:
             return ["Stopped. The pictures below, if any, are those of before.", *[gr.skip()] * 4]
         for warning in comparison.warnings:

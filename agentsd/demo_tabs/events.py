@@ -47,7 +47,7 @@ def forget_on_leaving(demo: gr.Blocks, engine: Engine) -> None:
     """
 
     def forget(request: gr.Request) -> None:
-        engine.forget(_session(request))
+        engine.forget(_visitor(request))
 
     demo.unload(forget)
 
@@ -71,15 +71,15 @@ def buttons(engine: Engine, label: str, name: str) -> tuple[gr.Button, gr.Markdo
 
     def ask_to_stop(request: gr.Request) -> Any:
         # The generation itself says that it was stopped, once it was.
-        return gr.skip() if engine.stop(_session(request)) else "Nothing of yours is running."
+        return gr.skip() if engine.stop(_visitor(request)) else "Nothing of yours is running."
 
     # Past the queue, which may be full.
     stop.click(ask_to_stop, outputs=[status], queue=False, show_progress="hidden", api_visibility="private")
     return start, status
 
 
-def _session(request: gr.Request) -> str:
-    # A caller without a session shares nothing with any other.
+def _visitor(request: gr.Request) -> str:
+    # A caller without a page shares nothing with any other.
     return request.session_hash or uuid.uuid4().hex
 
 
@@ -108,7 +108,7 @@ def on_start(
 
     Args:
         button (`gradio.Button`): What is clicked.
-        run (`Callable`): Takes the session, a `Progress` and the values of the inputs; returns those of the outputs.
+        run (`Callable`): Takes the visitor, a `Progress` and the values of the inputs; returns those of the outputs.
         inputs (`list[Component]`): What it depends on.
         outputs (`list[Component]`): What it changes.
         watched (`Component`): The output that shows its progress.
@@ -121,6 +121,6 @@ def on_start(
     # Gradio fills in the first two by their type and default.
     @answered
     def started(request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> list[Any]:  # noqa: B008
-        return run(_session(request), _shown(progress), *values)
+        return run(_visitor(request), _shown(progress), *values)
 
     return button.click(started, inputs, outputs, api_name=name, show_progress_on=[watched])

@@ -63,11 +63,11 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
         alt_text="A plot of each run: structural similarity to the picture without any method, against its speed-up",
     )
 
-    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+    def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
         *wished, names, text = values
         wish = wish_of(wished)
         try:
-            runs = engine.sweep(session, wish, names, _ratios_of(text), progress)
+            runs = engine.sweep(visitor, wish, names, _ratios_of(text), progress)
         except Stopped:
             return ["Stopped.", *[gr.skip()] * 3]
         pictures = [(each.run.image, _caption(each)) for each in runs if each.run is not None]

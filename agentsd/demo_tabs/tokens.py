@@ -42,10 +42,10 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         alt_text="The picture, with merged tokens in one colour a group and a dot on each agent",
     )
 
-    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+    def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
         wish, config = wish_of(values[: len(asked)]), config_of(values[len(asked) :])
         try:
-            record = engine.tokens(session, wish, config, progress)
+            record = engine.tokens(visitor, wish, config, progress)
         except Stopped:
             return ["Stopped.", *[gr.skip()] * 4]
         layers = list(dict.fromkeys(name for name, _ in record[1]))
