@@ -233,16 +233,12 @@ class Engine:
             plain = self._plain_run(visitor, wish, told)
             comparison = compare(
                 self._pipes[wish.model],
-                wish.prompt,
                 config=config,
                 steps=wish.steps,
-                guidance_scale=wish.guidance_scale,
-                height=wish.height,
-                width=wish.width,
                 seed=wish.seed,
-                negative_prompt=wish.negative_prompt or None,
                 progress=lambda _variant, done, total: told("with agentsd", done, total),
                 vanilla=plain,
+                **wish.call,
             )
         return comparison, is_cached
 
