@@ -357,18 +357,15 @@ def demo(
         missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"The web page needs {' and '.join(missing)}: pip install 'agentsd[demo]'")
-        from .bench import load_result
+        from .demo import build_demo, launch_demo
         from .engine import Engine, Limits
 
-        for folder in results or ():
-            load_result(folder)
         limits = Limits(side=max_side, steps=max_steps, waiting=max_waiting)
         engine = Engine(model or ("emoji",), device=device, dtype=dtype, limits=limits)
+        page = build_demo(engine, results or ())
     with errors_as_messages(debug):
-        from .demo import build_demo, launch_demo
-
         print("Ctrl+C ends the page.")
-        launch_demo(build_demo(engine, results or ()), host=host or "127.0.0.1", port=port, share=share)
+        launch_demo(page, host=host or "127.0.0.1", port=port, share=share)
 
 
 @app.command()
