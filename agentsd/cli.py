@@ -319,9 +319,10 @@ def report(
     with errors_as_messages(debug):
         from .patch import apply_patch
         from .patch_report import report as report_patch
+        from .pipeline import own_size
 
         if height is None or width is None:
-            height = width = pipe.unet.config.sample_size * pipe.vae_scale_factor
+            height, width = own_size(pipe)
         apply_patch(pipe, config=config)
         print(f"{width}×{height} pixels")
         print(report_patch(pipe, height=height, width=width))

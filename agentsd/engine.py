@@ -17,7 +17,7 @@ from .compare import Comparison, compare, fidelity
 from .config import AgentSDConfig
 from .generation import Run, generate_timed, pipeline_call
 from .patch import patched
-from .pipeline import BUILTIN_MODELS, load_pipeline, pick_device, pick_dtype, resolve_model
+from .pipeline import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from .token_maps import TokenMap, recorded_maps
 
 
@@ -201,12 +201,9 @@ class Engine:
         Returns:
             `tuple[int, int, float]`: Height and width in pixels, and the guidance.
         """
-        pipe = self._pipes[model]
-        size = pipe.unet.config.sample_size
-        height, width = size if isinstance(size, Sequence) else (size, size)
-        factor = pipe.vae_scale_factor
+        height, width = own_size(self._pipes[model])
         guidance = _BUILTIN_GUIDANCE if self._sources[model] in BUILTIN_MODELS else _GUIDANCE
-        return min(height * factor, self.limits.side), min(width * factor, self.limits.side), guidance
+        return min(height, self.limits.side), min(width, self.limits.side), guidance
 
     def compare(self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> tuple[Comparison, bool]:
         """

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,29 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: str | torch.devic
     if found is None or found not in _DTYPES.values():
         raise ValueError(f"`dtype` must be float32, float16 or bfloat16, but got {str(dtype)!r}.")
     return found
+
+
+def own_size(pipe: Any) -> tuple[int, int]:
+    """
+    The size of picture that a pipeline was made for.
+
+    Args:
+        pipe (`DiffusionPipeline`): A pipeline with a UNet.
+
+    Returns:
+        `tuple[int, int]`: Height and width in pixels.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.pipeline import load_pipeline, own_size
+    >>> own_size(load_pipeline("emoji"))
+    (256, 256)
+    ```
+    """
+    size = pipe.unet.config.sample_size
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 class AgentSDPipeline:

@@ -10,7 +10,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from ..patch import remove_patch
-from ..pipeline import load_pipeline, pick_device, pick_dtype
+from ..pipeline import load_pipeline, own_size, pick_device, pick_dtype
 from .methods import METHODS, reseed
 from .settings import BenchSettings, Case
 from .shapes import LATENT_SCALE, call_unet, random_unet, share_weights, unet_inputs
@@ -113,9 +113,7 @@ class PipelineSubject:
 
     def size(self, model: Any) -> tuple[int, int]:
         """See [`Subject.size`]."""
-        size = model.unet.config.sample_size
-        height, width = size if isinstance(size, Sequence) else (size, size)
-        return height * model.vae_scale_factor, width * model.vae_scale_factor
+        return own_size(model)
 
     def draw(
         self, model: Any, case: Case, steps: int, prompts: Sequence[str], seeds: Sequence[int], **options: Any
