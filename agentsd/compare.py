@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 from rich.table import Table
 from rich.text import Text
 
 from .config import AgentSDConfig
 from .generation import Run, RunTime, generate_timed, pipeline_call
-from .metrics import psnr, ssim
+from .metrics import decibels, fidelity, similarity
 from .patch import is_patched, patched, remove_patch
 from .patch_report import PatchReport, report
 from .pictures import difference_map, side_by_side
@@ -302,70 +301,3 @@ def _plain_run(run: Run) -> dict[str, Any]:
 def _size_and_steps(comparison: Comparison) -> str:
     width, height, steps = (comparison.settings[name] for name in ("width", "height", "steps"))
     return f"{width}×{height}, {steps} steps"
-
-
-def decibels(value: float | None) -> str:
-    """
-    A peak signal-to-noise ratio for people.
-
-    Args:
-        value (`float`, *optional*): Decibels, infinite for identical pictures, `None` if not known.
-
-    Returns:
-        `str`: A few characters.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.compare import decibels
-    >>> decibels(31.234), decibels(float("inf")), decibels(None)
-    ('31.23 dB', 'identical', 'unknown')
-    ```
-    """
-    return "unknown" if value is None else "identical" if math.isinf(value) else f"{value:.2f} dB"
-
-
-def similarity(value: float | None) -> str:
-    """
-    A structural similarity for people.
-
-    Args:
-        value (`float`, *optional*): From -1 to 1, `None` if not known.
-
-    Returns:
-        `str`: A few characters.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.compare import similarity
-    >>> similarity(0.98765)
-    '0.9877'
-    ```
-    """
-    return "unknown" if value is None else f"{value:.4f}"
-
-
-def fidelity(picture: np.ndarray, reference: np.ndarray) -> tuple[float | None, float | None]:
-    """
-    How close a picture is to a reference.
-
-    Args:
-        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
-        reference (`np.ndarray` of shape `(height, width, 3)`): The same.
-
-    Returns:
-        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite.
-
-    Examples:
-
-    ```python
-    >>> import numpy as np
-    >>> from agentsd.compare import fidelity
-    >>> fidelity(np.zeros((16, 16, 3)), np.zeros((16, 16, 3)))
-    (inf, 1.0)
-    ```
-    """
-    if not (np.isfinite(picture).all() and np.isfinite(reference).all()):
-        return None, None
-    return psnr(reference, picture), ssim(reference, picture)

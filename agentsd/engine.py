@@ -13,9 +13,10 @@ import torch
 from .bench.methods import METHODS, MethodUnavailable, reseed
 from .bench.settings import short_name
 from .bench.subjects import twin_pipeline
-from .compare import Comparison, compare, fidelity
+from .compare import Comparison, compare
 from .config import AgentSDConfig
 from .generation import Run, generate_timed, pipeline_call
+from .metrics import fidelity
 from .patch import patched
 from .pipeline import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from .token_maps import TokenMap, recorded_maps

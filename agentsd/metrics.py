@@ -1,5 +1,6 @@
-"""How close one picture is to another: peak signal-to-noise ratio and structural similarity."""
+"""How close one picture is to another: peak signal-to-noise ratio and structural similarity, and as text."""
 
+import math
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 
@@ -186,3 +187,72 @@ def _check_side(metric: str, picture: "torch.Tensor", least: int) -> None:
 def _size(picture: "torch.Tensor") -> str:
     batch, channels, height, width = picture.shape
     return f"{width}×{height} pixels, {channels} channels" + (f", batch {batch}" if batch > 1 else "")
+
+
+def decibels(value: float | None) -> str:
+    """
+    A peak signal-to-noise ratio for people.
+
+    Args:
+        value (`float`, *optional*): Decibels, infinite for identical pictures, `None` if not known.
+
+    Returns:
+        `str`: A few characters.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.metrics import decibels
+    >>> decibels(31.234), decibels(float("inf")), decibels(None)
+    ('31.23 dB', 'identical', 'unknown')
+    ```
+    """
+    return "unknown" if value is None else "identical" if math.isinf(value) else f"{value:.2f} dB"
+
+
+def similarity(value: float | None) -> str:
+    """
+    A structural similarity for people.
+
+    Args:
+        value (`float`, *optional*): From -1 to 1, `None` if not known.
+
+    Returns:
+        `str`: A few characters.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.metrics import similarity
+    >>> similarity(0.98765)
+    '0.9877'
+    ```
+    """
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def fidelity(picture: "np.ndarray", reference: "np.ndarray") -> tuple[float | None, float | None]:
+    """
+    How close a picture is to a reference.
+
+    Args:
+        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
+        reference (`np.ndarray` of shape `(height, width, 3)`): The same.
+
+    Returns:
+        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> from agentsd.metrics import fidelity
+    >>> fidelity(np.zeros((16, 16, 3)), np.zeros((16, 16, 3)))
+    (inf, 1.0)
+    ```
+    """
+    import numpy as np
+
+    if not (np.isfinite(picture).all() and np.isfinite(reference).all()):
+        return None, None
+    return psnr(reference, picture), ssim(reference, picture)

@@ -4,8 +4,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..compare import Comparison, decibels, similarity
+from ..compare import Comparison
 from ..engine import Engine, Progress, Stopped
+from ..metrics import decibels, similarity
 from .events import buttons, on_start
 from .inputs import config_of, wish_of
 from .texts import gain, markdown_table, seconds

@@ -11,8 +11,8 @@ import PIL.Image
 
 from ..bench.plots import plot_quality
 from ..bench.report import Row
-from ..compare import decibels, similarity
 from ..engine import SWEEP_METHODS, Engine, Progress, Stopped, SweepRun, Wish
+from ..metrics import decibels, similarity
 from ..pictures import opened
 from .events import buttons, on_start
 from .inputs import wish_of
