@@ -199,16 +199,21 @@ class SitePatch:
         carried.steps = {**getattr(given, "steps", {}), self: (self.size, self.phases, self.key)}
         return args, {**kwargs, "cross_attention_kwargs": carried}
 
-    def before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the metric: the block's input before its normalisation."""
-        # Where something has replaced the processor, the whole block is as without agentsd.
-        is_ours = isinstance(block.attn1.processor, AgentAttnProcessor)
-        self.metric = (args[0] if args else kwargs["hidden_states"]) if is_ours else None
-        self.current = None
+        self.metric = self.current = None
         # Checkpointing passes them by position.
         carried = args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")
         if isinstance(carried, StepKwargs):
             self.size, self.phases, self.key = carried.steps[self]
+        # Where something has replaced the processor, the whole block is as without agentsd.
+        if not isinstance(block.attn1.processor, AgentAttnProcessor):
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        # Behind a convolution the tokens are a transposed view, which each use in the block would copy once more. A
+        # compiled block reads it in place, and would need one more graph for another layout.
+        self.metric = x if torch.compiler.is_compiling() else x.contiguous()
+        return ((self.metric, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.metric})
 
     def after_block(self, block: torch.nn.Module, args: tuple, output: Any) -> None:
         """Let go of the activations."""

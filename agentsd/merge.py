@@ -12,6 +12,11 @@ from typing import NamedTuple
 import torch
 
 
+# What the similarities held at a time may take: little enough for a CPU's allocator to use the same memory again, and
+# enough for a GPU to be busy.
+_SIMILARITY_BYTES = 16 * 2**20
+
+
 class Partition(NamedTuple):
     """
     Which tokens are destinations and which are sources.
@@ -224,11 +229,18 @@ def match_tokens(metric: torch.Tensor, partition: Partition) -> Matches:
     """
     # The nearest destination does not depend on the length of the source, so that only the destinations are
     # normalised, and of the sources only the scores.
-    src, dst = take_tokens(metric, partition.src), take_tokens(metric, partition.dst)
+    dst = take_tokens(metric, partition.dst)
     # In float32, since the inverse norm of an all but empty token exceeds the range of float16.
-    dst = (dst * _inverse_norm(dst).unsqueeze(2)).to(src.dtype)
-    score, cell = (src @ dst.transpose(1, 2)).max(dim=2)
-    return Matches(cell, score * _inverse_norm(src))
+    dst = (dst * _inverse_norm(dst).unsqueeze(2)).to(metric.dtype)
+    # A few sources at a time: all similarities at once would be the largest tensor of the model.
+    rows = max(1, _SIMILARITY_BYTES // (dst.shape[0] * dst.shape[1] * dst.element_size()))
+    cells, scores = [], []
+    for index in partition.src.split(rows, dim=1):
+        src = take_tokens(metric, index)
+        score, cell = (src @ dst.transpose(1, 2)).max(dim=2)
+        cells.append(cell)
+        scores.append(score * _inverse_norm(src))
+    return Matches(torch.cat(cells, dim=1), torch.cat(scores, dim=1))
 
 
 def _inverse_norm(x: torch.Tensor) -> torch.Tensor:

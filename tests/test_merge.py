@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from agentsd.merge import (
     Merging,
@@ -141,6 +143,34 @@ def test_merging_keeps_the_sum_and_unmerging_restores_what_was_not_merged(layout
     assert torch.equal(
         merging.position.sort(1).values.diff(dim=1).clamp(max=1).sum(1), torch.tensor([merged.shape[1] - 1] * 2)
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size in bytes of the largest tensor that any operation returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *(x.nbytes for x in tensors)])
+        return output
+
+
+def test_many_tokens_are_matched_a_few_at_a_time():
+    """All similarities of a 2048 pixel picture, held at once, would take gigabytes."""
+    x = torch.randn(2, 64 * 64, 8, generator=torch.Generator().manual_seed(0))
+    partition = make_partition(64, 64, 2, 2, keys=(981, 41))
+    with LargestTensor() as largest:
+        matches = match_tokens(x, partition)
+    all_at_once = 2 * 3072 * 1024 * 4
+    assert largest.nbytes < 0.7 * all_at_once
+
+    unit = torch.nn.functional.normalize(x.double(), dim=2)
+    for b in range(2):
+        expected = (unit[b, partition.src[b]] @ unit[b, partition.dst[b]].T).max(dim=1)
+        assert torch.equal(matches.cell[b], expected.indices)
+        torch.testing.assert_close(matches.score[b].double(), expected.values, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_tokens_merge_without_change():
