@@ -1,5 +1,7 @@
 """Fair timing: interleaved, paired, warmed up, and memory in a process of its own."""
 
+import platform
+import subprocess
 import sys
 import time
 from functools import partial
@@ -53,6 +55,30 @@ def test_steps_and_the_whole_are_both_timed():
     assert 0.02 <= sample.step_seconds < 0.06
     assert sample.seconds >= 0.14
     assert time_call(lambda watch: None, CPU).step_seconds is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
+def test_freed_memory_is_used_again():
+    """Fresh pages are cleared by the system when first touched, at the mercy of whatever else the machine does."""
+    script = """
+import resource, torch
+from agentsd.bench.allocator import keep_freed_memory
+
+def bytes_touched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16, 2**20)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+
+given_back = bytes_touched()
+assert keep_freed_memory()
+print(given_back, bytes_touched())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, run.stdout.split())
+    one = 64 * 2**20
+    assert given_back > 7 * one
+    assert kept < 4 * one
 
 
 def test_a_stopwatch_measures_between_marks():

@@ -287,7 +287,7 @@ class BenchResult:
         parts = [
             known["gpu"] if on_gpu else f"{known['cpu']}, {known['threads']} threads",
             *(f"{name} {known[name]}" for name in ("torch", "diffusers", "tomesd", "agentsd") if known.get(name)),
-            *(f"{name} {known[name]}" for name in ("commit", "dtype", "sdpa") if known.get(name)),
+            *(f"{name} {known[name]}" for name in ("commit", "dtype", "sdpa", "malloc") if known.get(name)),
         ]
         return ", ".join(parts) + "."
 

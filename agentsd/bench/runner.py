@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..config import AgentSDConfig
+from .allocator import keep_freed_memory
 from .environment import environment
 from .features import PerceptualDistance, load_extractor, picture_files
 from .judge import PictureJudge
@@ -51,6 +52,8 @@ def run_bench(
 ) -> BenchResult:
     """
     Run a benchmark.
+
+    On a CPU, this process keeps the memory that it frees from then on: see [`keep_freed_memory`].
 
     Args:
         settings (`BenchSettings`, *optional*): What to measure; by default the speed of the embedded model.
@@ -92,8 +95,11 @@ def run_bench(
         subject_of(model, settings, prompts[0], settings.device or workers.device)
         for model in dict.fromkeys(settings.models)
     ]
+    facts = environment(subjects[0].device, subjects[0].dtype)
+    if subjects[0].device.type == "cpu" and keep_freed_memory():
+        facts["malloc"] = "keeps freed memory"
     # The main process' facts, for each GPU has another name.
-    facts = workers.agree(environment(subjects[0].device, subjects[0].dtype))
+    facts = workers.agree(facts)
     with ExitStack() as stack:
         path = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
         # Only one process writes; the others read its folder once it is there.
