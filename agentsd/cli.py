@@ -1,21 +1,39 @@
 """The `agentsd` command. Torch and diffusers are imported inside the commands, so that `agentsd --help` is quick."""
 
-import ast
 import importlib.util
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from . import __version__
+from .cli_options import (
+    Debug,
+    Device,
+    DType,
+    Guidance,
+    Height,
+    Model,
+    NegativePrompt,
+    Prompt,
+    Ratio,
+    Seed,
+    Settings,
+    Steps,
+    Width,
+    assignments,
+    check_folder,
+    check_model,
+    check_picture_file,
+    check_size,
+    load_model,
+    patch_config,
+    sizes,
+)
 from .terminal import calm_libraries, errors_as_messages, messages, print_table, progress_bars, warn
-
-
-if TYPE_CHECKING:
-    from .config import AgentSDConfig
 
 
 app = typer.Typer(
@@ -26,29 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-Prompt = Annotated[str, typer.Argument(help="What to draw.")]
-Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="`emoji`, a folder, a `.safetensors` file, or an id on the Hugging Face Hub."),
-]
-Ratio = Annotated[float | None, typer.Option(help="Share of tokens to merge, from 0 to below 1. [default: 0.4]")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other field of AgentSDConfig; may be given several times."),
-]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Strength of the prompt. [default: the model's]")]
-Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels. [default: the model's]")]
-Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels. [default: the model's]")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
-Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, `cuda:1`, `mps`. [default: a GPU if there is one]")]
-DType = Annotated[
-    str | None,
-    typer.Option(help="`float32`, `float16` or `bfloat16`. [default: `float16` on CUDA, else `float32`]"),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the libraries' warnings.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -86,12 +81,12 @@ def generate(
 ) -> None:
     """Generate a picture."""
     with errors_as_messages(debug, exit_code=2):
-        config = _patch_config(ratio, settings)
+        config = patch_config(ratio, settings)
         if no_patch and (ratio is not None or settings):
             raise ValueError("--no-patch leaves nothing for --ratio and --set to change: leave out one or the other.")
-        _check_picture_file(out)
-        _check_size(height, width)
-    pipe = _load(model, device, dtype, debug)
+        check_picture_file(out)
+        check_size(height, width)
+    pipe = load_model(model, device, dtype, debug)
     with errors_as_messages(debug):
         import torch
 
@@ -144,10 +139,10 @@ def compare(
 ) -> None:
     """Generate the same picture with and without agentsd, and compare time and picture."""
     with errors_as_messages(debug, exit_code=2):
-        config = _patch_config(ratio, settings)
-        _check_folder(out)
-        _check_size(height, width)
-    pipe = _load(model, device, dtype, debug)
+        config = patch_config(ratio, settings)
+        check_folder(out)
+        check_size(height, width)
+    pipe = load_model(model, device, dtype, debug)
     with errors_as_messages(debug):
         from .compare import compare as run_comparison
 
@@ -248,14 +243,14 @@ def bench(
             "models": (model,) if model is not None else None,
             "methods": tuple(name.strip() for name in methods.split(",")) if methods is not None else None,
             "ratios": tuple(ratio) if ratio else None,
-            "sizes": _sizes(height, width),
+            "sizes": sizes(height, width),
             "batches": tuple(batch) if batch else None,
             "steps": steps,
             "warmup": warmup,
             "repeats": repeats,
             "guidance_scale": guidance,
             "seed": seed,
-            "options": _assignments(settings),
+            "options": assignments(settings),
             "lpips": lpips,
             "features": features,
             "reference": str(reference) if reference is not None else None,
@@ -272,13 +267,13 @@ def bench(
                 given["prompts"] = read_prompts(prompts)
                 given["pictures"] = len(given["prompts"])
         if out is not None:
-            _check_folder(out)
+            check_folder(out)
         elif resume:
             raise ValueError("--resume needs the folder of the run: name it with --out.")
         asked = BenchSettings.of_suite(suite, **{name: value for name, value in given.items() if value is not None})
         if asked.kind == "generation":
             for name in asked.models:
-                _check_model(name, device, dtype)
+                check_model(name, device, dtype)
     with errors_as_messages(debug):
         with progress_bars() as bars:
             task = bars.add_task("loading", total=None)
@@ -313,9 +308,9 @@ def report(
 ) -> None:
     """Show what agentsd does to each layer of a model: tokens, agents and operations."""
     with errors_as_messages(debug, exit_code=2):
-        config = _patch_config(ratio, settings)
-        _check_size(height, width)
-    pipe = _load(model, "cpu", None, debug)
+        config = patch_config(ratio, settings)
+        check_size(height, width)
+    pipe = load_model(model, "cpu", None, debug)
     with errors_as_messages(debug):
         from .patch import apply_patch
         from .patch_report import report as report_patch
@@ -406,78 +401,3 @@ def main() -> None:
             messages.print("Interrupted.")
             raise SystemExit(130) from None
         raise
-
-
-def _load(model: str, device: str | None, dtype: str | None, debug: bool) -> Any:
-    with errors_as_messages(debug, exit_code=2), messages.status(f"Starting {model}"):
-        calm_libraries(debug)
-        _check_model(model, device, dtype)
-    with errors_as_messages(debug), messages.status(f"Loading {model}"):
-        from .pipeline import load_pipeline
-
-        return load_pipeline(model, device=device, dtype=dtype)
-
-
-def _check_model(model: str, device: str | None, dtype: str | None) -> None:
-    from .pipeline import pick_device, pick_dtype, resolve_model
-
-    resolve_model(model)
-    pick_dtype(dtype, pick_device(device))
-
-
-def _patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
-    from .config import AgentSDConfig
-
-    values = _assignments(settings)
-    if ratio is not None and "ratio" in values:
-        raise ValueError("ratio is given twice.")
-    return AgentSDConfig.from_dict(values if ratio is None else {"ratio": ratio, **values})
-
-
-def _assignments(settings: list[str] | None) -> dict[str, Any]:
-    """The values of `--set NAME=VALUE`."""
-    values: dict[str, Any] = {}
-    for setting in settings or ():
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, such as --set agent_until=0.3, but got {setting!r}.")
-        if name in values:
-            raise ValueError(f"{name} is given twice.")
-        values[name] = _value(text)
-    return values
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
-def _check_picture_file(file: Path) -> None:
-    from PIL import Image
-
-    if file.is_dir():
-        raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'picture.png'}.")
-    if file.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {file} does not end in a kind of picture, such as .png.")
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file: name a folder.")
-
-
-def _sizes(heights: list[int] | None, widths: list[int] | None) -> tuple[tuple[int, int], ...] | None:
-    if len(heights or ()) != len(widths or ()):
-        raise ValueError("Give --height and --width equally often, or neither.")
-    return tuple(zip(heights, widths, strict=True)) if heights and widths else None
-
-
-def _check_size(height: int | None, width: int | None) -> None:
-    # Given one of them, some pipelines silently take their default for both.
-    if (height is None) != (width is None):
-        raise ValueError("Give both --height and --width, or neither.")

@@ -2,7 +2,8 @@
 
 from .environment import environment
 from .methods import METHODS, Method, MethodUnavailable
-from .report import BenchResult, Row, load_result
+from .report import BenchResult, load_result
+from .rows import Row
 from .runner import run_bench
 from .settings import SUITES, BenchSettings
 from .store import BenchError

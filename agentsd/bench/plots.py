@@ -13,7 +13,8 @@ from .settings import picture_folder, short_name
 
 
 if TYPE_CHECKING:
-    from .report import BenchResult, Row
+    from .report import BenchResult
+    from .rows import Row
 
 
 _GRID_PICTURES = 6

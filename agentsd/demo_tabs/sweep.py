@@ -10,7 +10,7 @@ import gradio as gr
 import PIL.Image
 
 from ..bench.plots import plot_quality
-from ..bench.report import Row
+from ..bench.rows import Row
 from ..engine import SWEEP_METHODS, Engine, Progress, Stopped, SweepRun, Wish
 from ..metrics import decibels, similarity
 from ..pictures import opened

@@ -1,0 +1,111 @@
+"""A row of a benchmark, and how each of its numbers is written in a table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One case: a method at one setting.
+
+    Args:
+        model (`str`): Name of the model.
+        method (`str`): Name of the method.
+        ratio (`float`, *optional*): Share of tokens merged, for methods that merge.
+        height (`int`): Picture height in pixels.
+        width (`int`): Picture width in pixels.
+        batch (`int`): Pictures in one generation.
+        steps (`int`, *optional*): Denoising steps, where there is a generation.
+        rounds (`int`): Number of timed rounds.
+        seconds (`float`, *optional*): Median seconds of a generation or call.
+        q1 (`float`, *optional*): Lower quartile of the seconds.
+        q3 (`float`, *optional*): Upper quartile of the seconds.
+        step_seconds (`float`, *optional*): Median seconds of a denoising step, where there is a generation.
+        speedup (`float`, *optional*): Median over the rounds of vanilla's seconds divided by this method's.
+        of_tomesd (`float`, *optional*): This speed-up divided by tomesd's at the same setting.
+        of_attention_free (`float`, *optional*): This speed-up divided by that of the attention-free model.
+        peak_bytes (`int`, *optional*): Peak memory.
+        launches (`float`, *optional*): Kernels launched in a step, on CUDA.
+        pictures (`int`): Pictures drawn for judging.
+        blank (`int`): How many of them are a single colour, by values that are not finite or by a safety checker.
+        identical (`int`): How many are the same as vanilla's, pixel by pixel; they have no PSNR.
+        quality (`dict[str, list[float]]`): Metric to value and the ends of its 95 % interval.
+        is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
+        reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
+    """
+
+    model: str
+    method: str
+    ratio: float | None
+    height: int
+    width: int
+    batch: int = 1
+    steps: int | None = None
+    rounds: int = 0
+    seconds: float | None = None
+    q1: float | None = None
+    q3: float | None = None
+    step_seconds: float | None = None
+    speedup: float | None = None
+    of_tomesd: float | None = None
+    of_attention_free: float | None = None
+    peak_bytes: int | None = None
+    launches: float | None = None
+    pictures: int = 0
+    blank: int = 0
+    identical: int = 0
+    quality: dict[str, list[float]] = field(default_factory=dict)
+    is_computed: bool = False
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Method and ratio."""
+        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+
+    @property
+    def setting(self) -> tuple[str, int, int, int]:
+        """What it has in common with the rows that it is compared with."""
+        return self.model, self.height, self.width, self.batch
+
+
+# Heading and text of a column; columns without any text are left out.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: f"{row.method} †" if row.is_computed else row.method,
+    "ratio": lambda row: _number(row.ratio, "g"),
+    "steps": lambda row: _number(row.steps, "d"),
+    "median": lambda row: _seconds(row.seconds, " s") or ("not run" if row.reason else ""),
+    "quartiles": lambda row: "" if row.q1 is None else f"{_seconds(row.q1)}–{_seconds(row.q3)}",
+    "s a step": lambda row: _seconds(row.step_seconds),
+    "speed-up": lambda row: _number(row.speedup, ".3f"),
+    "× tomesd": lambda row: _number(row.of_tomesd, ".3f"),
+    "× free": lambda row: _number(row.of_attention_free, ".3f"),
+    "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
+    "launches a step": lambda row: _number(row.launches, ".0f"),
+    "PSNR": lambda row: _interval(row.quality.get("psnr"), ".1f") or ("identical" if row.identical else ""),
+    "SSIM": lambda row: _interval(row.quality.get("ssim"), ".3f"),
+    "MS-SSIM": lambda row: _interval(row.quality.get("ms_ssim"), ".3f"),
+    "LPIPS": lambda row: _interval(row.quality.get("lpips"), ".3f"),
+    "FID": lambda row: _interval(row.quality.get("fid"), ".1f"),
+    "KID": lambda row: _interval(row.quality.get("kid"), ".4f"),
+    "CLIP score": lambda row: _interval(row.quality.get("clip"), ".1f"),
+    "blank": lambda row: f"{row.blank} of {row.pictures}" if row.blank else "",
+}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _seconds(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}{unit}" if value < 10 else f"{value:.2f}{unit}"
+
+
+def _interval(ends: Sequence[float] | None, form: str) -> str:
+    if ends is None:
+        return ""
+    value, low, high = ends
+    return f"{value:{form}} ({low:{form}}–{high:{form}})"
