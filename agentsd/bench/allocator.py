@@ -13,9 +13,9 @@ def keep_freed_memory() -> bool:
     Tell the C library to use freed memory again instead of giving it back to the system.
 
     By default glibc gives every large tensor back when it is freed, and the next one consists of new pages, each of
-    which the system clears on first touch. That is a million interruptions in one call of a Stable Diffusion UNet,
-    which take longer or shorter as the rest of the machine pleases, most of all on a virtual one. It holds for the
-    rest of the process, and concerns main memory only.
+    which the system clears on first touch. That happens about a million times in one call of a Stable Diffusion UNet
+    at 768 pixels, and takes longer or shorter as the rest of the machine pleases, most of all on a virtual one. What
+    is told holds for the rest of the process, and for main memory only.
 
     Returns:
         `bool`: Whether the C library is one that can be told.
