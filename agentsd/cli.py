@@ -211,7 +211,10 @@ def bench(
     lpips: Annotated[bool, typer.Option("--lpips", help="Judge pairs of pictures by LPIPS too.")] = False,
     features: Annotated[
         str | None,
-        typer.Option(help="For FID, KID and CLIP score: `inception`, or a folder or hub id of a CLIP model."),
+        typer.Option(
+            help="For FID, KID and CLIP score: `emoji`, `inception`, or a folder or hub id of a CLIP model. "
+            "[default: for the model emoji, its own]"
+        ),
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="A folder of real pictures to compare sets with, instead of vanilla's.")

@@ -3,7 +3,8 @@
     python apps/train_emoji.py --stage all
 
 does everything in a little over an hour on two CPU cores: it fetches the drawings with npm (or takes them from
-``--data-dir``), trains the VAE, then the UNet with its text encoder, and writes the model folder with its card.
+``--data-dir``), trains the VAE, then the UNet with its text encoder, then an image encoder beside the text encoder,
+and writes the model folder with its card.
 Each stage also runs on its own; ``--resume`` goes on from the last checkpoint.
 """
 
@@ -27,11 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("vae", "unet", "export", "all"), default="all")
+    parser.add_argument("--stage", choices=("vae", "unet", "clip", "export", "all"), default="all")
     parser.add_argument("--data-dir", type=Path, help="folder with `npm pack`ed icon archives (default: fetch them)")
     parser.add_argument("--work-dir", type=Path, help="checkpoints, logs, samples (default: ~/.cache/agentsd/emoji)")
     parser.add_argument("--out", type=Path, default=ROOT / "agentsd" / "models" / "emoji", help="model folder written")
-    parser.add_argument("--minutes", type=float, help="time for the stage; with `all`, for both training stages")
+    parser.add_argument("--minutes", type=float, help="time for the stage; with `all`, for the three training stages")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --work-dir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for torch (default: torch's choice)")
@@ -40,14 +41,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def stage_minutes(options: argparse.Namespace, recipe: Recipe) -> tuple[float, float]:
-    """Minutes for the VAE and for the UNet."""
+def stage_minutes(options: argparse.Namespace, recipe: Recipe) -> tuple[float, float, float]:
+    """Minutes for the VAE, for the UNet and for the image encoder."""
+    planned = (recipe.vae_minutes, recipe.unet_minutes, recipe.clip_minutes)
     if options.minutes is None:
-        return recipe.vae_minutes, recipe.unet_minutes
+        return planned
     if options.stage != "all":
-        return options.minutes, options.minutes
-    share = recipe.vae_minutes / (recipe.vae_minutes + recipe.unet_minutes)
-    return options.minutes * share, options.minutes * (1 - share)
+        return options.minutes, options.minutes, options.minutes
+    vae, unet, clip = (options.minutes * minutes / sum(planned) for minutes in planned)
+    return vae, unet, clip
 
 
 def train(options: argparse.Namespace) -> None:
@@ -60,13 +62,17 @@ def train(options: argparse.Namespace) -> None:
     names = tuple(options.names.split(",")) if options.names else NAMES
     archive = find_archive(options.data_dir, cache / "icons")
     icons = read_icons(archive, names)
-    vae_minutes, unet_minutes = stage_minutes(options, recipe)
+    vae_minutes, unet_minutes, clip_minutes = stage_minutes(options, recipe)
     if options.stage in ("vae", "all"):
         train_vae(icons, recipe, work, vae_minutes, options.resume)
     if options.stage in ("unet", "all"):
         from emoji_training.unet import train_unet
 
         train_unet(icons, recipe, work, unet_minutes, options.resume)
+    if options.stage in ("clip", "all"):
+        from emoji_training.clip import train_clip
+
+        train_clip(icons, recipe, work, clip_minutes, options.resume)
     if options.stage in ("export", "all"):
         from emoji_training.export import export
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import tiny_sd, tiny_tokenizer
 
-from agentsd.bench import BenchError, BenchSettings, run_bench
+from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
 from agentsd.bench import judge as judge_module
 from agentsd.bench import runner as runner_module
 from agentsd.bench.features import ClipFeatures, picture_files
@@ -151,6 +151,17 @@ def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
         PIL.Image.fromarray(noise).save(tmp_path / f"{index}.png")
     rows = run_bench(quality(model, features=clip, reference=str(tmp_path)), out=tmp_path / "out").rows
     assert all({"fid", "kid"} <= set(row.quality) for row in rows)
+
+
+def test_the_embedded_model_brings_its_own_features(tmp_path):
+    own = quality("emoji", pictures=2, sizes=())
+    assert own.features == "emoji"
+    assert quality("emoji", features="inception").features == "inception"
+    assert quality("somebody/else").features is None
+    assert BenchSettings.of_suite("speed").features is None
+    rows = run_bench(own, out=tmp_path).rows
+    assert {"fid", "kid", "clip"} <= rows[1].quality.keys()
+    assert "features of emoji" in " ".join(load_result(tmp_path).notes)
 
 
 def test_features_that_cannot_be_had_are_an_error_before_anything_is_drawn(model, tmp_path):

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 import agentsd
+from agentsd.bench.features import load_extractor
+from agentsd.pictures import to_image
 
 
 MODEL = Path(agentsd.__file__).parent / "models" / "emoji"
@@ -106,6 +109,20 @@ def drawn(picture: torch.Tensor) -> torch.Tensor:
 def widths(mask: torch.Tensor) -> list[float]:
     """How much of the width is drawn on, in the upper, middle and lower third."""
     return [float(part.float().mean()) for part in mask.chunk(3)]
+
+
+def test_the_encoder_beside_it_knows_what_its_pictures_show(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """CLIP scores and distances between sets stand on it."""
+    prompts = json.loads((MODEL / "training.json").read_text())["prompts"]
+    drawn = ["a red apple", "a sunflower", "a fir tree", "a soccer ball"]
+    files = [tmp_path / f"{number}.png" for number in range(len(drawn))]
+    for file, prompt in zip(files, drawn, strict=True):
+        to_image(draw(pipe, prompt, 15).permute(1, 2, 0).numpy()).save(file)
+    extractor = load_extractor("emoji")
+    pictures, texts = extractor.pictures(files), extractor.texts(prompts)
+    pictures, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (pictures, texts))
+    ranked = (-pictures @ texts.T).argsort(axis=1)
+    assert all(prompts.index(prompt) in row[:5] for prompt, row in zip(drawn, ranked.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("prompt", ["a red heart", "a blue heart", "a green heart"])

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import sys
 import tarfile
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "apps"))
 
 import train_emoji
 
-from emoji_training import data, unet, vae
+from emoji_training import clip, data, unet, vae
 from emoji_training.names import COLOURS, HELD_OUT, NAMES, PHRASES, SYNONYMS
 from emoji_training.recipe import TINY, Recipe
 from emoji_training.text import train_tokenizer
@@ -68,9 +69,10 @@ def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end() -> None:
 
 def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
+    from transformers import CLIPModel
 
     assert run(archive_dir, tmp_path, "--stage", "all") == 0
-    assert state(tmp_path, "vae")["finished"] and state(tmp_path, "unet")["finished"]
+    assert all(state(tmp_path, stage)["finished"] for stage in ("vae", "unet", "clip"))
     model = tmp_path / "model"
     card = (model / "README.md").read_text()
     facts = json.loads((model / "training.json").read_text())
@@ -83,15 +85,20 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
         assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {wanted}
         image = pipe("a red heart", num_inference_steps=1, output_type="pt").images
         assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
+    encoder = CLIPModel.from_pretrained(model / "clip", use_safetensors=True)
+    assert encoder.dtype == torch.float32
+    texts = StableDiffusionPipeline.from_pretrained(model).text_encoder.state_dict()
+    assert all(torch.equal(value, texts[name]) for name, value in encoder.text_model.state_dict().items())
 
 
-@pytest.mark.parametrize("stage", ["vae", "unet"])
+@pytest.mark.parametrize("stage", ["vae", "unet", "clip"])
 def test_resume_goes_on_where_a_crash_left_off(
     stage: str, archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if stage == "unet":
-        assert run(archive_dir, tmp_path, "--stage", "vae", "--minutes", "0.01") == 0
-    module = {"vae": vae, "unet": unet}[stage]
+    stages = {"vae": vae, "unet": unet, "clip": clip}
+    for earlier in itertools.takewhile(lambda name: name != stage, stages):
+        assert run(archive_dir, tmp_path, "--stage", earlier, "--minutes", "0.01") == 0
+    module = stages[stage]
     ticks = module.ticks
 
     def crash(clock, label):
@@ -116,6 +123,18 @@ def test_resume_goes_on_where_a_crash_left_off(
 
     assert run(archive_dir, tmp_path, "--stage", stage, "--resume") == 0
     assert state(tmp_path, stage) == resumed, "a finished stage is left as it is"
+
+
+def test_the_contrastive_loss_pairs_each_picture_with_its_own_text() -> None:
+    images, texts = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).double().unbind()
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    losses = []
+    for first, second in ((images, texts), (texts, images)):
+        for row in range(6):
+            cosines = [float(first[row] @ other / first[row].norm() / other.norm()) for other in second]
+            losses.append(math.log(sum(math.exp(7 * value) for value in cosines)) - 7 * cosines[row])
+    assert float(clip.contrastive_loss(images, texts, scale)) == pytest.approx(sum(losses) / 12)
+    assert clip.contrastive_loss(images, 3 * images, 10 * scale) < 0.01 < clip.contrastive_loss(images, texts, scale)
 
 
 def test_half_written_checkpoint_is_not_used(tmp_path: Path) -> None:

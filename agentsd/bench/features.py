@@ -9,6 +9,7 @@ import PIL.Image
 import torch
 
 from ..metrics import to_tensor
+from ..pipeline import resolve_model
 from .store import BenchError
 
 
@@ -32,7 +33,8 @@ def load_extractor(name: str) -> Extractor:
 
     Args:
         name (`str`):
-            `"inception"` for the network that FID and KID are defined by, or a folder or hub id of a CLIP model.
+            `"emoji"` for the encoder that ships with the embedded model and knows its drawings only, `"inception"`
+            for the network that FID and KID are defined by, or a folder or hub id of a CLIP model.
 
     Returns:
         `Extractor`: The extractor.
@@ -41,7 +43,9 @@ def load_extractor(name: str) -> Extractor:
         BenchError: If a package or the weights cannot be had.
     """
     try:
-        return InceptionFeatures() if name == "inception" else ClipFeatures(name)
+        if name == "inception":
+            return InceptionFeatures()
+        return ClipFeatures(str(Path(resolve_model("emoji")) / "clip") if name == "emoji" else name)
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BenchError(

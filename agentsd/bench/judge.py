@@ -123,7 +123,7 @@ class PictureJudge:
         scores: dict[str, list[float]] = {}
         if self.settings.reference is not None:
             vanilla = picture_files(self.settings.reference)
-        if vanilla is not None:
+        if vanilla is not None and min(len(pictures), len(vanilla)) > 1:
             real = extractor.pictures(vanilla)
             scores["fid"] = bootstrap_sets(frechet_distance, features, real)
             scores["kid"] = bootstrap_sets(kernel_distance, features, real)

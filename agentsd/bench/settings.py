@@ -126,7 +126,9 @@ class BenchSettings:
         budget_minutes (`float`, *optional*): Start no further group of cases after this time.
         options (`dict[str, Any]`): Fields of [`AgentSDConfig`] for the methods of this library.
         lpips (`bool`, defaults to `False`): Judge pairs by LPIPS too; it fetches weights.
-        features (`str`, *optional*): Extractor for FID, KID and CLIP score, see `agentsd.bench.features`.
+        features (`str`, *optional*):
+            Extractor for FID, KID and CLIP score, see `agentsd.bench.features`. A suite that draws pictures of the
+            embedded model alone takes that model's own, `"emoji"`, unless told otherwise.
         reference (`str`, *optional*): Folder of real pictures to compare sets with, instead of vanilla's pictures.
 
     Raises:
@@ -184,7 +186,10 @@ class BenchSettings:
         settled = [name for name in known.fixed if name in values]
         if settled:
             raise BenchError(f"The suite {suite!r} settles {', '.join(settled)} itself: leave it out.")
-        return cls(**{"suite": suite, **known.defaults, **known.fixed, **values})
+        given = {"suite": suite, **known.defaults, **known.fixed, **values}
+        if known.has_pictures and set(given.get("models", ("emoji",))) == {"emoji"}:
+            given.setdefault("features", "emoji")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         suite = _suite(self.suite)

@@ -1,5 +1,6 @@
-"""Stage three: the model folder with its card. Every number in the card is measured here."""
+"""Stage four: the model folder with its card. Every number in the card is measured here."""
 
+import copy
 import json
 import os
 import platform
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
+from transformers import CLIPModel, CLIPTokenizer
 
 from . import card
+from .clip import build_processor, load_clip, retrieval
 from .data import Icon, prompt_of, render_variants
 from .loop import load_weights, pick_device
 from .recipe import Recipe
@@ -24,6 +27,7 @@ import matplotlib.pyplot as plt
 
 
 SHARD = "14MB"
+GUIDANCES = (4.0, 7.5)
 DEFAULT_GUIDANCE = 7.5  # the pipeline's own: the grid shows what a user gets who sets nothing
 
 
@@ -38,15 +42,26 @@ def export(icons: list[Icon], held_out: list[Icon], recipe: Recipe, folder: Path
     pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(pick_device())
+    clip, clip_state = load_clip(icons, recipe, folder)
+    save_clip(clip, pipe.tokenizer, recipe, out / "clip")
+    prompts = [prompt_of(icon.name) for icon in icons]
+    drawn = {str(scale): draw_prompts(pipe, prompts, recipe, scale) for scale in GUIDANCES}
+    drawings = render_variants(icons, 64, 48, recipe.seed + 3)
     facts = {
         "names": [icon.name for icon in icons],
-        "prompts": [prompt_of(icon.name) for icon in icons],
+        "prompts": prompts,
         "vae": stage_facts(vae_state, recipe.vae_minutes) | vae_quality(pipe, images, held_out, recipe),
         "unet": stage_facts(unet_state, recipe.unet_minutes),
-        "match": {str(scale): match_rate(pipe, icons, recipe, scale) for scale in (4.0, 7.5)},
+        "match": {scale: match_rate(pictures, drawings, icons) for scale, pictures in drawn.items()},
+        "clip": stage_facts(clip_state, recipe.clip_minutes)
+        | {
+            "real": retrieval(clip, pipe.tokenizer, images[:, 1], prompts),
+            "drawn": {scale: retrieval(clip, pipe.tokenizer, pictures, prompts) for scale, pictures in drawn.items()},
+        },
         "parameters": {
             name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")
-        },
+        }
+        | {"image_encoder": sum(p.numel() for p in clip.vision_model.parameters())},
         "vocabulary": len(pipe.tokenizer),
         "held_out": len(held_out),
         "match_steps": recipe.match_steps,
@@ -62,7 +77,7 @@ def export(icons: list[Icon], held_out: list[Icon], recipe: Recipe, folder: Path
         "software": f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}",
     }
     save_samples(pipe, recipe, out)
-    plot_losses(vae_state["log"], unet_state["log"], out / "loss.png")
+    plot_losses(vae_state["log"], unet_state["log"], clip_state["log"], out / "loss.png")
     facts["megabytes"] = round(sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6, 1)
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / "README.md").write_text(card.text(facts), encoding="utf-8")
@@ -75,19 +90,32 @@ def save_model(pipe: StableDiffusionPipeline, out: Path) -> None:
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
         part.half()
     pipe.save_pretrained(out, max_shard_size=SHARD)
+    finish_folder(out, out / "text_encoder" / "config.json", out / "tokenizer", pipe.tokenizer)
+
+
+def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe, out: Path) -> None:
+    """The image encoder with its texts' side as a CLIP model of its own, in half precision."""
+    copy.deepcopy(model).half().save_pretrained(out, max_shard_size=SHARD)
+    build_processor(recipe).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    finish_folder(out, out / "config.json", out, tokenizer)
+
+
+def finish_folder(out: Path, config_file: Path, tokenizer_folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """What saving leaves undone for a model that everybody is to load, in any release of transformers."""
     for weights in out.rglob("*.safetensors"):
         weights.chmod(0o644)  # they are written for the owner alone, and a package is for everybody
-    # Without a dtype given, transformers would load the text encoder as stored, in half precision, and diffusers
-    # everything else in single; naming the wanted default keeps both alike.
-    path = out / "text_encoder" / "config.json"
-    config = json.loads(path.read_text())
+    # Without a dtype given, transformers would load its models as stored, in half precision, and diffusers its own in
+    # single; naming the wanted default keeps both alike.
+    config = json.loads(config_file.read_text())
     config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     # transformers before 5 reads these two instead of tokenizer.json
-    backend = json.loads(pipe.tokenizer.backend_tokenizer.to_str())["model"]
-    (out / "tokenizer" / "vocab.json").write_text(json.dumps(backend["vocab"], ensure_ascii=False), encoding="utf-8")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = json.dumps(backend["vocab"], ensure_ascii=False)
+    (tokenizer_folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     merges = "\n".join(" ".join(pair) for pair in backend["merges"])
-    (out / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    (tokenizer_folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
 
 
 def stage_facts(state: dict, planned: float) -> dict:
@@ -127,19 +155,21 @@ def small(images: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1)
 
 
-def match_rate(pipe: StableDiffusionPipeline, icons: list[Icon], recipe: Recipe, guidance: float) -> dict:
-    """How often the drawing nearest to a generated picture is the one its prompt names.
-
-    Each prompt is drawn once; the drawings compared with are several placements of every trained one, at 16×16.
-    """
-    prompts = [prompt_of(icon.name) for icon in icons]
-    pictures = torch.cat(
+def draw_prompts(pipe: StableDiffusionPipeline, prompts: list[str], recipe: Recipe, guidance: float) -> torch.Tensor:
+    """Each prompt drawn once, in few steps: uint8, (prompts, 3, size, size)."""
+    return torch.cat(
         [
             generate(pipe, chunk, recipe.match_steps, guidance, recipe.seed + 1000 + 8 * number)
-            for number, chunk in enumerate(tqdm(chunks(prompts, 8), desc=f"match at guidance {guidance:g}"))
+            for number, chunk in enumerate(tqdm(chunks(prompts, 8), desc=f"prompts at guidance {guidance:g}"))
         ]
     )
-    drawings = render_variants(icons, 64, 48, recipe.seed + 3)
+
+
+def match_rate(pictures: torch.Tensor, drawings: torch.Tensor, icons: list[Icon]) -> dict:
+    """How often the drawing nearest to a generated picture is the one its prompt names.
+
+    The drawings compared with are several placements of every trained one, at 16×16.
+    """
     distance = torch.cdist(small(pictures), small(drawings.flatten(0, 1))).unflatten(1, drawings.shape[:2])
     ranks = distance.amin(dim=2).argsort(dim=1)
     hits = ranks == torch.arange(len(icons))[:, None]
@@ -162,10 +192,15 @@ def save_samples(pipe: StableDiffusionPipeline, recipe: Recipe, out: Path) -> No
     picture_grid(F.avg_pool2d(pictures.float(), 2).round().to(torch.uint8), 6).save(out / "samples.png", optimize=True)
 
 
-def plot_losses(vae_log: list[dict], unet_log: list[dict], path: Path) -> None:
-    """Both stages' loss over the minutes trained."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for axis, log, title in ((axes[0], vae_log, "VAE: total loss"), (axes[1], unet_log, "UNet: v-prediction error")):
+def plot_losses(vae_log: list[dict], unet_log: list[dict], clip_log: list[dict], path: Path) -> None:
+    """Each stage's loss over the minutes trained."""
+    logs = {
+        "VAE: total loss": vae_log,
+        "UNet: v-prediction error": unet_log,
+        "image encoder: contrastive loss": clip_log,
+    }
+    figure, axes = plt.subplots(1, len(logs), figsize=(12, 3), layout="constrained")
+    for axis, (title, log) in zip(axes, logs.items(), strict=True):
         minutes, losses = [row["minutes"] for row in log], [row["loss"] for row in log]
         axis.plot(minutes, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
         axis.plot(minutes, smooth(losses), color="tab:blue")

@@ -45,6 +45,16 @@ class Recipe:
     text_heads: int = 6
     vocabulary: int = 1536
 
+    # Image encoder for CLIP scores and distances between sets
+    clip_size: int = 128
+    clip_width: int = 128
+    clip_layers: int = 4
+    clip_heads: int = 4
+    clip_variants: int = 24
+    clip_batch: int = 128
+    clip_lr: float = 1e-3
+    clip_minutes: float = 10.0
+
     warmup_steps: int = 50
     checkpoint_seconds: float = 90.0
     sample_seconds: float = 1200.0
@@ -73,6 +83,12 @@ TINY = Recipe(
     text_width=32,
     text_heads=2,
     vocabulary=600,
+    clip_size=32,
+    clip_width=32,
+    clip_layers=1,
+    clip_heads=2,
+    clip_variants=2,
+    clip_minutes=0.02,
     sample_steps=2,
     match_steps=1,
     sample_seconds=1e9,
