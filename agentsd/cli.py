@@ -315,9 +315,9 @@ def report(
         check_size(height, width)
     pipe = load_model(model, "cpu", None, debug)
     with errors_as_messages(debug):
+        from .loading import own_size
         from .patch import apply_patch
         from .patch_report import report as report_patch
-        from .pipeline import own_size
 
         if height is None or width is None:
             height, width = own_size(pipe)
@@ -374,7 +374,7 @@ def env(debug: Debug = False) -> None:
         with messages.status("Looking around"):
             calm_libraries(debug)
             from .bench import environment
-            from .pipeline import pick_device, pick_dtype
+            from .loading import pick_device, pick_dtype
 
             device = pick_device()
             facts = environment(device, pick_dtype(device=device))

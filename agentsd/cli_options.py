@@ -57,7 +57,7 @@ def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -
         calm_libraries(debug)
         check_model(model, device, dtype)
     with errors_as_messages(debug), messages.status(f"Loading {model}"):
-        from .pipeline import load_pipeline
+        from .loading import load_pipeline
 
         return load_pipeline(model, device=device, dtype=dtype)
 
@@ -74,7 +74,7 @@ def check_model(model: str, device: str | None, dtype: str | None) -> None:
     Raises:
         ValueError: If there is no such model, device or dtype.
     """
-    from .pipeline import pick_device, pick_dtype, resolve_model
+    from .loading import pick_device, pick_dtype, resolve_model
 
     resolve_model(model)
     pick_dtype(dtype, pick_device(device))

@@ -206,7 +206,7 @@ def compare(
 
     ```python
     >>> from agentsd.compare import compare
-    >>> from agentsd.pipeline import load_pipeline
+    >>> from agentsd.loading import load_pipeline
     >>> comparison = compare(load_pipeline("emoji"), "red apple", steps=2, progress=lambda *step: None)
     >>> comparison.speed_up > 0
     True

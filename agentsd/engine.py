@@ -16,9 +16,9 @@ from .bench.subjects import twin_pipeline
 from .compare import Comparison, compare
 from .config import AgentSDConfig
 from .generation import Run, generate_timed, pipeline_call
+from .loading import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from .metrics import fidelity
 from .patch import patched
-from .pipeline import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from .token_maps import TokenMap, recorded_maps
 
 

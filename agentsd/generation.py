@@ -146,7 +146,7 @@ def generate_timed(
 
     ```python
     >>> from agentsd.generation import generate_timed
-    >>> from agentsd.pipeline import load_pipeline
+    >>> from agentsd.loading import load_pipeline
     >>> run = generate_timed(load_pipeline("emoji"), {"prompt": "red apple"}, 2, 0, "plain", lambda done, of: None)
     >>> len(run.time.steps)
     2

@@ -52,7 +52,7 @@ def apply_patch(
     ```python
     >>> import agentsd
     >>> from diffusers import StableDiffusionPipeline
-    >>> from agentsd.pipeline import resolve_model
+    >>> from agentsd.loading import resolve_model
     >>> pipe = StableDiffusionPipeline.from_pretrained(resolve_model("emoji"))
     >>> pipe = agentsd.apply_patch(pipe, ratio=0.4)
     >>> agentsd.is_patched(pipe)

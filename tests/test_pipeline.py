@@ -1,4 +1,4 @@
-"""agentsd.pipeline: models from every place they lie in, on a device that works, and nothing that can run code."""
+"""Loading and wrapping: models from every place they lie in, on a device that works, no pickles."""
 
 import copy
 import json
@@ -15,7 +15,8 @@ from models import tiny_sd, tiny_sdxl
 from safetensors.torch import save_file
 
 import agentsd
-from agentsd.pipeline import AgentSDPipeline, load_pipeline, pick_device, pick_dtype, resolve_model
+from agentsd.loading import load_pipeline, pick_device, pick_dtype, resolve_model
+from agentsd.pipeline import AgentSDPipeline
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_single_file_without_description_needs_the_hub(file):
 )
 def test_single_file_is_loaded_by_the_pipeline_it_was_made_for(tmp_path, key, channels, expected):
     """SDXL weights in a Stable Diffusion 1.5 pipeline fail in ways nobody understands."""
-    from agentsd.pipeline import _pipeline_class_of_file
+    from agentsd.loading import _pipeline_class_of_file
 
     weights = {key: torch.zeros(1), "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}
     save_file(weights, tmp_path / "model.safetensors")

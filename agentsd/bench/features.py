@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..loading import resolve_model
 from ..metrics import to_tensor
-from ..pipeline import resolve_model
 from .store import BenchError
 
 

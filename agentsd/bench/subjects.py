@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from diffusers import PNDMScheduler
 
+from ..loading import load_pipeline, own_size, pick_device, pick_dtype
 from ..patch import remove_patch
-from ..pipeline import load_pipeline, own_size, pick_device, pick_dtype
 from .methods import METHODS, reseed
 from .settings import BenchSettings, Case
 from .shapes import LATENT_SCALE, call_unet, random_unet, share_weights, unet_inputs
@@ -58,7 +58,7 @@ def twin_pipeline(pipe: Any) -> Any:
 
     ```python
     >>> from agentsd.bench.subjects import twin_pipeline
-    >>> from agentsd.pipeline import load_pipeline
+    >>> from agentsd.loading import load_pipeline
     >>> pipe = load_pipeline("emoji")
     >>> twin = twin_pipeline(pipe)
     >>> twin.unet is pipe.unet, twin.unet.conv_in.weight is pipe.unet.conv_in.weight
