@@ -168,7 +168,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         found = torch.device(device)
         # Names such as "cuda:7" are valid without the device being there; a tensor on it tells.
         torch.empty(1, device=found).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f"Cannot use device {str(device)!r}. {_usable_devices()}") from error
     return found
 
