@@ -159,7 +159,12 @@ def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: torch.Tensor
     )
     texts = model.text_projection(embed_captions(model, tokenizer, prompts))
     ranks = (F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T).argsort(dim=1, descending=True).cpu()
-    hits = ranks == torch.arange(len(prompts))[:, None]
+    return hit_rates(ranks)
+
+
+def hit_rates(ranks: torch.Tensor) -> dict:
+    """How often row i's own candidate i is its best, and among its five best; `ranks` is (rows, rows), best first."""
+    hits = ranks == torch.arange(len(ranks))[:, None]
     return {
         "top1": round(float(hits[:, 0].float().mean()), 3),
         "top5": round(float(hits[:, :5].any(dim=1).float().mean()), 3),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from . import card
-from .clip import build_processor, load_clip, retrieval
+from .clip import build_processor, hit_rates, load_clip, retrieval
 from .data import Icon, prompt_of, render_variants
 from .loop import load_weights, pick_device
 from .recipe import Recipe
@@ -172,13 +172,9 @@ def match_rate(pictures: torch.Tensor, drawings: torch.Tensor, icons: list[Icon]
     """
     distance = torch.cdist(small(pictures), small(drawings.flatten(0, 1))).unflatten(1, drawings.shape[:2])
     ranks = distance.amin(dim=2).argsort(dim=1)
-    hits = ranks == torch.arange(len(icons))[:, None]
     nearest = [icons[int(row)].name for row in ranks[:, 0]]
-    return {
-        "top1": round(float(hits[:, 0].float().mean()), 3),
-        "top5": round(float(hits[:, :5].any(dim=1).float().mean()), 3),
-        "missed": {icon.name: near for icon, near in zip(icons, nearest, strict=True) if icon.name != near},
-    }
+    missed = {icon.name: near for icon, near in zip(icons, nearest, strict=True) if icon.name != near}
+    return {**hit_rates(ranks), "missed": missed}
 
 
 def chunks(items: list[str], size: int) -> list[list[str]]:
