@@ -217,7 +217,11 @@ def bench(
         ),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="A folder of real pictures to compare sets with, instead of vanilla's.")
+        str | None,
+        typer.Option(
+            help="What to compare sets with instead of vanilla's pictures: a folder of pictures, a file of features, "
+            "or `emoji`. [default: for the model emoji, its own]"
+        ),
     ] = None,
     device: Device = None,
     dtype: DType = None,
@@ -256,7 +260,7 @@ def bench(
             "options": assignments(settings),
             "lpips": lpips,
             "features": features,
-            "reference": str(reference) if reference is not None else None,
+            "reference": reference,
             "device": device,
             "dtype": dtype,
             "compile": compile_,

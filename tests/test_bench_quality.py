@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.numpy
 import torch
 from models import tiny_sd, tiny_tokenizer
 
@@ -17,6 +18,7 @@ from agentsd.bench import runner as runner_module
 from agentsd.bench.features import ClipFeatures, picture_files
 from agentsd.bench.intervals import bootstrap_mean, bootstrap_sets
 from agentsd.bench.prompts import read_prompts
+from agentsd.bench.reference import ReferenceSet, check_reference
 from agentsd.bench.set_metrics import frechet_distance, kernel_distance
 
 
@@ -142,7 +144,7 @@ def test_sets_are_compared_by_the_features_of_a_clip_model(model, clip, tmp_path
     extractor = ClipFeatures(clip)
     one, other = (extractor.pictures(picture_files(folder / name)) for name in ("agentsd-0.4", "vanilla"))
     assert agentsd.quality["fid"][0] == pytest.approx(frechet_distance(one, other))
-    assert agentsd.quality["kid"][0] == pytest.approx(kernel_distance(one, other))
+    assert agentsd.quality["kid"][0] == pytest.approx(kernel_distance(one, other, paired=True))
 
 
 def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
@@ -155,13 +157,46 @@ def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
 
 def test_the_embedded_model_brings_its_own_features(tmp_path):
     own = quality("emoji", pictures=2, sizes=())
-    assert own.features == "emoji"
-    assert quality("emoji", features="inception").features == "inception"
+    assert own.features == own.reference == "emoji"
+    other = quality("emoji", features="inception")
+    assert (other.features, other.reference) == ("inception", None)
     assert quality("somebody/else").features is None
     assert BenchSettings.of_suite("speed").features is None
     rows = run_bench(own, out=tmp_path).rows
-    assert {"fid", "kid", "clip"} <= rows[1].quality.keys()
-    assert "features of emoji" in " ".join(load_result(tmp_path).notes)
+    assert all({"fid", "kid", "clip"} <= row.quality.keys() for row in rows)
+    notes = " ".join(load_result(tmp_path).notes)
+    assert "features of emoji" in notes and "fresh renders" in notes
+
+
+def test_a_kept_reference_is_as_good_as_its_pictures(model, clip, tmp_path):
+    """Up to the rounding of its file."""
+    (tmp_path / "real").mkdir()
+    for index in range(6):
+        noise = np.random.default_rng(index).integers(256, size=(64, 64, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(tmp_path / "real" / f"{index}.png")
+    kept = str(tmp_path / "kept.safetensors")
+    ReferenceSet.of(ClipFeatures(clip).pictures(picture_files(tmp_path / "real"))).save(kept)
+    first, second = (
+        run_bench(quality(model, features=clip, reference=name), out=tmp_path / out).rows
+        for name, out in ((str(tmp_path / "real"), "a"), (kept, "b"))
+    )
+    for one, other in zip(first, second, strict=True):
+        for metric in ("fid", "kid"):
+            assert other.quality[metric] == pytest.approx(one.quality[metric], rel=0.02, abs=1e-3)
+
+
+def test_a_reference_that_does_not_fit_is_explained(clip, tmp_path):
+    file = tmp_path / "kept.safetensors"
+    ReferenceSet.of(np.eye(4, 3)).save(file)
+    with pytest.raises(BenchError, match="3 features a picture, these pictures have 5"):
+        ReferenceSet.load(file).frechet_distance(np.eye(5))
+    with pytest.raises(BenchError, match="3 features a picture, these pictures have 5"):
+        ReferenceSet.load(file).kernel_distance(np.eye(5))
+    with pytest.raises(BenchError, match="Cannot read the reference set"):
+        check_reference(str(tmp_path / "none.safetensors"))
+    safetensors.numpy.save_file({"mean": np.ones(2)}, str(file))
+    with pytest.raises(BenchError, match="is no reference set: it holds mean"):
+        check_reference(str(file))
 
 
 def test_features_that_cannot_be_had_are_an_error_before_anything_is_drawn(model, tmp_path):
@@ -201,6 +236,26 @@ def test_kernel_distance_is_unbiased():
     error = np.std(values) / len(values) ** 0.5
     assert abs(np.mean(values)) < 4 * error
     assert kernel_distance(rng.normal(size=(50, 4)), rng.normal(size=(50, 4)) + 2) > 1
+
+
+def test_kernel_distance_of_pairs_is_unbiased():
+    """Also where each picture is nearly the same as its counterpart, as with a method that changes little."""
+    rng = np.random.default_rng(0)
+    values, biased = [], []
+    for _ in range(500):
+        first = rng.normal(size=(10, 4))
+        second = first + 0.01 * rng.normal(size=first.shape)
+        values.append(kernel_distance(first, second, paired=True))
+        biased.append(kernel_distance(first, second))
+    assert abs(np.mean(values)) < 4 * np.std(values) / len(values) ** 0.5
+    assert np.mean(biased) < -1
+    first, second = rng.normal(size=(2, 8, 3))
+    alone = [(row @ other / 3 + 1) ** 3 for i, row in enumerate(first) for j, other in enumerate(second) if i != j]
+    within = [
+        [(rows[i] @ rows[j] / 3 + 1) ** 3 for i in range(8) for j in range(8) if i != j] for rows in (first, second)
+    ]
+    wanted = np.mean(within[0]) + np.mean(within[1]) - 2 * np.mean(alone)
+    assert kernel_distance(first, second, paired=True) == pytest.approx(wanted)
 
 
 def test_the_interval_of_a_mean_covers_it():

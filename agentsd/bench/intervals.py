@@ -33,19 +33,17 @@ def bootstrap_mean(values: Sequence[float]) -> list[float]:
     return [float(array.mean()), float(low), float(high)]
 
 
-def bootstrap_sets(
-    distance: Callable[[np.ndarray, np.ndarray], float], first: np.ndarray, second: np.ndarray
-) -> list[float]:
+def bootstrap_sets(distance: Callable[..., float], *sets: np.ndarray) -> list[float]:
     """
-    A distance between two sets with its 95 % interval.
+    A distance of sets with its 95 % interval, over which of their rows were measured.
 
-    A resampled set holds rows twice, which such distances take for a difference between the sets. So only the spread
-    of the resamples counts, around their own mean; it is laid around the measured value.
+    Row `i` of one set belongs with row `i` of the others (pictures of the same seed, say), so the same rows of all are
+    drawn again. A resampled set holds rows twice, which such distances take for a difference between the sets. So
+    only the spread of the resamples counts, around their own mean; it is laid around the measured value.
 
     Args:
-        distance (`Callable`): Of two sets.
-        first (`np.ndarray` of shape `(n, features)`): A set.
-        second (`np.ndarray` of shape `(m, features)`): Another one.
+        distance (`Callable`): Of the sets; or of the only one, to something else.
+        sets (`np.ndarray` of shape `(n, features)`): The sets, as long as each other.
 
     Returns:
         `list[float]`: The distance and the ends of its interval.
@@ -54,16 +52,17 @@ def bootstrap_sets(
 
     ```python
     >>> import numpy as np
-    >>> same = np.ones((4, 2))
-    >>> bootstrap_sets(lambda a, b: float(abs(a.mean() - b.mean())), same, same)
-    [0.0, 0.0, 0.0]
+    >>> points = np.random.default_rng(0).normal(size=(50, 2))
+    >>> bootstrap_sets(lambda a, b: float(abs(a - b).mean()), points, points + 1)
+    [1.0, 1.0, 1.0]
     ```
     """
     rng = np.random.default_rng(0)
-    value = distance(first, second)
-    resampled = [
-        distance(first[rng.integers(len(first), size=len(first))], second[rng.integers(len(second), size=len(second))])
-        for _ in range(_SET_RESAMPLES)
-    ]
+    count = len(sets[0])
+    resampled = []
+    for _ in range(_SET_RESAMPLES):
+        rows = rng.integers(count, size=count)
+        resampled.append(distance(*(features[rows] for features in sets)))
+    value = distance(*sets)
     low, high = np.percentile(resampled, _ENDS) - np.mean(resampled)
     return [value, float(value - high), float(value - low)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import PIL.Image
 
 from ..metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from ..pictures import to_image
-from .features import PerceptualDistance, load_extractor, picture_files
+from .features import PerceptualDistance, load_extractor
 from .intervals import bootstrap_mean, bootstrap_sets
+from .reference import load_reference
 from .set_metrics import clip_scores, frechet_distance, kernel_distance
 from .settings import BenchSettings, Case, picture_folder
 from .workers import Workers
@@ -68,7 +70,12 @@ class PictureJudge:
         good = [file for file, bad in zip(pictures, is_bad, strict=True) if not bad]
         quality = {} if case == baseline else self._pairs(pictures, reference, is_bad)
         numbers = {"pictures": len(pictures), "blank": sum(is_bad)}
-        sets = self._sets(good, reference if case != baseline else None)
+        pairs = [
+            (file, other)
+            for file, other, bad in zip(pictures, reference, is_bad, strict=True)
+            if not bad and not _is_blank(other)
+        ]
+        sets = self._sets(good, pairs if case != baseline else [])
         scores = {**quality.pop("scores", {}), **sets}
         return {**numbers, **quality, "quality": scores}
 
@@ -114,19 +121,22 @@ class PictureJudge:
         means = {name: bootstrap_mean(values) for name, values in scores.items() if values}
         return {"identical": identical, "scores": means}
 
-    def _sets(self, pictures: Sequence[Path], vanilla: Sequence[Path] | None) -> dict[str, Any]:
-        """Distances between sets, where an extractor was named; vanilla itself has one only to real pictures."""
+    def _sets(self, pictures: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
+        """Distances between sets, where an extractor was named: to the reference, or else to vanilla's pictures."""
         if self.settings.features is None or not pictures:
             return {}
         extractor = load_extractor(self.settings.features)
         features = extractor.pictures(pictures)
         scores: dict[str, list[float]] = {}
         if self.settings.reference is not None:
-            vanilla = picture_files(self.settings.reference)
-        if vanilla is not None and min(len(pictures), len(vanilla)) > 1:
-            real = extractor.pictures(vanilla)
-            scores["fid"] = bootstrap_sets(frechet_distance, features, real)
-            scores["kid"] = bootstrap_sets(kernel_distance, features, real)
+            reference = load_reference(self.settings.reference, extractor)
+            if len(pictures) > 1:
+                scores["fid"] = bootstrap_sets(reference.frechet_distance, features)
+                scores["kid"] = bootstrap_sets(reference.kernel_distance, features)
+        elif len(pairs) > 1:
+            own, vanilla = (extractor.pictures(files) for files in zip(*pairs, strict=True))
+            scores["fid"] = bootstrap_sets(frechet_distance, own, vanilla)
+            scores["kid"] = bootstrap_sets(partial(kernel_distance, paired=True), own, vanilla)
         texts = extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in pictures])
         if texts is not None:
             scores["clip"] = bootstrap_mean(clip_scores(features, texts))

@@ -313,10 +313,18 @@ def _notes(result: BenchResult) -> list[str]:
             "prompt, with its 95 % interval (bootstrap); pixel-identical pictures have no PSNR."
         )
     if any("kid" in row.quality for row in rows):
-        other = "the pictures of --reference" if settings["reference"] else "vanilla's pictures"
+        if settings["reference"] is None:
+            other = "vanilla's pictures of the same seeds"
+            meaning = "Where an interval of KID holds 0, the sets are not distinguishable by this many pictures."
+        else:
+            other = (
+                "fresh renders of what the model was taught"
+                if settings["reference"] == "emoji"
+                else "the pictures of --reference"
+            )
+            meaning = "Where intervals overlap, the methods are not distinguishable by this many pictures."
         notes.append(
-            f"FID, KID: to {other}, in the features of {settings['features']}. Where an interval of KID holds 0, the "
-            "sets are not distinguishable by this many pictures."
+            f"FID, KID: to {other}, in the features of {settings['features']}, with 95 % intervals. {meaning}"
         )
     return [
         *notes,

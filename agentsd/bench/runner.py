@@ -16,12 +16,13 @@ import torch
 from ..config import AgentSDConfig
 from .allocator import keep_freed_memory
 from .environment import environment
-from .features import PerceptualDistance, load_extractor, picture_files
+from .features import PerceptualDistance, load_extractor
 from .judge import PictureJudge
 from .launches import count_launches
 from .memory import peak_memory
 from .methods import BASELINE, METHODS, FewerSteps, MethodUnavailable
 from .prompts import builtin_prompts
+from .reference import check_reference
 from .report import BenchResult, result_of
 from .settings import BenchSettings, Case
 from .store import BenchError, RunFolder
@@ -89,7 +90,7 @@ def run_bench(
     if settings.features is not None:
         load_extractor(settings.features)
     if settings.reference is not None:
-        picture_files(settings.reference)
+        check_reference(settings.reference)
     prompts = settings.prompts or builtin_prompts()
     subjects = [
         subject_of(model, settings, prompts[0], settings.device or workers.device)

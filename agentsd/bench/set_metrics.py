@@ -29,22 +29,52 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     ```
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    shift = first.mean(axis=0) - second.mean(axis=0)
     one, two = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
+    return frechet_distance_of_moments(first.mean(axis=0), one, second.mean(axis=0), two)
+
+
+def frechet_distance_of_moments(
+    first_mean: np.ndarray, first_covariance: np.ndarray, second_mean: np.ndarray, second_covariance: np.ndarray
+) -> float:
+    """
+    Fréchet distance between two normal distributions; see [`frechet_distance`].
+
+    Args:
+        first_mean (`np.ndarray` of shape `(features,)`): Mean of the one.
+        first_covariance (`np.ndarray` of shape `(features, features)`): Covariance of the one.
+        second_mean (`np.ndarray` of shape `(features,)`): Mean of the other.
+        second_covariance (`np.ndarray` of shape `(features, features)`): Covariance of the other.
+
+    Returns:
+        `float`: At least 0.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> frechet_distance_of_moments(np.zeros(2), np.eye(2), np.ones(2), 4 * np.eye(2))
+    4.0
+    ```
+    """
+    shift = first_mean - second_mean
     # The trace of the root of a matrix is the sum of the roots of its eigenvalues, real and not negative here.
-    roots = np.sqrt(np.clip(np.linalg.eigvals(one @ two).real, 0, None))
-    return max(0.0, float(shift @ shift + np.trace(one) + np.trace(two) - 2 * roots.sum()))
+    roots = np.sqrt(np.clip(np.linalg.eigvals(first_covariance @ second_covariance).real, 0, None))
+    return max(0.0, float(shift @ shift + np.trace(first_covariance) + np.trace(second_covariance) - 2 * roots.sum()))
 
 
-def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
+def kernel_distance(first: np.ndarray, second: np.ndarray, *, paired: bool = False) -> float:
     """
     Squared maximum mean discrepancy with the kernel `(x·y / d + 1)³`: with Inception features, the KID. Unbiased.
 
-    Source: M. Bińkowski et al.: *Demystifying MMD GANs*, ICLR 2018.
+    Sources: M. Bińkowski et al.: *Demystifying MMD GANs*, ICLR 2018; for pairs A. Gretton et al.: *A Kernel Two-Sample
+    Test*, JMLR 2012, Lemma 6.
 
     Args:
         first (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
         second (`np.ndarray` of shape `(m, features)`): Features of at least two others.
+        paired (`bool`, defaults to `False`):
+            Whether rows `i` of both belong together, as pictures of one seed do. They are then not compared with each
+            other: their likeness says nothing about the sets, and would make sets look closer than two draws of one.
 
     Returns:
         `float`: About 0 for sets of the same distribution, and by chance below.
@@ -66,7 +96,12 @@ def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
         count, matrix = len(features), kernel(features, features)
         return float((matrix.sum() - np.trace(matrix)) / (count * (count - 1)))
 
-    return within(first) + within(second) - 2 * float(kernel(first, second).mean())
+    across = kernel(first, second)
+    if paired:
+        between = float((across.sum() - np.trace(across)) / (len(first) * (len(first) - 1)))
+    else:
+        between = float(across.mean())
+    return within(first) + within(second) - 2 * between
 
 
 def clip_scores(pictures: np.ndarray, texts: np.ndarray) -> list[float]:

@@ -129,7 +129,9 @@ class BenchSettings:
         features (`str`, *optional*):
             Extractor for FID, KID and CLIP score, see `agentsd.bench.features`. A suite that draws pictures of the
             embedded model alone takes that model's own, `"emoji"`, unless told otherwise.
-        reference (`str`, *optional*): Folder of real pictures to compare sets with, instead of vanilla's pictures.
+        reference (`str`, *optional*):
+            What to compare sets with instead of vanilla's pictures: a folder of pictures, a file of features, or
+            `"emoji"`, see `agentsd.bench.reference`. Where `features` is `"emoji"` by default, so is this.
 
     Raises:
         BenchError: If a value is out of range, or a name is unknown.
@@ -189,6 +191,8 @@ class BenchSettings:
         given = {"suite": suite, **known.defaults, **known.fixed, **values}
         if known.has_pictures and set(given.get("models", ("emoji",))) == {"emoji"}:
             given.setdefault("features", "emoji")
+            if given["features"] == "emoji":
+                given.setdefault("reference", "emoji")
         return cls(**given)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,181 @@
+"""A reference set of pictures, kept as its features: what sets of drawn pictures are compared with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ..loading import resolve_model
+from .features import Extractor, picture_files
+from .set_metrics import frechet_distance_of_moments, kernel_distance
+from .store import BenchError
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """
+    Features of a set of pictures, or what of them FID and KID need.
+
+    Args:
+        mean (`np.ndarray` of shape `(features,)`): Of all pictures.
+        covariance (`np.ndarray` of shape `(features, features)`): Of all pictures.
+        rows (`np.ndarray` of shape `(n, features)`): The features of some of them, or of all.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, rows: int | None = None) -> "ReferenceSet":
+        """
+        The reference set of these pictures.
+
+        Args:
+            features (`np.ndarray` of shape `(n, features)`): Of at least two pictures.
+            rows (`int`, *optional*): How many of them to keep for KID; all by default.
+
+        Returns:
+            `ReferenceSet`: The set.
+
+        Examples:
+
+        ```python
+        >>> import numpy as np
+        >>> from agentsd.bench.reference import ReferenceSet
+        >>> points = np.random.default_rng(0).normal(size=(100, 3))
+        >>> round(ReferenceSet.of(points, rows=10).frechet_distance(points + [2, 0, 0]), 6)
+        4.0
+        ```
+        """
+        features = np.asarray(features, dtype=np.float64)
+        return cls(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)), features[:rows])
+
+    @classmethod
+    def load(cls, file: str | Path) -> "ReferenceSet":
+        """
+        Read what [`ReferenceSet.save`] wrote.
+
+        Args:
+            file (`str` or `Path`): A safetensors file with `mean`, `covariance` and `rows`.
+
+        Returns:
+            `ReferenceSet`: The set.
+
+        Raises:
+            BenchError: If the file cannot be read, or holds something else.
+        """
+        try:
+            arrays = load_file(str(file))
+        except (OSError, SafetensorError) as error:
+            raise BenchError(f"Cannot read the reference set {file}: {error}.") from error
+        if set(arrays) != {"mean", "covariance", "rows"}:
+            raise BenchError(f"{file} is no reference set: it holds {', '.join(sorted(arrays)) or 'nothing'}.")
+        return cls(**{name: array.astype(np.float64) for name, array in arrays.items()})
+
+    def save(self, file: str | Path) -> None:
+        """
+        Keep the set: moments in single precision, rows in half.
+
+        Args:
+            file (`str` or `Path`): The safetensors file to write.
+        """
+        arrays = {
+            "mean": self.mean.astype(np.float32),
+            "covariance": self.covariance.astype(np.float32),
+            "rows": self.rows.astype(np.float16),
+        }
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(file))
+
+    def frechet_distance(self, features: np.ndarray) -> float:
+        """
+        Fréchet distance of other pictures to all of the reference; see [`frechet_distance`].
+
+        Args:
+            features (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
+
+        Returns:
+            `float`: At least 0.
+
+        Raises:
+            BenchError: If the features are those of another extractor.
+        """
+        other = ReferenceSet.of(self._fitting(features))
+        return frechet_distance_of_moments(other.mean, other.covariance, self.mean, self.covariance)
+
+    def kernel_distance(self, features: np.ndarray) -> float:
+        """
+        Kernel distance of other pictures to the reference's rows; see [`kernel_distance`].
+
+        Args:
+            features (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
+
+        Returns:
+            `float`: About 0 for sets of the same distribution.
+
+        Raises:
+            BenchError: If the features are those of another extractor.
+        """
+        return kernel_distance(self._fitting(features), self.rows)
+
+    def _fitting(self, features: np.ndarray) -> np.ndarray:
+        if features.shape[1] != len(self.mean):
+            raise BenchError(
+                f"The reference set has {len(self.mean)} features a picture, these pictures have {features.shape[1]}: "
+                "name the extractor that the reference was made with."
+            )
+        return features
+
+
+def load_reference(name: str, extractor: Extractor) -> ReferenceSet:
+    """
+    Load a reference set.
+
+    Args:
+        name (`str`):
+            `"emoji"` for renders of what the embedded model was taught, whose features ship with it; a safetensors
+            file that [`ReferenceSet.save`] wrote; or a folder of pictures.
+        extractor (`Extractor`): What turns pictures into features; must be the one a kept set was made with.
+
+    Returns:
+        `ReferenceSet`: The set.
+
+    Raises:
+        BenchError: If there is nothing of that kind.
+    """
+    file = kept_reference(name)
+    return ReferenceSet.load(file) if file is not None else ReferenceSet.of(extractor.pictures(picture_files(name)))
+
+
+def check_reference(name: str) -> None:
+    """
+    See that a reference set is there, before hours of drawing.
+
+    Args:
+        name (`str`): See [`load_reference`].
+
+    Raises:
+        BenchError: If there is nothing of that kind.
+    """
+    file = kept_reference(name)
+    if file is not None:
+        ReferenceSet.load(file)
+    else:
+        picture_files(name)
+
+
+def kept_reference(name: str) -> Path | None:
+    """
+    The file of a reference set that is kept as features.
+
+    Args:
+        name (`str`): See [`load_reference`].
+
+    Returns:
+        `Path` or `None`: The file; `None` for a folder of pictures.
+    """
+    if name == "emoji":
+        return Path(resolve_model("emoji")) / "clip" / "reference.safetensors"
+    return Path(name) if name.endswith(".safetensors") else None
