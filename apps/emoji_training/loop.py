@@ -1,4 +1,4 @@
-"""What both training stages share: the clock, checkpoints, the loss log."""
+"""What the training stages share: the clock, checkpoints, the loss log."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from .data import DataError
+from .archives import DataError
 
 
 class Clock:
@@ -38,6 +38,49 @@ class Clock:
 def learning_rate(peak: float, fraction: float, step: int, warmup: int) -> float:
     """Linear warm-up over `warmup` steps, then a cosine over the time budget, down to 1 % of the peak."""
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * fraction)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use this learning rate from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def new_state() -> dict:
+    """The state of a stage that has not begun."""
+    return {"step": 0, "elapsed": 0.0, "log": []}
+
+
+class Progress:
+    """
+    A stage's steps until its time is up, with a bar that counts percent of the time, and the loss log.
+
+    Iterating gives the part of the time that is over; [`Progress.end_step`] is to be called at the end of each step.
+    """
+
+    def __init__(self, label: str, state: dict, minutes: float, log_steps: int):
+        self.label, self.state, self.log_steps = label, state, log_steps
+        self.clock = Clock(minutes, state["elapsed"])
+        self.recent: list[dict[str, torch.Tensor]] = []
+        state["budget"] = minutes
+
+    def __iter__(self) -> Iterator[float]:
+        with tqdm(total=100, desc=self.label, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as self.bar:
+            while self.clock.fraction < 1.0:
+                self.bar.update(round(self.clock.fraction * 100, 1) - self.bar.n)
+                yield self.clock.fraction
+            self.bar.update(100 - self.bar.n)
+
+    def end_step(self, losses: dict[str, torch.Tensor]) -> None:
+        """Count a step; now and then log the mean losses. Only then are they read, since a GPU waits for that."""
+        self.state["step"] += 1
+        self.state["elapsed"] = self.clock.elapsed
+        self.recent.append({name: loss.detach() for name, loss in losses.items()})
+        if self.state["step"] % self.log_steps == 0 or self.state["step"] == 1:
+            means = {name: torch.stack([row[name] for row in self.recent]).mean().item() for name in losses}
+            self.recent = []
+            self.state["log"].append({"step": self.state["step"], "minutes": self.clock.elapsed / 60} | means)
+            self.bar.set_postfix(step=self.state["step"], **{name: f"{mean:.4f}" for name, mean in means.items()})
 
 
 class Checkpoint:
@@ -89,16 +132,6 @@ def load_weights(model: nn.Module, stage_folder: Path, name: str) -> dict:
         raise DataError(f"nothing trained in {stage_folder}: run --stage {stage_folder.name} first")
     model.load_state_dict(load_file(stage_folder / f"{name}.safetensors"))
     return json.loads((stage_folder / "state.json").read_text())
-
-
-def ticks(clock: Clock, label: str) -> Iterator[tqdm]:
-    """Yield the progress bar once a training step until the time is up; the bar counts percent of the budget."""
-    with tqdm(total=100, desc=label, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        while clock.fraction < 1.0:
-            bar.n = round(clock.fraction * 100, 1)
-            yield bar
-        bar.n = 100
-        bar.refresh()
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -1,38 +1,73 @@
 """Every size and rate of the training, in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from .names import NAMES
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how; the defaults make the shipped model."""
+    """What is trained and how; the defaults are those of the full model, for one large GPU."""
 
-    image_size: int = 256
     seed: int = 0
+    image_size: int = 512
+    compiled: bool = True  # torch.compile, where there is a GPU
+
+    # What is drawn: see scenes.py
+    styles: tuple[str, ...] = ("noto", "flat", "3d")
+    names: tuple[str, ...] | None = None  # all that can be learnt
+    sprite_size: int = 384
+    scene_counts: tuple[float, ...] = (0.5, 0.3, 0.2)  # weights of one drawing, two, three …
+    scene_sizes: tuple[tuple[float, float], ...] = ((0.5, 0.85), (0.34, 0.5), (0.26, 0.4))
+    scene_room: float = 0.9  # the part of the free margin that drawings move in
+    scene_turn: float = 20.0  # degrees
+    backgrounds: dict[str, float] = field(
+        default_factory=lambda: {
+            "white": 0.3,
+            "plain": 0.4,
+            "gradient": 0.15,
+            "stripes": 0.05,
+            "dots": 0.05,
+            "checks": 0.05,
+        }
+    )
 
     # VAE: early steps see square crops (more pictures a second), late steps whole pictures, because group
     # normalisation averages over the picture and a VAE trained on crops alone gets whole pictures' colours wrong.
-    vae_channels: tuple[int, ...] = (24, 48, 96, 96)
+    vae_channels: tuple[int, ...] = (32, 48, 64, 96)
     vae_groups: int = 8
-    vae_variants: int = 12
-    vae_crop: int = 128
-    vae_batch: int = 8  # of crops; whole pictures come in batches of the same number of pixels
+    vae_crop: int = 256
+    vae_batch: int = 48  # of crops; whole pictures come in batches of the same number of pixels
     vae_lr: float = 1e-3
     vae_gradient_weight: float = 0.5
     vae_colour_weight: float = 1.0
     vae_scaffold_weight: float = 1.0
     vae_kl_weight: float = 1e-3
-    vae_minutes: float = 20.0
+    vae_minutes: float = 5.0
+
+    # Text and image encoder, for CLIP scores and distances between sets; the UNet starts from its text encoder
+    text_width: int = 160
+    text_layers: int = 2
+    text_heads: int = 5
+    vocabulary: int = 1536
+    clip_size: int = 128
+    clip_width: int = 128
+    clip_layers: int = 4
+    clip_heads: int = 4
+    clip_batch: int = 1024
+    clip_lr: float = 1e-3
+    clip_minutes: float = 3.0
 
     # UNet and text encoder
-    unet_channels: tuple[int, ...] = (48, 96, 240)
+    unet_channels: tuple[int, ...] = (64, 128, 192, 192)
     unet_layers: int = 1
     unet_groups: int = 16
-    unet_head_width: int = 48
-    unet_variants: int = 10
-    unet_batch: int = 16
+    unet_head_width: int = 32
     unet_lr: float = 1e-3
-    unet_minutes: float = 99.0
+    unet_batch: int = 256
+    unet_pool: int = 16384  # encoded scenes that batches are taken from …
+    unet_fresh: int = 64  # … and how many of them each step replaces
+    unet_minutes: float = 14.0
     # What is drawn where is decided while there is almost only noise, and is learned last: after this part of the
     # time, most samples of a batch come from the noisiest part of the range.
     layout_from: float = 0.54
@@ -40,27 +75,21 @@ class Recipe:
     layout_noise: float = 0.65
     ema_decay: float = 0.998
     caption_dropout: float = 0.1
-    text_width: int = 192
-    text_layers: int = 2
-    text_heads: int = 6
-    vocabulary: int = 1536
 
-    # Image encoder for CLIP scores and distances between sets
-    clip_size: int = 128
-    clip_width: int = 128
-    clip_layers: int = 4
-    clip_heads: int = 4
-    clip_variants: int = 24
-    clip_batch: int = 128
-    clip_lr: float = 1e-3
-    clip_minutes: float = 10.0
-
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     checkpoint_seconds: float = 90.0
-    sample_seconds: float = 1200.0
-    sample_steps: int = 25
+    sample_seconds: float = 240.0
+    log_steps: int = 10
+
+    # What the card is measured by
     guidance: float = 4.0
-    match_steps: int = 10
+    judged_scenes: int = 1000
+    judged_steps: tuple[int, ...] = (20, 50)
+    judged_batch: int = 50
+    reference_scenes: int = 5000
+    reference_rows: int = 1000
+    sample_scenes: int = 64
+    sample_steps: int = 20
 
     @property
     def latent_size(self) -> int:
@@ -68,18 +97,52 @@ class Recipe:
         return self.image_size // 8
 
 
-TINY = Recipe(
+FULL = Recipe()
+
+# Single drawings on white, for two CPU cores and two hours.
+SMALL = replace(
+    FULL,
+    image_size=256,
+    styles=("noto",),
+    names=NAMES,
+    sprite_size=256,
+    scene_counts=(1.0,),
+    scene_sizes=((0.82, 0.97),),
+    scene_room=0.8,
+    scene_turn=0.0,
+    backgrounds={"white": 1.0},
+    vae_channels=(24, 48, 96, 96),
+    vae_crop=128,
+    vae_batch=8,
+    vae_minutes=20.0,
+    text_width=192,
+    text_heads=6,
+    clip_batch=128,
+    clip_minutes=6.0,
+    unet_channels=(48, 96, 240),
+    unet_head_width=48,
+    unet_batch=16,
+    unet_pool=1280,
+    unet_fresh=1,
+    unet_minutes=99.0,
+    warmup_steps=50,
+    sample_seconds=1200.0,
+    judged_scenes=128,
+    judged_steps=(20,),
+    judged_batch=8,
+    reference_scenes=2000,
+    sample_scenes=24,
+)
+
+# Toy sizes of the full recipe, to try the whole chain in seconds.
+TINY = replace(
+    FULL,
     image_size=64,
+    sprite_size=48,
     vae_channels=(8, 8, 16, 16),
-    vae_variants=2,
     vae_crop=32,
     vae_batch=4,
     vae_minutes=0.02,
-    unet_channels=(32, 32, 64),
-    unet_head_width=16,
-    unet_variants=2,
-    unet_batch=4,
-    unet_minutes=0.02,
     text_width=32,
     text_heads=2,
     vocabulary=600,
@@ -87,10 +150,22 @@ TINY = Recipe(
     clip_width=32,
     clip_layers=1,
     clip_heads=2,
-    clip_variants=2,
+    clip_batch=4,
     clip_minutes=0.02,
-    sample_steps=2,
-    match_steps=1,
-    sample_seconds=1e9,
+    unet_channels=(32, 32, 64),
+    unet_head_width=16,
+    unet_batch=4,
+    unet_pool=8,
+    unet_fresh=2,
+    unet_minutes=0.02,
     warmup_steps=2,
+    judged_scenes=6,
+    judged_steps=(1, 2),
+    judged_batch=3,
+    reference_scenes=8,
+    reference_rows=4,
+    sample_scenes=4,
+    sample_steps=1,
 )
+
+RECIPES: dict[str, Recipe] = {"full": FULL, "small": SMALL, "tiny": TINY}

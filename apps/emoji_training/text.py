@@ -1,15 +1,35 @@
 """The text side: a small BPE vocabulary of our own in CLIP's form, and the text encoder."""
 
 import json
+import random
+from collections.abc import Sequence
 
+import torch
 from tokenizers import Tokenizer, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
+from .archives import Icon
+from .captions import caption, phrases_of
 from .recipe import Recipe
+from .scenes import SceneSource
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
+SAMPLED_CAPTIONS = 5000  # what merges are learnt from, beside the names
+
+
+def build_tokenizer(icons: Sequence[Icon], recipe: Recipe) -> CLIPTokenizer:
+    """The tokenizer for the names and captions of `icons`; the same every time."""
+    rng = random.Random(0)
+    scenes = SceneSource(icons, recipe, seed=0).draw(SAMPLED_CAPTIONS)
+    names = [phrase for name in sorted({icon.name for icon in icons}) for phrase in phrases_of(name)]
+    return train_tokenizer(names + [caption(scene, len(recipe.styles), rng) for scene in scenes], recipe.vocabulary)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids, (texts, 77), padded as the pipeline does it."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
 
 
 def train_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
@@ -33,19 +53,17 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
     )
 
 
-def build_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A text encoder with fresh weights that knows the special tokens of `tokenizer`."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.text_width,
-            intermediate_size=4 * recipe.text_width,
-            projection_dim=recipe.text_width,
-            num_hidden_layers=recipe.text_layers,
-            num_attention_heads=recipe.text_heads,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def build_text_config(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """A text encoder's sizes; it knows the special tokens of `tokenizer`."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=4 * recipe.text_width,
+        projection_dim=recipe.text_width,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=recipe.text_heads,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )

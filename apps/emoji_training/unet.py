@@ -1,51 +1,28 @@
-"""Stage two: the UNet and its text encoder, trained together on the VAE's latents."""
+"""Stage three: the UNet, with the text encoder that the stage before began, trained together on the VAE's latents."""
 
 import copy
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .data import Icon, captions_of, render_variants
-from .loop import Checkpoint, Clock, autocast, learning_rate, load_weights, pick_device, ticks
+from .captions import caption, plain_caption
+from .clip import load_clip
+from .compose import compose
+from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
+from .pictures import picture_grid
 from .recipe import Recipe
-from .text import build_text_encoder, train_tokenizer
-from .vae import encode, load_vae, picture_grid
-
-
-# Drawn at every look during training and, with the same seed, in the model card.
-SAMPLE_PROMPTS: tuple[str, ...] = (
-    "a red apple",
-    "a pineapple",
-    "a strawberry",
-    "a hamburger",
-    "a birthday cake",
-    "a cup of coffee",
-    "a cat face",
-    "a panda face",
-    "a tiger face",
-    "a frog face",
-    "a butterfly",
-    "a ladybug",
-    "a sunflower",
-    "a fir tree",
-    "a maple leaf",
-    "a rainbow",
-    "a blue heart",
-    "a red heart",
-    "a balloon",
-    "a rocket",
-    "a crown",
-    "a soccer ball",
-    "a house",
-    "a smiling face",
-)
+from .scenes import SceneSource
+from .sprites import Sprites
+from .text import build_text_config, build_tokenizer, tokenize
+from .vae import encode, load_vae
 
 
 def build_unet(recipe: Recipe) -> UNet2DConditionModel:
@@ -82,11 +59,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_tokenizer(icons: list[Icon], recipe: Recipe) -> CLIPTokenizer:
-    """The tokenizer for the captions of `icons`; the same every time."""
-    return train_tokenizer([caption for icon in icons for caption in captions_of(icon.name)], recipe.vocabulary)
-
-
 def build_pipeline(
     vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
@@ -106,19 +78,32 @@ def build_pipeline(
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, seed: int = 0
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], steps: int, recipe: Recipe, seed: int
 ) -> torch.Tensor:
     """uint8 pictures (N, 3, H, W), each from its own generator: a prompt's picture does not depend on the others."""
     pictures = []
-    for start in range(0, len(prompts), 8):
-        chunk = prompts[start : start + 8]
+    for start in tqdm(range(0, len(prompts), recipe.judged_batch), desc=f"draw in {steps} steps", unit="batch"):
+        chunk = list(prompts[start : start + recipe.judged_batch])
         generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(chunk))]
         with autocast(pipe.device):
             out = pipe(
-                chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt"
+                chunk,
+                num_inference_steps=steps,
+                guidance_scale=recipe.guidance,
+                generator=generators,
+                output_type="pt",
             ).images
         pictures.append((out.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(pictures)
+
+
+def sample_prompts(sprites: Sprites, recipe: Recipe, count: int, seed: int) -> list[str]:
+    """Captions of random scenes, no two the same."""
+    source = SceneSource(sprites.icons, recipe, seed)
+    captions: dict[str, None] = {}
+    while len(captions) < count:
+        captions |= dict.fromkeys(plain_caption(scene, len(recipe.styles)) for scene in source.draw(count))
+    return list(captions)[:count]
 
 
 def draw_times(count: int, total: int, recipe: Recipe, fraction: float) -> torch.Tensor:
@@ -132,11 +117,6 @@ def draw_times(count: int, total: int, recipe: Recipe, fraction: float) -> torch
     return torch.cat(parts).long()
 
 
-def draw_captions(names: list[str], dropout: float, rng: random.Random) -> list[str]:
-    """A random caption each; some are dropped, so that the model also learns the unconditional case guidance needs."""
-    return ["" if rng.random() < dropout else rng.choice(captions_of(name)) for name in names]
-
-
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the current ones; faster at the start, when the average is still young."""
@@ -144,99 +124,105 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+class LatentPool:
+    """
+    Encoded scenes that batches are taken from; every step replaces some by new ones.
+
+    Composing and encoding a scene costs about as much as a training step on it, and a latent serves many steps with
+    other noise, at other times.
+    """
+
+    def __init__(self, sprites: Sprites, recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int):
+        self.recipe, self.vae, self.tokenizer, self.sprites = recipe, vae, tokenizer, sprites
+        self.source, self.rng = SceneSource(sprites.icons, recipe, seed), random.Random(seed)
+        size, device = recipe.latent_size, sprites.pictures.device
+        self.latents = torch.empty(recipe.unet_pool, 4, size, size, device=device)
+        self.tokens = torch.empty(recipe.unet_pool, 77, dtype=torch.long, device=device)
+        self.nothing = tokenize(tokenizer, [""])[0].to(device)
+        self.next = 0
+        for start in tqdm(range(0, recipe.unet_pool, 64), desc="encode", unit="batch"):
+            self.renew(min(64, recipe.unet_pool - start))
+
+    def renew(self, count: int) -> None:
+        """Put new scenes in the place of the oldest."""
+        scenes = self.source.draw(count)
+        rows = torch.arange(self.next, self.next + count).to(self.latents.device) % self.recipe.unet_pool
+        self.latents[rows] = encode(self.vae, compose(scenes, self.sprites, self.recipe.image_size))
+        captions = [caption(scene, len(self.recipe.styles), self.rng) for scene in scenes]
+        self.tokens[rows] = tokenize(self.tokenizer, captions).to(self.tokens.device)
+        self.next = (self.next + count) % self.recipe.unet_pool
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and token ids at random; some captions are dropped, for the unconditional case of guidance."""
+        count, device = self.recipe.unet_batch, self.latents.device
+        rows = torch.randint(self.recipe.unet_pool, (count,), device=device)
+        dropped = torch.rand(count, 1, device=device) < self.recipe.caption_dropout
+        return self.latents[rows], torch.where(dropped, self.nothing, self.tokens[rows])
+
+
 class Trainer:
     """The state of the UNet stage."""
 
-    def __init__(self, icons: list[Icon], recipe: Recipe, folder: Path):
+    def __init__(self, sprites: Sprites, recipe: Recipe, folder: Path):
         torch.manual_seed(recipe.seed)
-        self.icons, self.recipe, self.folder = icons, recipe, folder
+        self.recipe, self.folder = recipe, folder
         self.device = pick_device()
-        self.rng = random.Random(recipe.seed)
-        self.tokenizer = build_tokenizer(icons, recipe)
+        self.sprites = sprites.to(self.device)
+        self.tokenizer = build_tokenizer(sprites.icons, recipe)
         self.vae = load_vae(recipe, folder)
         self.unet = build_unet(recipe).to(self.device, memory_format=torch.channels_last)
-        self.text = build_text_encoder(recipe, self.tokenizer).to(self.device).train()
+        self.text = load_clip(self.tokenizer, recipe, folder)[0].text_model.train()
         self.ema_unet, self.ema_text = copy.deepcopy(self.unet).eval(), copy.deepcopy(self.text).eval()
         self.scheduler = build_scheduler()
-        parameters = [*self.unet.parameters(), *self.text.parameters()]
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=recipe.unet_lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.parameters = [*self.unet.parameters(), *self.text.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.unet_lr, betas=(0.9, 0.99), weight_decay=0.01)
         models = {"unet": self.unet, "text": self.text, "ema_unet": self.ema_unet, "ema_text": self.ema_text}
         self.checkpoint = Checkpoint(folder / "unet", models, self.optimizer, recipe.checkpoint_seconds)
+        compiled = recipe.compiled and self.device.type == "cuda"
+        self.predict = torch.compile(self.unet) if compiled else self.unet
 
-    def scaled_latents(self, reuse: bool) -> torch.Tensor:
-        """Scaled latents of all renders, (icons, variants, 4, h, w); sets the VAE's scaling factor from them.
-
-        They are kept on disk, so that a resumed run need not render and encode again.
-        """
-        kept = self.folder / "latents.safetensors"
-        if reuse and kept.is_file():
-            latents = load_file(kept)["latents"]
-        else:
-            images = render_variants(
-                self.icons, self.recipe.image_size, self.recipe.unet_variants, self.recipe.seed + 1
-            )
-            latents = encode(self.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2]).contiguous()
-            save_file({"latents": latents}, kept)
-        scale = 1.0 / float(latents.std())
-        self.vae.register_to_config(scaling_factor=scale)
-        return latents * scale
-
-    def embed(self, captions: list[str]) -> torch.Tensor:
-        """Text states for the cross-attention, as the pipeline makes them."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-        return self.text(tokens.input_ids.to(self.device)).last_hidden_state
-
-    def loss(self, latents: torch.Tensor, fraction: float) -> torch.Tensor:
-        """v-prediction error on one random batch, after this fraction of the training."""
-        count = self.recipe.unet_batch
-        rows = torch.randint(latents.shape[0], (count,))
-        clean = latents[rows, torch.randint(latents.shape[1], (count,))].to(self.device)
-        captions = draw_captions([self.icons[row].name for row in rows], self.recipe.caption_dropout, self.rng)
+    def loss(self, clean: torch.Tensor, tokens: torch.Tensor, fraction: float) -> torch.Tensor:
+        """v-prediction error on a batch, after this fraction of the training."""
         noise = torch.randn_like(clean)
-        times = draw_times(count, self.scheduler.config.num_train_timesteps, self.recipe, fraction).to(self.device)
+        total = self.scheduler.config.num_train_timesteps
+        times = draw_times(len(clean), total, self.recipe, fraction).to(self.device)
         noisy = self.scheduler.add_noise(clean, noise, times).to(memory_format=torch.channels_last)
         with autocast(self.device):
-            predicted = self.unet(noisy, times, self.embed(captions)).sample
+            predicted = self.predict(noisy, times, self.text(tokens).last_hidden_state).sample
         return F.mse_loss(predicted.float(), self.scheduler.get_velocity(clean, noise, times))
 
     def sample(self, name: str) -> None:
         """Save a grid of what the averaged weights draw now."""
         pipe = build_pipeline(self.vae, self.ema_unet, self.ema_text, self.tokenizer)
-        pictures = generate(pipe, list(SAMPLE_PROMPTS), self.recipe.sample_steps, self.recipe.guidance)
+        prompts = sample_prompts(self.sprites, self.recipe, self.recipe.sample_scenes, self.recipe.seed)
+        pictures = generate(pipe, prompts, self.recipe.sample_steps, self.recipe, self.recipe.seed)
         path = self.folder / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture_grid(pictures[:, :, ::2, ::2], 6).save(path)
+        picture_grid(pictures[:, :, ::2, ::2], 8).save(path)
 
     def run(self, minutes: float, resume: bool) -> None:
         """Train for `minutes`; the checkpoint ends in `folder`/unet."""
-        state = (self.checkpoint.load() if resume else None) or {"step": 0, "elapsed": 0.0, "log": []}
+        state = (self.checkpoint.load() if resume else None) or new_state()
         if state.pop("finished", False) and state["elapsed"] >= 60 * minutes - 1:
             return  # a larger budget than it was trained with takes a finished stage further
         # after a resume the draws must not repeat those of the first run
         torch.manual_seed(self.recipe.seed + state["step"])
-        self.rng.seed(self.recipe.seed + state["step"])
-        latents = self.scaled_latents(reuse=resume)
-        clock, looked, recent = Clock(minutes, state["elapsed"]), time.monotonic(), []
-        state["budget"] = minutes
-        for bar in ticks(clock, "unet"):
-            rate = learning_rate(self.recipe.unet_lr, clock.fraction, state["step"], self.recipe.warmup_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = self.loss(latents, clock.fraction)
+        pool = LatentPool(self.sprites, self.recipe, self.vae, self.tokenizer, self.recipe.seed + 2 + state["step"])
+        looked = time.monotonic()
+        progress = Progress("unet", state, minutes, self.recipe.log_steps)
+        for fraction in progress:
+            pool.renew(self.recipe.unet_fresh)
+            set_rate(
+                self.optimizer, learning_rate(self.recipe.unet_lr, fraction, state["step"], self.recipe.warmup_steps)
+            )
+            loss = self.loss(*pool.batch(), fraction)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            state["step"] += 1
-            state["elapsed"] = clock.elapsed
+            progress.end_step({"loss": loss})
             update_ema(self.ema_unet, self.unet, self.recipe.ema_decay, state["step"])
             update_ema(self.ema_text, self.text, self.recipe.ema_decay, state["step"])
-            recent.append(loss.item())
-            if len(recent) == 10:
-                mean, recent = sum(recent) / 10, []
-                state["log"].append({"step": state["step"], "minutes": clock.elapsed / 60, "loss": mean})
-                bar.set_postfix(step=state["step"], loss=f"{mean:.4f}")
             self.checkpoint.save_if_due(state)
             if time.monotonic() - looked > self.recipe.sample_seconds:
                 self.sample(f"step-{state['step']:05d}")
@@ -244,16 +230,15 @@ class Trainer:
         self.checkpoint.save(state | {"finished": True})
 
 
-def train_unet(icons: list[Icon], recipe: Recipe, folder: Path, minutes: float, resume: bool) -> None:
-    """Train the UNet and the text encoder for `minutes` on the VAE found in `folder`."""
-    Trainer(icons, recipe, folder).run(minutes, resume)
+def train_unet(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, resume: bool) -> None:
+    """Train the UNet and the text encoder for `minutes` on the VAE and the text encoder found in `folder`."""
+    Trainer(sprites, recipe, folder).run(minutes, resume)
 
 
-def load_trained(icons: list[Icon], recipe: Recipe, folder: Path) -> tuple[StableDiffusionPipeline, dict]:
+def load_trained(tokenizer: CLIPTokenizer, recipe: Recipe, folder: Path) -> tuple[StableDiffusionPipeline, dict]:
     """The pipeline of the averaged weights in `folder`/unet, and that stage's state."""
-    tokenizer = build_tokenizer(icons, recipe)
-    unet, text = build_unet(recipe), build_text_encoder(recipe, tokenizer)
+    unet, text = build_unet(recipe), CLIPTextModel(build_text_config(recipe, tokenizer))
     state = load_weights(unet, folder / "unet", "ema_unet")
     load_weights(text, folder / "unet", "ema_text")
     vae = load_vae(recipe, folder)
-    return build_pipeline(vae, unet.eval(), text.eval(), tokenizer), state
+    return build_pipeline(vae, unet.eval(), text.eval(), tokenizer).to(pick_device()), state

@@ -1,0 +1,122 @@
+"""What the finished model is measured by; every number in its card comes from here."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel
+
+from agentsd.bench.reference import ReferenceSet
+from agentsd.bench.set_metrics import clip_scores
+
+from .captions import plain_caption
+from .clip import embed_pictures, embed_texts, shrink
+from .compose import compose
+from .loop import pick_device
+from .pictures import colour_error, psnr, to_bytes, to_float
+from .recipe import Recipe
+from .scenes import Scene, SceneSource
+from .sprites import Sprites
+from .unet import generate
+from .vae import reconstruct
+
+
+@dataclass
+class Judged:
+    """Scenes the model never saw just so, their captions, and their renders, uint8."""
+
+    prompts: list[str]
+    renders: torch.Tensor
+
+
+def render(scenes: list[Scene], sprites: Sprites, recipe: Recipe) -> torch.Tensor:
+    """uint8 pictures of scenes, on the CPU."""
+    parts = (scenes[start : start + 32] for start in range(0, len(scenes), 32))
+    return torch.cat([to_bytes(compose(part, sprites, recipe.image_size)).cpu() for part in parts])
+
+
+def draw_judged(sprites: Sprites, recipe: Recipe, seed: int) -> Judged:
+    """As many scenes as are to be judged, no two of one caption."""
+    source, scenes = SceneSource(sprites.icons, recipe, seed), dict[str, Scene]()
+    while len(scenes) < recipe.judged_scenes:
+        for scene in source.draw(recipe.judged_scenes):
+            scenes.setdefault(plain_caption(scene, len(recipe.styles)), scene)
+    prompts = list(scenes)[: recipe.judged_scenes]
+    return Judged(prompts, render([scenes[prompt] for prompt in prompts], sprites, recipe))
+
+
+@torch.no_grad()
+def features(clip: CLIPModel, pictures: torch.Tensor) -> np.ndarray:
+    """The image encoder's features of uint8 pictures."""
+    size = clip.config.vision_config.image_size
+    parts = [
+        embed_pictures(clip, shrink(to_float(part.to(clip.device)), size)).double().cpu()
+        for part in pictures.split(32)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe, seed: int) -> ReferenceSet:
+    """Features of fresh renders, which sets of drawn pictures are compared with."""
+    source, left, parts = SceneSource(sprites.icons, recipe, seed), recipe.reference_scenes, []
+    while left:
+        parts.append(features(clip, render(source.draw(min(left, 64)), sprites, recipe)))
+        left -= len(parts[-1])
+    return ReferenceSet.of(np.concatenate(parts), recipe.reference_rows)
+
+
+def hit_rates(pictures: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+    """How often a picture's own text is the nearest of all, and among the five nearest."""
+    cosines = F.normalize(torch.from_numpy(pictures), dim=1) @ F.normalize(torch.from_numpy(texts), dim=1).T
+    own = cosines.diagonal()[:, None]
+    # what is as near counts as nearer, so that an encoder that sees nothing has no hits
+    nearer = (cosines >= own).sum(dim=1) - 1
+    return {
+        "top1": round(float((nearer < 1).double().mean()), 3),
+        "top5": round(float((nearer < 5).double().mean()), 3),
+    }
+
+
+def judge(
+    pipe: StableDiffusionPipeline, clip: CLIPModel, judged: Judged, reference: ReferenceSet, recipe: Recipe
+) -> dict[str, dict[str, float]]:
+    """Retrieval, CLIP score, FID and KID of renders and of what the model draws, by the number of steps."""
+    with torch.no_grad():
+        texts = embed_texts(clip, pipe.tokenizer, judged.prompts).double().cpu().numpy()
+
+    def rated(pictures: torch.Tensor) -> dict[str, float]:
+        rows = features(clip, pictures)
+        return hit_rates(rows, texts) | {
+            "clip": round(float(np.mean(clip_scores(rows, texts))), 1),
+            "fid": round(reference.frechet_distance(rows), 2),
+            "kid": round(reference.kernel_distance(rows), 4),
+        }
+
+    drawn = {
+        str(steps): rated(generate(pipe, judged.prompts, steps, recipe, recipe.seed + 1000))
+        for steps in recipe.judged_steps
+    }
+    return {"renders": rated(judged.renders), **drawn}
+
+
+def vae_quality(pipe: StableDiffusionPipeline, judged: Judged, unseen: Sprites | None, recipe: Recipe) -> dict:
+    """Mean PSNR and colour error on fresh scenes, and PSNR on scenes of drawings never seen."""
+
+    def through(pictures: torch.Tensor) -> torch.Tensor:
+        device = pick_device()
+        return torch.cat(
+            [to_bytes(reconstruct(pipe.vae, to_float(part.to(device)))).cpu() for part in pictures.split(16)]
+        )
+
+    renders = judged.renders[:128]
+    out = through(renders)
+    facts = {
+        "psnr": round(float(psnr(out, renders).mean()), 1),
+        "colour_error": round(colour_error(out, renders), 1),
+    }
+    if unseen is not None:
+        others = render(SceneSource(unseen.icons, recipe, recipe.seed).draw(64), unseen, recipe)
+        facts["psnr_unseen"] = round(float(psnr(through(others), others).mean()), 1)
+    return facts

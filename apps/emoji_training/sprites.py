@@ -1,0 +1,84 @@
+"""Drawings rendered once, to be placed in scenes."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from .archives import DataError, Icon
+
+
+@dataclass
+class Sprites:
+    """Rendered drawings: `pictures` is uint8, (icons, 4, side, side), the colours already multiplied by alpha."""
+
+    icons: list[Icon]
+    pictures: torch.Tensor
+
+    @property
+    def side(self) -> int:
+        """Pixels of a side."""
+        return self.pictures.shape[-1]
+
+    def smaller(self, side: int) -> "Sprites":
+        """The same drawings at a smaller side, averaged, so that small scenes need not skip pixels."""
+        parts = [
+            F.adaptive_avg_pool2d(part.float(), side).round_().to(torch.uint8) for part in self.pictures.split(64)
+        ]
+        return Sprites(self.icons, torch.cat(parts))
+
+    def to(self, device: torch.device) -> "Sprites":
+        """The same drawings on another device."""
+        return Sprites(self.icons, self.pictures.to(device))
+
+
+def render(icon: Icon, side: int) -> torch.Tensor:
+    """A drawing on nothing: uint8, (4, side, side), centred in a square, multiplied by alpha."""
+    import resvg_py
+
+    square = max(icon.width, icon.height)
+    left, top = (icon.width - square) / 2, (icon.height - square) / 2
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {square} {square}" width="{side}" height="{side}">{icon.body}</svg>'
+    )
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
+    except ValueError as error:
+        raise DataError(f"the drawing {icon.name!r} of style {icon.style!r} cannot be rendered: {error}") from error
+    pixels = np.asarray(Image.open(BytesIO(bytes(png))).convert("RGBA")).astype(np.uint16)
+    pixels[..., :3] = (pixels[..., :3] * pixels[..., 3:] + 127) // 255
+    return torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def render_sprites(icons: list[Icon], side: int) -> Sprites:
+    """Render all drawings, on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(lambda icon: render(icon, side), icons), total=len(icons), desc="render", unit="img")
+        return Sprites(icons, torch.stack(list(bar)))
+
+
+def load_sprites(icons: list[Icon], side: int, file: Path) -> Sprites:
+    """The drawings from `file` if it holds just these at this size; else rendered, and kept there."""
+    key = hashlib.sha256(json.dumps([side, *([i.style, i.name, i.body] for i in icons)]).encode()).hexdigest()
+    if file.is_file():
+        with safe_open(file, framework="pt") as kept:
+            if kept.metadata()["key"] == key:
+                return Sprites(icons, kept.get_tensor("pictures"))
+    sprites = render_sprites(icons, side)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    save_file({"pictures": sprites.pictures}, unfinished, metadata={"key": key})
+    unfinished.replace(file)
+    return sprites
