@@ -32,7 +32,7 @@ from emoji_training.recipe import FULL, SMALL, TINY
 from emoji_training.scenes import COLOURS as PALETTE
 from emoji_training.scenes import Background, Scene, SceneSource, Thing
 from emoji_training.sprites import Sprites, load_sprites, render
-from emoji_training.text import train_tokenizer
+from emoji_training.text import build_tokenizer, tokenize, train_tokenizer
 
 
 DRAWINGS = {
@@ -254,6 +254,15 @@ def test_every_prompt_tokenizes() -> None:
 # Training
 
 
+def test_padding_does_not_change_a_text_s_features(icons: list[Icon]) -> None:
+    tokenizer = build_tokenizer(icons, TINY)
+    model = clip.build_clip(TINY, tokenizer).eval()
+    texts = ["a red heart", "a star on a teal background, 3d style", ""]
+    with torch.no_grad():
+        states = model.text_model(tokenize(tokenizer, texts)).pooler_output
+        assert torch.allclose(clip.embed_texts(model, tokenizer, texts), model.text_projection(states), atol=1e-5)
+
+
 def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end() -> None:
     early = unet.draw_times(16, 1000, FULL, fraction=0.0)
     assert all(index * 62.5 - 1 <= time < (index + 1) * 62.5 for index, time in enumerate(sorted(early.tolist())))
@@ -265,8 +274,6 @@ def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end() -> None:
 
 
 def test_the_pool_is_renewed_oldest_first(icons: list[Icon], tmp_path: Path) -> None:
-    from emoji_training.text import build_tokenizer
-
     sprites = load_sprites(icons, TINY.sprite_size, tmp_path / "sprites.safetensors")
     pool = unet.LatentPool(sprites, TINY, vae.build_vae(TINY).eval(), build_tokenizer(icons, TINY), seed=0)
     before = pool.latents.clone()

@@ -85,8 +85,9 @@ def embed_pictures(model: CLIPModel, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Features of texts, (texts, width)."""
-    return model.text_projection(model.text_model(tokenize(tokenizer, texts).to(model.device)).pooler_output)
+    """Features of texts, (texts, width); padding comes after the token that they are read from, and cannot matter."""
+    tokens = tokenize(tokenizer, texts, padding="longest").to(model.device)
+    return model.text_projection(model.text_model(tokens).pooler_output)
 
 
 def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

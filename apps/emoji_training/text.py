@@ -27,9 +27,9 @@ def build_tokenizer(icons: Sequence[Icon], recipe: Recipe) -> CLIPTokenizer:
     return train_tokenizer(names + [caption(scene, len(recipe.styles), rng) for scene in scenes], recipe.vocabulary)
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids, (texts, 77), padded as the pipeline does it."""
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], padding: str = "max_length") -> torch.Tensor:
+    """Token ids, (texts, 77), padded as the pipeline does it; with `padding="longest"`, no further than needed."""
+    return tokenizer(texts, padding=padding, truncation=True, max_length=77, return_tensors="pt").input_ids
 
 
 def train_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
