@@ -20,9 +20,13 @@ from pathlib import Path
 import torch
 
 from emoji_training.archives import DataError, gather_icons
+from emoji_training.clip import train_clip
+from emoji_training.export import export
 from emoji_training.names import HELD_OUT
 from emoji_training.recipe import RECIPES, Recipe
 from emoji_training.sprites import load_sprites, render_sprites
+from emoji_training.unet import train_unet
+from emoji_training.vae import train_vae
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +40,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="folder with `npm pack`ed icon archives (default: fetch them)")
     parser.add_argument("--work-dir", type=Path, help="checkpoints, logs, samples (default: ~/.cache/agentsd/emoji)")
     parser.add_argument("--out", type=Path, default=ROOT / "agentsd" / "models" / "emoji", help="model folder written")
-    parser.add_argument("--minutes", type=float, help="time for the stage; with `all`, for the three training stages")
+    parser.add_argument(
+        "--minutes", type=float, help="training time of the stage, or of `all` three (preparing comes on top)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --work-dir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for torch (default: torch's choice)")
@@ -68,22 +74,13 @@ def train(options: argparse.Namespace) -> None:
     icons, unseen = gather_icons(recipe.styles, recipe.names, HELD_OUT, options.data_dir, cache / "icons")
     sprites = load_sprites(icons, recipe.sprite_size, work / "sprites.safetensors")
     vae_minutes, clip_minutes, unet_minutes = stage_minutes(options, recipe)
-    # imported where they are used, since one stage does not need what the others do
     if options.stage in ("vae", "all"):
-        from emoji_training.vae import train_vae
-
         train_vae(sprites, recipe, work, vae_minutes, options.resume)
     if options.stage in ("clip", "all"):
-        from emoji_training.clip import train_clip
-
         train_clip(sprites, recipe, work, clip_minutes, options.resume)
     if options.stage in ("unet", "all"):
-        from emoji_training.unet import train_unet
-
         train_unet(sprites, recipe, work, unet_minutes, options.resume)
     if options.stage in ("export", "all"):
-        from emoji_training.export import export
-
         held_out = render_sprites(unseen, recipe.sprite_size) if unseen else None
         export(sprites, held_out, recipe, options.recipe, work, options.out)
 

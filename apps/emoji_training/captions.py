@@ -1,13 +1,76 @@
 """Scenes in plain words."""
 
 import random
+from collections.abc import Sequence
 
+from .archives import Icon
 from .names import COLOURS, NO_ARTICLE, PHRASES, SYNONYMS
 from .scenes import Background, Scene
 
 
 # Endings in "s" that are no plurals.
-SINGULAR = ("ss", "us", "is", "as", "lens", "aries", "pisces", "taurus", "rhinoceros", "lotus", "compass", "tennis")
+SINGULAR = ("ss", "us", "is", "lens", "rhinoceros")
+
+
+class Captions:
+    """
+    Says scenes in words.
+
+    Args:
+        icons (`Sequence[Icon]`): All drawings there are: another word for one must not be the name of another one.
+    """
+
+    def __init__(self, icons: Sequence[Icon]):
+        self.styles = len({icon.style for icon in icons})
+        spelt = {icon.name: spell(icon.name) for icon in sorted(icons, key=lambda icon: icon.name)}
+        names = set(spelt.values())
+        self.phrases: dict[str, list[str]] = {}
+        for name, plain in spelt.items():
+            phrase = PHRASES.get(name, plain)
+            phrase = plain if phrase in names else phrase
+            synonyms = [synonym for synonym in SYNONYMS.get(name, ()) if synonym not in names]
+            coloured = [f"{COLOURS[name]} {phrase}"] if name in COLOURS else []
+            self.phrases[name] = [phrase] * 4 + synonyms + coloured  # likelier ones are in it more than once
+
+    def plain(self, scene: Scene) -> str:
+        """The one full caption of a scene: "a red apple and a tiger face on a teal background, noto style".
+
+        With one style to choose from there is none to name; nor is white, where nothing else is drawn on.
+        """
+        things = listed([with_article(self.phrases[thing.name][0]) for thing in scene.things])
+        if self.styles == 1:
+            return things if is_white(scene.background) else f"{things} on {describe(scene.background)}"
+        return f"{things} on {describe(scene.background)}, {scene.style} style"
+
+    def draw(self, scene: Scene, rng: random.Random) -> str:
+        """A random caption: words, order and how much is said differ.
+
+        What is left unsaid is mostly white and noto, so that a prompt of a name alone has a plain meaning.
+        """
+        phrases = [rng.choice(self.phrases[thing.name]) for thing in scene.things]
+        if len(phrases) == 1 and rng.random() < 0.25:
+            things = rng.choice([phrases[0], f"{phrases[0]} emoji"])
+        else:
+            things = said_together(scene, phrases, rng)
+            things = rng.choice(["", "", "", "a drawing of ", "an emoji of ", "a picture of "]) + things
+        unsaid = (0.9 if self.styles == 1 else 0.6) if is_white(scene.background) else 0.05
+        where = "" if rng.random() < unsaid else f" on {describe(scene.background)}"
+        if self.styles == 1 or rng.random() < (0.4 if scene.style == "noto" else 0.05):
+            return things + where
+        return rng.choice(
+            [
+                f"{things}{where}, {scene.style} style",
+                f"{things}{where}, {scene.style}",
+                f"{things}, {scene.style} style{where and ','}{where}",
+                f"{scene.style} style, {things}{where}",
+                f"{things}{where} in {scene.style} style",
+            ]
+        )
+
+
+def spell(name: str) -> str:
+    """The plain words of a drawing's name: "red-apple" → "red apple"."""
+    return name.replace("-", " ").replace("t shirt", "t-shirt")
 
 
 def with_article(phrase: str) -> str:
@@ -15,21 +78,10 @@ def with_article(phrase: str) -> str:
     head = phrase.split(" with ")[0].split(" of ")[0].split(" in ")[0]
     if phrase in NO_ARTICLE or (head.endswith("s") and not head.endswith(SINGULAR)):
         return phrase
-    return f"{'an' if phrase[0] in 'aeiou' and not phrase.startswith(('uni', 'euro', 'ewe')) else 'a'} {phrase}"
-
-
-def phrase_of(name: str) -> str:
-    """The words for a drawing: "red-apple" → "red apple"."""
-    return PHRASES.get(name, name.replace("-", " ").replace("t shirt", "t-shirt"))
-
-
-def phrases_of(name: str) -> list[str]:
-    """All ways to say a drawing's name; likelier ones are in the list more than once."""
-    phrase = phrase_of(name)
-    phrases = [phrase] * 4 + list(SYNONYMS.get(name, ()))
-    if name in COLOURS:
-        phrases.append(f"{COLOURS[name]} {phrase}")
-    return phrases
+    vowel = phrase.startswith(("hour", "x ")) or (
+        phrase[0] in "aeiou" and not phrase.startswith(("uni", "euro", "ewe", "one "))
+    )
+    return f"{'an' if vowel else 'a'} {phrase}"
 
 
 def describe(background: Background) -> str:
@@ -42,44 +94,6 @@ def describe(background: Background) -> str:
         "dots": f"a {first} background with {last} dots",
         "checks": f"a {first} and {last} checkered background",
     }[background.pattern].replace("a orange", "an orange")
-
-
-def plain_caption(scene: Scene, styles: int) -> str:
-    """The one full caption of a scene: "a red apple and a tiger face on a teal background, noto style".
-
-    With one style to choose from (`styles`), there is none to name; nor is white, where nothing else is drawn on.
-    """
-    things = listed([with_article(phrase_of(thing.name)) for thing in scene.things])
-    if styles == 1:
-        return things if is_white(scene.background) else f"{things} on {describe(scene.background)}"
-    return f"{things} on {describe(scene.background)}, {scene.style} style"
-
-
-def caption(scene: Scene, styles: int, rng: random.Random) -> str:
-    """A random caption: words, order and how much is said differ.
-
-    What is left unsaid is mostly white and noto, so that a prompt of a name alone has a plain meaning.
-    """
-    phrases = [rng.choice(phrases_of(thing.name)) for thing in scene.things]
-    if len(phrases) == 1 and rng.random() < 0.25:
-        things = rng.choice([phrases[0], f"{phrases[0]} emoji"])
-    else:
-        things = said_together(scene, phrases, rng)
-        things = rng.choice(["", "", "", "a drawing of ", "an emoji of ", "a picture of "]) + things
-    white = is_white(scene.background)
-    unsaid = (0.9 if styles == 1 else 0.6) if white else 0.05
-    where = "" if rng.random() < unsaid else f" on {describe(scene.background)}"
-    if styles == 1 or rng.random() < (0.4 if scene.style == "noto" else 0.05):
-        return things + where
-    return rng.choice(
-        [
-            f"{things}{where}, {scene.style} style",
-            f"{things}{where}, {scene.style}",
-            f"{things}, {scene.style} style{where and ','}{where}",
-            f"{scene.style} style, {things}{where}",
-            f"{things}{where} in {scene.style} style",
-        ]
-    )
 
 
 def said_together(scene: Scene, phrases: list[str], rng: random.Random) -> str:

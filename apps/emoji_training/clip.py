@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from .captions import caption
+from .captions import Captions
 from .compose import compose
 from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
 from .recipe import Recipe
@@ -22,7 +22,7 @@ from .vae import load_vae, reconstruct
 # Pixels enter the encoder between -1 and 1, as they do the VAE.
 PIXEL_MEAN = PIXEL_DEVIATION = [0.5, 0.5, 0.5]
 LARGEST_LOGIT_SCALE = 100.0  # CLIP's own bound
-THROUGH_VAE = 32  # one picture in so many: it costs far more than the encoder itself
+THROUGH_VAE = 128  # one picture in so many: it costs far more than the encoder itself
 
 
 def build_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -32,7 +32,7 @@ def build_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
             text_config=build_text_config(recipe, tokenizer).to_dict(),
             vision_config={
                 "image_size": recipe.clip_size,
-                "patch_size": recipe.clip_size // 8,
+                "patch_size": recipe.clip_size // recipe.clip_patches,
                 "hidden_size": recipe.clip_width,
                 "intermediate_size": 4 * recipe.clip_width,
                 "num_hidden_layers": recipe.clip_layers,
@@ -86,7 +86,11 @@ def embed_pictures(model: CLIPModel, pictures: torch.Tensor) -> torch.Tensor:
 
 def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Features of texts, (texts, width); padding comes after the token that they are read from, and cannot matter."""
-    tokens = tokenize(tokenizer, texts, padding="longest").to(model.device)
+    return embed_tokens(model, tokenize(tokenizer, texts, padding="longest").to(model.device))
+
+
+def embed_tokens(model: CLIPModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Features of texts as token ids, (texts, width)."""
     return model.text_projection(model.text_model(tokens).pooler_output)
 
 
@@ -106,7 +110,9 @@ def train_clip(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, r
     device = pick_device()
     tokenizer = build_tokenizer(sprites.icons, recipe)
     model = build_clip(recipe, tokenizer).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.clip_lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.clip_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
     checkpoint = Checkpoint(folder / "clip", {"clip": model}, optimizer, recipe.checkpoint_seconds)
     state = (checkpoint.load() if resume else None) or new_state()
     if state.get("finished"):
@@ -115,18 +121,18 @@ def train_clip(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, r
     large = sprites.to(device)
     small = large.smaller(max(1, recipe.sprite_size * recipe.clip_size // recipe.image_size))
     torch.manual_seed(recipe.seed + state["step"])
-    source = SceneSource(sprites.icons, recipe, recipe.seed + 1 + state["step"])
-    rng = random.Random(recipe.seed + state["step"])
+    source = SceneSource(sprites.icons, recipe, f"clip {recipe.seed} {state['step']}")
+    captions, rng = Captions(sprites.icons), random.Random(f"words {recipe.seed} {state['step']}")
     progress = Progress("clip", state, minutes, recipe.log_steps)
     for fraction in progress:
         # Drawn together, so that no two begin with one drawing: two alike would have to be told apart by nothing.
         scenes = source.draw(recipe.clip_batch)
-        texts = [caption(scene, len(recipe.styles), rng) for scene in scenes]
+        tokens = tokenize(tokenizer, [captions.draw(scene, rng) for scene in scenes], padding="longest").to(device)
         pictures = draw_pictures(scenes, small, large, vae, recipe)
         set_rate(optimizer, learning_rate(recipe.clip_lr, fraction, state["step"], recipe.warmup_steps))
         with autocast(device):
             image_states = embed_pictures(model, vary(pictures))
-            text_states = embed_texts(model, tokenizer, texts)
+            text_states = embed_tokens(model, tokens)
         loss = contrastive_loss(image_states.float(), text_states.float(), model.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -11,7 +11,7 @@ from transformers import CLIPModel
 from agentsd.bench.reference import ReferenceSet
 from agentsd.bench.set_metrics import clip_scores
 
-from .captions import plain_caption
+from .captions import Captions
 from .clip import embed_pictures, embed_texts, shrink
 from .compose import compose
 from .loop import pick_device
@@ -37,12 +37,13 @@ def render(scenes: list[Scene], sprites: Sprites, recipe: Recipe) -> torch.Tenso
     return torch.cat([to_bytes(compose(part, sprites, recipe.image_size)).cpu() for part in parts])
 
 
-def draw_judged(sprites: Sprites, recipe: Recipe, seed: int) -> Judged:
+def draw_judged(sprites: Sprites, recipe: Recipe) -> Judged:
     """As many scenes as are to be judged, no two of one caption."""
-    source, scenes = SceneSource(sprites.icons, recipe, seed), dict[str, Scene]()
+    source, captions = SceneSource(sprites.icons, recipe, f"judged {recipe.seed}"), Captions(sprites.icons)
+    scenes: dict[str, Scene] = {}
     while len(scenes) < recipe.judged_scenes:
         for scene in source.draw(recipe.judged_scenes):
-            scenes.setdefault(plain_caption(scene, len(recipe.styles)), scene)
+            scenes.setdefault(captions.plain(scene), scene)
     prompts = list(scenes)[: recipe.judged_scenes]
     return Judged(prompts, render([scenes[prompt] for prompt in prompts], sprites, recipe))
 
@@ -58,9 +59,9 @@ def features(clip: CLIPModel, pictures: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe, seed: int) -> ReferenceSet:
+def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> ReferenceSet:
     """Features of fresh renders, which sets of drawn pictures are compared with."""
-    source, left, parts = SceneSource(sprites.icons, recipe, seed), recipe.reference_scenes, []
+    source, left, parts = SceneSource(sprites.icons, recipe, f"reference {recipe.seed}"), recipe.reference_scenes, []
     while left:
         parts.append(features(clip, render(source.draw(min(left, 64)), sprites, recipe)))
         left -= len(parts[-1])
@@ -117,6 +118,6 @@ def vae_quality(pipe: StableDiffusionPipeline, judged: Judged, unseen: Sprites |
         "colour_error": round(colour_error(out, renders), 1),
     }
     if unseen is not None:
-        others = render(SceneSource(unseen.icons, recipe, recipe.seed).draw(64), unseen, recipe)
+        others = render(SceneSource(unseen.icons, recipe, f"unseen {recipe.seed}").draw(64), unseen, recipe)
         facts["psnr_unseen"] = round(float(psnr(through(others), others).mean()), 1)
     return facts

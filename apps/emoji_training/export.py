@@ -45,11 +45,13 @@ def export(
 
     pipe = StableDiffusionPipeline.from_pretrained(out).to(device)
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
     clip = CLIPModel.from_pretrained(out / "clip", use_safetensors=True).to(device).eval()
     sprites = sprites.to(device)
-    reference = reference_set(clip, sprites, recipe, recipe.seed + 5)
+    reference = reference_set(clip, sprites, recipe)
     reference.save(out / "clip" / "reference.safetensors")
-    judged = draw_judged(sprites, recipe, recipe.seed + 6)
+    judged = draw_judged(sprites, recipe)
     samples = sample_prompts(sprites, recipe, recipe.sample_scenes, recipe.seed)
     facts = {
         "recipe": recipe_name,

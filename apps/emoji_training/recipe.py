@@ -51,6 +51,7 @@ class Recipe:
     text_heads: int = 5
     vocabulary: int = 1536
     clip_size: int = 128
+    clip_patches: int = 16  # a side
     clip_width: int = 128
     clip_layers: int = 4
     clip_heads: int = 4
@@ -62,30 +63,30 @@ class Recipe:
     unet_channels: tuple[int, ...] = (64, 128, 192, 192)
     unet_layers: int = 1
     unet_groups: int = 16
-    unet_head_width: int = 32
+    unet_head_width: int = 64
     unet_lr: float = 1e-3
-    unet_batch: int = 256
+    unet_batch: int = 128
     unet_pool: int = 16384  # encoded scenes that batches are taken from …
-    unet_fresh: int = 64  # … and how many of them each step replaces
-    unet_minutes: float = 14.0
+    unet_fresh: int = 24  # … and how many of them each step replaces
+    unet_minutes: float = 12.5
     # What is drawn where is decided while there is almost only noise, and is learned last: after this part of the
     # time, most samples of a batch come from the noisiest part of the range.
-    layout_from: float = 0.54
-    layout_samples: float = 0.75
+    layout_from: float = 0.55
+    layout_samples: float = 0.65
     layout_noise: float = 0.65
-    ema_decay: float = 0.998
+    ema_decay: float = 0.999
     caption_dropout: float = 0.1
 
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     checkpoint_seconds: float = 90.0
-    sample_seconds: float = 240.0
+    sample_seconds: float = 400.0
     log_steps: int = 10
 
     # What the card is measured by
     guidance: float = 4.0
     judged_scenes: int = 1000
     judged_steps: tuple[int, ...] = (20, 50)
-    judged_batch: int = 50
+    judged_batch: int = 100
     reference_scenes: int = 5000
     reference_rows: int = 1000
     sample_scenes: int = 64
@@ -117,6 +118,7 @@ SMALL = replace(
     vae_minutes=20.0,
     text_width=192,
     text_heads=6,
+    clip_patches=8,
     clip_batch=128,
     clip_minutes=12.0,
     unet_channels=(48, 96, 240),
@@ -125,6 +127,9 @@ SMALL = replace(
     unet_pool=1280,
     unet_fresh=1,
     unet_minutes=88.0,
+    layout_from=0.54,
+    layout_samples=0.75,
+    ema_decay=0.998,
     warmup_steps=50,
     sample_seconds=1200.0,
     judged_scenes=128,
@@ -147,6 +152,7 @@ TINY = replace(
     text_heads=2,
     vocabulary=600,
     clip_size=32,
+    clip_patches=8,
     clip_width=32,
     clip_layers=1,
     clip_heads=2,

@@ -66,15 +66,16 @@ class SceneSource:
     Args:
         icons (`Sequence[Icon]`): The drawings, in the order of the sprites.
         recipe (`Recipe`): How many drawings a scene has, how large they are, and what lies behind them.
-        seed (`int`): Of the draws.
+        seed (`str`): Of the draws.
     """
 
-    def __init__(self, icons: Sequence[Icon], recipe: Recipe, seed: int):
+    def __init__(self, icons: Sequence[Icon], recipe: Recipe, seed: str):
         self.recipe, self.rng = recipe, random.Random(seed)
         self.rows: dict[str, dict[str, int]] = {}
         for row, icon in enumerate(icons):
             self.rows.setdefault(icon.style, {})[icon.name] = row
         self.names = sorted({icon.name for icon in icons})
+        self.names_of = {style: list(rows) for style, rows in self.rows.items()}
 
     def draw(self, count: int) -> list[Scene]:
         """Random scenes; no two share the first drawing before every drawing has been a first one."""
@@ -88,7 +89,7 @@ class SceneSource:
         style = self.rng.choice([style for style, rows in self.rows.items() if first in rows])
         rows = self.rows[style]
         number = self.rng.choices(range(1, len(self.recipe.scene_counts) + 1), self.recipe.scene_counts)[0]
-        others = [name for name in self.rng.sample(list(rows), min(number, len(rows))) if name != first]
+        others = [name for name in self.rng.sample(self.names_of[style], min(number, len(rows))) if name != first]
         names = [first, *others[: number - 1]]
         things = tuple(
             Thing(rows[name], name, *place, self.rng.uniform(-1, 1) * self.recipe.scene_turn)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Sprites:
         return Sprites(self.icons, self.pictures.to(device))
 
 
-def render(icon: Icon, side: int) -> torch.Tensor:
+def render(icon: Icon, side: int) -> np.ndarray:
     """A drawing on nothing: uint8, (4, side, side), centred in a square, multiplied by alpha."""
     import resvg_py
 
@@ -59,14 +60,15 @@ def render(icon: Icon, side: int) -> torch.Tensor:
         raise DataError(f"the drawing {icon.name!r} of style {icon.style!r} cannot be rendered: {error}") from error
     pixels = np.asarray(Image.open(BytesIO(bytes(png))).convert("RGBA")).astype(np.uint16)
     pixels[..., :3] = (pixels[..., :3] * pixels[..., 3:] + 127) // 255
-    return torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1).contiguous()
+    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(2, 0, 1))
 
 
 def render_sprites(icons: list[Icon], side: int) -> Sprites:
-    """Render all drawings, on all cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(lambda icon: render(icon, side), icons), total=len(icons), desc="render", unit="img")
-        return Sprites(icons, torch.stack(list(bar)))
+    """Render all drawings, on all cores: in processes, since the renderer does not let go of Python's lock."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(partial(render, side=side), icons, chunksize=8)
+        pictures = np.stack(list(tqdm(jobs, total=len(icons), desc="render", unit="img")))
+    return Sprites(icons, torch.from_numpy(pictures))
 
 
 def load_sprites(icons: list[Icon], side: int, file: Path) -> Sprites:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .archives import Icon
-from .captions import caption, phrases_of
+from .captions import Captions
 from .recipe import Recipe
 from .scenes import SceneSource
 
@@ -21,10 +21,10 @@ SAMPLED_CAPTIONS = 5000  # what merges are learnt from, beside the names
 
 def build_tokenizer(icons: Sequence[Icon], recipe: Recipe) -> CLIPTokenizer:
     """The tokenizer for the names and captions of `icons`; the same every time."""
-    rng = random.Random(0)
-    scenes = SceneSource(icons, recipe, seed=0).draw(SAMPLED_CAPTIONS)
-    names = [phrase for name in sorted({icon.name for icon in icons}) for phrase in phrases_of(name)]
-    return train_tokenizer(names + [caption(scene, len(recipe.styles), rng) for scene in scenes], recipe.vocabulary)
+    captions, rng = Captions(icons), random.Random(0)
+    scenes = SceneSource(icons, recipe, "tokenizer").draw(SAMPLED_CAPTIONS)
+    names = [phrase for phrases in captions.phrases.values() for phrase in phrases]
+    return train_tokenizer(names + [captions.draw(scene, rng) for scene in scenes], recipe.vocabulary)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], padding: str = "max_length") -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .captions import caption, plain_caption
+from .captions import Captions
 from .clip import load_clip
 from .compose import compose
 from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
@@ -85,7 +85,9 @@ def generate(
     for start in tqdm(range(0, len(prompts), recipe.judged_batch), desc=f"draw in {steps} steps", unit="batch"):
         chunk = list(prompts[start : start + recipe.judged_batch])
         generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(chunk))]
-        with autocast(pipe.device):
+        # on a GPU in the precision that most will use it in; on a CPU that is slow
+        half = torch.float16 if pipe.device.type == "cuda" else torch.bfloat16
+        with torch.autocast(pipe.device.type, half):
             out = pipe(
                 chunk,
                 num_inference_steps=steps,
@@ -99,11 +101,11 @@ def generate(
 
 def sample_prompts(sprites: Sprites, recipe: Recipe, count: int, seed: int) -> list[str]:
     """Captions of random scenes, no two the same."""
-    source = SceneSource(sprites.icons, recipe, seed)
-    captions: dict[str, None] = {}
-    while len(captions) < count:
-        captions |= dict.fromkeys(plain_caption(scene, len(recipe.styles)) for scene in source.draw(count))
-    return list(captions)[:count]
+    source, captions = SceneSource(sprites.icons, recipe, f"samples {seed}"), Captions(sprites.icons)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompts |= dict.fromkeys(captions.plain(scene) for scene in source.draw(count))
+    return list(prompts)[:count]
 
 
 def draw_times(count: int, total: int, recipe: Recipe, fraction: float) -> torch.Tensor:
@@ -114,7 +116,7 @@ def draw_times(count: int, total: int, recipe: Recipe, fraction: float) -> torch
         start + (torch.arange(part) + torch.rand(part)) * (total - start) / max(part, 1)
         for start, part in ((0, count - noisy), (low, noisy))
     ]
-    return torch.cat(parts).long()
+    return torch.cat(parts).long().clamp_(max=total - 1)  # a sum may round up to the next whole number
 
 
 @torch.no_grad()
@@ -132,9 +134,10 @@ class LatentPool:
     other noise, at other times.
     """
 
-    def __init__(self, sprites: Sprites, recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int):
+    def __init__(self, sprites: Sprites, recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: str):
         self.recipe, self.vae, self.tokenizer, self.sprites = recipe, vae, tokenizer, sprites
-        self.source, self.rng = SceneSource(sprites.icons, recipe, seed), random.Random(seed)
+        self.source = SceneSource(sprites.icons, recipe, f"unet {seed}")
+        self.captions, self.rng = Captions(sprites.icons), random.Random(f"words {seed}")
         size, device = recipe.latent_size, sprites.pictures.device
         self.latents = torch.empty(recipe.unet_pool, 4, size, size, device=device)
         self.tokens = torch.empty(recipe.unet_pool, 77, dtype=torch.long, device=device)
@@ -148,7 +151,7 @@ class LatentPool:
         scenes = self.source.draw(count)
         rows = torch.arange(self.next, self.next + count).to(self.latents.device) % self.recipe.unet_pool
         self.latents[rows] = encode(self.vae, compose(scenes, self.sprites, self.recipe.image_size))
-        captions = [caption(scene, len(self.recipe.styles), self.rng) for scene in scenes]
+        captions = [self.captions.draw(scene, self.rng) for scene in scenes]
         self.tokens[rows] = tokenize(self.tokenizer, captions).to(self.tokens.device)
         self.next = (self.next + count) % self.recipe.unet_pool
 
@@ -175,7 +178,9 @@ class Trainer:
         self.ema_unet, self.ema_text = copy.deepcopy(self.unet).eval(), copy.deepcopy(self.text).eval()
         self.scheduler = build_scheduler()
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.unet_lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.unet_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         models = {"unet": self.unet, "text": self.text, "ema_unet": self.ema_unet, "ema_text": self.ema_text}
         self.checkpoint = Checkpoint(folder / "unet", models, self.optimizer, recipe.checkpoint_seconds)
         compiled = recipe.compiled and self.device.type == "cuda"
@@ -207,7 +212,9 @@ class Trainer:
             return  # a larger budget than it was trained with takes a finished stage further
         # after a resume the draws must not repeat those of the first run
         torch.manual_seed(self.recipe.seed + state["step"])
-        pool = LatentPool(self.sprites, self.recipe, self.vae, self.tokenizer, self.recipe.seed + 2 + state["step"])
+        pool = LatentPool(self.sprites, self.recipe, self.vae, self.tokenizer, f"{self.recipe.seed} {state['step']}")
+        self.loss(*pool.batch(), 0.0).backward()  # compiles, for minutes: not on the clock, which the rate follows
+        self.optimizer.zero_grad(set_to_none=True)
         looked = time.monotonic()
         progress = Progress("unet", state, minutes, self.recipe.log_steps)
         for fraction in progress:

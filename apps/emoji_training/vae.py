@@ -35,12 +35,13 @@ def vary(batch: torch.Tensor) -> torch.Tensor:
     """
     coins = torch.rand(2, len(batch), 1, 1, 1, device=batch.device)
     batch = torch.where(coins[0] < 0.5, batch.flip(-1), batch)
-    swapped = torch.stack([picture[torch.randperm(3)] for picture in batch])
-    return torch.where(coins[1] < 0.25, swapped, batch)
+    rows = torch.arange(len(batch), device=batch.device)[:, None]
+    orders = torch.rand(len(batch), 3, device=batch.device).argsort(dim=1)
+    return torch.where(coins[1] < 0.25, batch[rows, orders], batch)
 
 
 def windows(pictures: torch.Tensor, crop: int) -> torch.Tensor:
-    """A window of `crop` pixels out of each picture, of two at random the one with less white."""
+    """A window of `crop` pixels out of each picture, of two at random the one with more in it."""
     candidates = []
     for _ in range(2):
         corners = torch.randint(pictures.shape[-1] - crop + 1, (len(pictures), 2)).tolist()
@@ -50,8 +51,8 @@ def windows(pictures: torch.Tensor, crop: int) -> torch.Tensor:
         ]
         candidates.append(torch.stack(cut))
     first, second = candidates
-    lightness = [candidate.mean(dim=(1, 2, 3), keepdim=True) for candidate in candidates]
-    return torch.where(lightness[0] <= lightness[1], first, second)
+    contrast = [candidate.std(dim=(2, 3), keepdim=True).mean(dim=1, keepdim=True) for candidate in candidates]
+    return torch.where(contrast[0] >= contrast[1], first, second)
 
 
 def draw_batch(source: SceneSource, sprites: Sprites, recipe: Recipe, fraction: float) -> torch.Tensor:
@@ -98,14 +99,14 @@ def train_vae(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, re
     torch.manual_seed(recipe.seed)
     device = pick_device()
     vae = build_vae(recipe).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     checkpoint = Checkpoint(folder / "vae", {"vae": vae}, optimizer, recipe.checkpoint_seconds)
     state = (checkpoint.load() if resume else None) or new_state()
     if state.get("finished"):
         return
     torch.manual_seed(recipe.seed + state["step"])
     sprites = sprites.to(device)
-    source = SceneSource(sprites.icons, recipe, recipe.seed + state["step"])
+    source = SceneSource(sprites.icons, recipe, f"vae {recipe.seed} {state['step']}")
     progress = Progress("vae", state, minutes, recipe.log_steps)
     for fraction in progress:
         batch = draw_batch(source, sprites, recipe, fraction).to(memory_format=torch.channels_last)
@@ -124,7 +125,7 @@ def train_vae(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, re
         optimizer.step()
         progress.end_step(parts)
         checkpoint.save_if_due(state)
-    some = compose(SceneSource(sprites.icons, recipe, recipe.seed + 1).draw(256), sprites, recipe.image_size)
+    some = compose(SceneSource(sprites.icons, recipe, "latents").draw(256), sprites, recipe.image_size)
     standardise_latents(vae, some)
     checkpoint.save(state | {"finished": True})
 
