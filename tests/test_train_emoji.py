@@ -23,7 +23,7 @@ import train_emoji
 
 from emoji_training import archives, clip, loop, unet, vae
 from emoji_training.archives import PACKAGES, DataError, Icon, gather_icons, is_taught
-from emoji_training.captions import Captions, with_article
+from emoji_training.captions import Captions, distinct_scenes, with_article
 from emoji_training.compose import compose
 from emoji_training.evaluate import hit_rates
 from emoji_training.names import COLOURS, HELD_OUT, NAMES, PHRASES, SYNONYMS
@@ -228,6 +228,14 @@ def test_no_word_means_two_drawings() -> None:
     both = Captions(icons_called("tropical-fish", "fish", "cat-face", "cat")).phrases
     assert both["tropical-fish"][0] == "tropical fish" and "fish" not in both["tropical-fish"]
     assert both["fish"][0] == "fish" and "cat" not in both["cat-face"]
+
+
+def test_no_more_captions_are_waited_for_than_there_are() -> None:
+    few = icons_called("red-apple", "frog", "star")
+    scenes = distinct_scenes(SceneSource(few, SMALL, "a"), Captions(few), 128)
+    assert set(scenes) == {"a red apple", "a frog face", "a star"}
+    assert all(Captions(few).plain(scene) == words for words, scene in scenes.items())
+    assert len(distinct_scenes(SceneSource(few, SMALL, "a"), Captions(few), 2)) == 2
 
 
 def test_places_are_said_as_they_are() -> None:

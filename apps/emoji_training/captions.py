@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .archives import Icon
 from .names import COLOURS, NO_ARTICLE, PHRASES, SYNONYMS
-from .scenes import Background, Scene
+from .scenes import Background, Scene, SceneSource
 
 
 # Endings in "s" that are no plurals.
@@ -66,6 +66,17 @@ class Captions:
                 f"{things}{where} in {scene.style} style",
             ]
         )
+
+
+def distinct_scenes(source: SceneSource, captions: Captions, count: int) -> dict[str, Scene]:
+    """Random scenes by their full captions, no two of one caption; fewer than `count` where there are no more."""
+    scenes: dict[str, Scene] = {}
+    before = -1
+    while before < len(scenes) < count:
+        before = len(scenes)
+        for scene in source.draw(count):
+            scenes.setdefault(captions.plain(scene), scene)
+    return dict(list(scenes.items())[:count])
 
 
 def spell(name: str) -> str:

@@ -11,7 +11,7 @@ from transformers import CLIPModel
 from agentsd.bench.reference import ReferenceSet
 from agentsd.bench.set_metrics import clip_scores
 
-from .captions import Captions
+from .captions import Captions, distinct_scenes
 from .clip import embed_pictures, embed_texts, shrink
 from .compose import compose
 from .loop import pick_device
@@ -39,13 +39,9 @@ def render(scenes: list[Scene], sprites: Sprites, recipe: Recipe) -> torch.Tenso
 
 def draw_judged(sprites: Sprites, recipe: Recipe) -> Judged:
     """As many scenes as are to be judged, no two of one caption."""
-    source, captions = SceneSource(sprites.icons, recipe, f"judged {recipe.seed}"), Captions(sprites.icons)
-    scenes: dict[str, Scene] = {}
-    while len(scenes) < recipe.judged_scenes:
-        for scene in source.draw(recipe.judged_scenes):
-            scenes.setdefault(captions.plain(scene), scene)
-    prompts = list(scenes)[: recipe.judged_scenes]
-    return Judged(prompts, render([scenes[prompt] for prompt in prompts], sprites, recipe))
+    source = SceneSource(sprites.icons, recipe, f"judged {recipe.seed}")
+    scenes = distinct_scenes(source, Captions(sprites.icons), recipe.judged_scenes)
+    return Judged(list(scenes), render(list(scenes.values()), sprites, recipe))
 
 
 @torch.no_grad()

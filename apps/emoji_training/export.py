@@ -66,7 +66,7 @@ def export(
         "clip": stage_facts(clip_state),
         "unet": stage_facts(unet_state),
         "judged": judge(pipe, clip, judged, reference, recipe),
-        "judged_scenes": recipe.judged_scenes,
+        "judged_scenes": len(judged.prompts),
         "reference_scenes": recipe.reference_scenes,
         "guidance": recipe.guidance,
         "parameters": {

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .captions import Captions
+from .captions import Captions, distinct_scenes
 from .clip import load_clip
 from .compose import compose
 from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
@@ -101,11 +101,8 @@ def generate(
 
 def sample_prompts(sprites: Sprites, recipe: Recipe, count: int, seed: int) -> list[str]:
     """Captions of random scenes, no two the same."""
-    source, captions = SceneSource(sprites.icons, recipe, f"samples {seed}"), Captions(sprites.icons)
-    prompts: dict[str, None] = {}
-    while len(prompts) < count:
-        prompts |= dict.fromkeys(captions.plain(scene) for scene in source.draw(count))
-    return list(prompts)[:count]
+    source = SceneSource(sprites.icons, recipe, f"samples {seed}")
+    return list(distinct_scenes(source, Captions(sprites.icons), count))
 
 
 def draw_times(count: int, total: int, recipe: Recipe, fraction: float) -> torch.Tensor:
@@ -130,8 +127,8 @@ class LatentPool:
     """
     Encoded scenes that batches are taken from; every step replaces some by new ones.
 
-    Composing and encoding a scene costs about as much as a training step on it, and a latent serves many steps with
-    other noise, at other times.
+    Composing and encoding a scene costs about half as much as a training step on it, and a latent serves many steps
+    with other noise, at other times.
     """
 
     def __init__(self, sprites: Sprites, recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: str):
