@@ -1,7 +1,10 @@
 """The `agentsd` command. Torch and diffusers are imported inside the commands, so that `agentsd --help` is quick."""
 
 import importlib.util
+import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -396,7 +399,17 @@ def main() -> None:
         interrupts.append(number)
         raise KeyboardInterrupt
 
+    def interrupt_again(lost: Any) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(lost)
+            return
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
     signal.signal(signal.SIGINT, interrupt)
+    # Python only prints an interrupt that comes while an object is being deleted, and goes on as if there were none.
+    sys.unraisablehook = interrupt_again
     try:
         app(prog_name="agentsd")
     except KeyboardInterrupt:  # where no command was at work

@@ -263,6 +263,31 @@ def test_process_ends_with_the_exit_code():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_an_interrupt_is_not_lost_while_an_object_is_deleted():
+    code = """
+import time
+from agentsd import cli
+
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(60)
+
+def work(**_):
+    Slow()
+    time.sleep(60)
+
+cli.app = work
+cli.main()
+"""
+    process = start(command=[sys.executable, "-c", code])
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=50)
+    assert (process.returncode, messages.strip()) == (130, "Interrupted.")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_interrupt_ends_with_130(model, tmp_path):
     """Ctrl-C in the middle of a run: no traceback, and no half-made files."""
     code = "import torch, diffusers; from agentsd.cli import main; print('ready', flush=True); main()"
