@@ -7,14 +7,17 @@ tokens, `M` tokens after merging. Token indices are int64. `P` is `B`, or 1 wher
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 
-# What the similarities held at a time may take: little enough for a CPU's allocator to use the same memory again, and
-# enough for a GPU to be busy.
-_SIMILARITY_BYTES = 16 * 2**20
+# What the similarities held at a time may take: on a CPU little enough for its allocator to use the same memory again;
+# elsewhere enough to keep many cores busy with few launches.
+_CPU_SIMILARITY_BYTES = 16 * 2**20
+_SIMILARITY_BYTES = 256 * 2**20
+
+_Integers = TypeVar("_Integers", int, torch.Tensor)
 
 
 class Partition(NamedTuple):
@@ -133,7 +136,7 @@ def mix_key(key: torch.Tensor, seed: int) -> torch.Tensor:
     torch.Size([1])
     ```
     """
-    return key + _hash(torch.full_like(key, seed))
+    return key + _hash(seed)
 
 
 def random_members(cells: int, cell_size: int, key: torch.Tensor) -> torch.Tensor:
@@ -163,7 +166,7 @@ def random_members(cells: int, cell_size: int, key: torch.Tensor) -> torch.Tenso
     return ((mixed >> 8) * cell_size) >> 24
 
 
-def _hash(x: torch.Tensor) -> torch.Tensor:
+def _hash(x: _Integers) -> _Integers:
     """A 32-bit integer mixer (xor-shift and multiply, after C. Wellons, `lowbias32`), held in int64."""
     x = x & 0xFFFFFFFF
     x = x ^ (x >> 16)
@@ -233,7 +236,8 @@ def match_tokens(metric: torch.Tensor, partition: Partition) -> Matches:
     # In float32, since the inverse norm of an all but empty token exceeds the range of float16.
     dst = (dst * _inverse_norm(dst).unsqueeze(2)).to(metric.dtype)
     # A few sources at a time: all similarities at once would be the largest tensor of the model.
-    rows = max(1, _SIMILARITY_BYTES // (dst.shape[0] * dst.shape[1] * dst.element_size()))
+    room = _CPU_SIMILARITY_BYTES if dst.device.type == "cpu" else _SIMILARITY_BYTES
+    rows = max(1, room // (dst.shape[0] * dst.shape[1] * dst.element_size()))
     cells, scores = [], []
     for index in partition.src.split(rows, dim=1):
         src = take_tokens(metric, index)

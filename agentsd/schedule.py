@@ -73,7 +73,7 @@ class TimestepReader:
         """
         if not isinstance(timestep, torch.Tensor):
             return [float(timestep)]
-        if timestep.device.type == "cpu" or any(stride for stride in timestep.stride()):
+        if timestep.device.type == "cpu" or (timestep.numel() > 1 and any(timestep.stride())):
             return [float(value) for value in timestep.flatten().tolist()]
         return [self._read_view(timestep)]
 
