@@ -187,13 +187,13 @@ def _run(
 
     def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal mark
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - mark)
         tell(len(seconds))
         mark = time.perf_counter()
         return tensors
 
-    _synchronize(device)
+    synchronize(device)
     start = mark = time.perf_counter()
     output = pipe(
         **call,
@@ -203,13 +203,19 @@ def _run(
         output_type="np",
         callback_on_step_end=end_of_step,
     )
-    _synchronize(device)
+    synchronize(device)
     total = time.perf_counter() - start
     if getattr(pipe, "interrupt", False):
         raise RuntimeError("The generation was interrupted.")
     return output, RunTime(seconds, total)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """
+    Wait until the device has done all that was asked of it.
+
+    Args:
+        device (`torch.device`): Nothing to wait for on a CPU.
+    """
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        torch.accelerator.synchronize(device)

@@ -113,6 +113,20 @@ def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monkeypatch):
+    judge = judge_module.PictureJudge.judge
+
+    def greedy(self, case, *arguments):
+        if case.method == "agentsd":
+            raise torch.OutOfMemoryError("out of memory")
+        return judge(self, case, *arguments)
+
+    monkeypatch.setattr(judge_module.PictureJudge, "judge", greedy)
+    vanilla, agentsd = run_bench(quality(model), out=tmp_path).rows
+    assert vanilla.reason is None
+    assert agentsd.reason == "out of memory"
+
+
 def test_two_processes_draw_the_same_pictures(model, tmp_path):
     command = ["bench", model, "--suite", "quality", "--methods", "vanilla,tomesd", "--prompts", "5", "--steps", "1"]
     command += "--repeats 1 --no-memory --device cpu --height 64 --width 64 --batch 2 --out".split()

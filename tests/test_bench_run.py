@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -156,10 +157,20 @@ def test_no_method_that_can_run_is_an_error(model, monkeypatch):
 
 def test_compiled_on_both_sides(model, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
     result = run_bench(speed(model, methods=("vanilla", "agentsd"), compile=True, repeats=1))
     assert len(compiled) == 2
     assert "torch.compile" in result.title
+
+
+def test_every_variant_is_really_compiled(model, monkeypatch):
+    """More of them than Dynamo keeps by default: past that it would go on uncompiled, in silence."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # capturing is what is tested
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(cache_size_limit=2):
+        run_bench(speed(model, methods=("vanilla", "agentsd"), compile=True, repeats=1, steps=5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "one for vanilla, and one for each phase"
 
 
 # Calls of a UNet

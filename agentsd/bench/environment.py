@@ -44,7 +44,7 @@ def environment(device: str | torch.device | None = None, dtype: torch.dtype | N
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": _gpu(device),
         "cuda": torch.version.cuda,
     }
     if device is not None:
@@ -61,6 +61,12 @@ def _attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     query = torch.empty(2, 8, 4096, 40, device=device, dtype=dtype)
     # There is no public way to ask, only ways to forbid.
     return SDPBackend(torch._fused_sdp_choice(query, query, query)).name.lower().replace("_", " ")
+
+
+def _gpu(device: torch.device | str | None) -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(device if device is not None and torch.device(device).type == "cuda" else None)
 
 
 def _version(package: str) -> str | None:

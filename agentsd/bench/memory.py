@@ -14,17 +14,40 @@ from ..memory import can_watch_peak, read_peak, start_peak
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
-def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]]) -> int | None:
+def allocated_bytes(device: torch.device) -> int:
+    """
+    What torch has allocated on a GPU at present.
+
+    Args:
+        device (`torch.device`): Where.
+
+    Returns:
+        `int`: Bytes; 0 where it is not counted.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.bench.memory import allocated_bytes
+    >>> allocated_bytes(torch.device("cpu"))
+    0
+    ```
+    """
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]], others: int = 0) -> int | None:
     """
     The highest memory use during a call.
 
-    On CUDA it is what torch had allocated. On Linux CPUs it is the resident memory of a process of its own, weights
-    and libraries included, so that memory which other methods left behind does not count. Elsewhere it is not
-    measured.
+    On CUDA it is what torch had allocated, less what belongs to others. On Linux CPUs it is the resident memory of a
+    process of its own, weights and libraries included, so that memory which other methods left behind does not count.
+    Elsewhere it is not measured.
 
     Args:
         device (`torch.device`): Where the call runs.
         prepare (`Callable`): Loads what is needed and returns the call; it must be picklable.
+        others (`int`, defaults to `0`): Bytes of a GPU that were taken before, and not for this.
 
     Returns:
         `int`, *optional*: Bytes, or `None` where it cannot be measured.
@@ -43,7 +66,10 @@ def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]
     """
     if not can_watch_peak(device):
         return None
-    return _in_own_process(prepare) if device.type == "cpu" else _watch(device, prepare())
+    if device.type == "cpu":
+        return _in_own_process(prepare)
+    peak = _watch(device, prepare())
+    return None if peak is None else peak - others
 
 
 def _watch(device: torch.device, call: Callable[[], object]) -> int | None:

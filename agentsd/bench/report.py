@@ -307,6 +307,8 @@ def _notes(result: BenchResult) -> list[str]:
         notes.append("fewer-steps: vanilla with as many steps as fit in agentsd's time.")
     if any(row.peak_bytes for row in rows) and not str(result.environment.get("device")).startswith("cuda"):
         notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
+    if unit == "generation" and any(row.launches for row in rows):
+        notes.append("launches a step: of a short generation, encoders and VAE included, divided by its steps.")
     if any(row.quality for row in rows):
         notes.append(
             f"PSNR, SSIM, MS-SSIM: mean over {settings['pictures']} pictures against vanilla's of the same seed and "

@@ -4,6 +4,7 @@ import math
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from .environment import environment
 from .features import PerceptualDistance, load_extractor
 from .judge import PictureJudge
 from .launches import count_launches
-from .memory import peak_memory
+from .memory import allocated_bytes, peak_memory
 from .methods import BASELINE, METHODS, FewerSteps, MethodUnavailable
 from .prompts import builtin_prompts
 from .reference import check_reference
@@ -35,6 +36,7 @@ from .workers import Workers
 _COMPUTED, _PHASES = "agentsd", ("agentsd-agent", "agentsd-tome")
 # Rounds that settle how many steps `fewer-steps` may take.
 _CALIBRATION_ROUNDS = 3
+_PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of the schedule's phases
 # Enough for both phases of agentsd, and for DeepCache to keep and read what it keeps.
 _MEMORY_STEPS = 4
 
@@ -145,6 +147,7 @@ class _ModelBench:
         self.subject, self.settings, self.folder = subject, settings, folder
         self.workers, self.counter, self.prompts = workers, counter, prompts
         self._model: Any = None
+        self._model_bytes = 0
         self._twins: dict[str, Any] = {}
 
     def run_group(self, cases: list[Case], is_late: bool) -> None:
@@ -170,7 +173,9 @@ class _ModelBench:
     def model(self) -> Any:
         """The model, unpatched."""
         if self._model is None:
+            before = allocated_bytes(self.subject.device)
             self._model = self.subject.load()
+            self._model_bytes = allocated_bytes(self.subject.device) - before
         return self._model
 
     def _twin(self, case: Case) -> Any:
@@ -191,16 +196,20 @@ class _ModelBench:
         def drop(name: str, error: Exception) -> None:
             self._keep(next(case for case in cases if case.name == name), {"reason": reason_of(error)})
             variants[:] = [variant for variant in variants if variant.name != name]
+            # What did not fit must not stand in the way of the next one.
+            self._twins.pop(name, None)
+            traceback.clear_frames(error.__traceback__)
             if self.subject.device.type == "cuda":
-                torch.cuda.empty_cache()  # what did not fit must not stand in the way of the next one
+                torch.cuda.empty_cache()
 
         for case in self._runnable(cases):
             try:
                 self._check_memory(case)
                 steps = self._steps(case)
+                others = allocated_bytes(self.subject.device) - self._model_bytes  # what earlier methods keep
                 variants.append(Variant(case.name, self.subject.call(self._twin(case), case, steps)))
                 self._warm_up(variants[-1])
-                self._profile(case, variants[-1], steps)
+                self._profile(case, variants[-1], others)
             except Exception as error:
                 drop(case.name, error)
         while variants and len(rounds) < self.settings.repeats:
@@ -260,20 +269,21 @@ class _ModelBench:
             peak = peak_memory(self.subject.device, partial(_prepare, self.subject, case, self.settings))
             self.folder.rounds.append({**key, "peak_bytes": peak})
 
-    def _profile(self, case: Case, variant: Variant, steps: int) -> None:
-        """On a GPU, memory and kernel launches of one call."""
+    def _profile(self, case: Case, variant: Variant, others: int) -> None:
+        """On a GPU, memory of one call, less what other methods keep there, and kernel launches."""
         device = self.subject.device
         if device.type != "cuda":
             return
-        call = partial(variant.call, Stopwatch(device))
         if self.settings.memory:
+            call = partial(variant.call, Stopwatch(device))
             key = {"kind": "memory", **_group(case), "name": case.name}
             self.folder.keep(
-                self.folder.rounds, lambda: {"peak_bytes": peak_memory(device, prepare=lambda: call)}, **key
+                self.folder.rounds, lambda: {"peak_bytes": peak_memory(device, lambda: call, others)}, **key
             )
         key = {"kind": "launches", **_group(case), "name": case.name}
-        per_step = steps if self.settings.kind == "generation" else 1
-        self.folder.keep(self.folder.rounds, lambda: {"launches": count_launches(call) / per_step}, **key)
+        steps = _PROFILED_STEPS if self.settings.kind == "generation" else 1
+        short = partial(self.subject.call(self._twin(case), case, steps), Stopwatch(device))
+        self.folder.keep(self.folder.rounds, lambda: {"launches": count_launches(short) / steps}, **key)
 
     # Rows
 
@@ -284,7 +294,14 @@ class _ModelBench:
             self.counter.step(f"{case.name} pictures")
             judge = PictureJudge(self.subject, self.settings, self.folder.images, self.workers, self.prompts)
             baseline = replace(case, method=BASELINE, ratio=None)
-            row |= judge.judge(case, baseline, row["steps"], partial(self._twin, case), partial(self._twin, baseline))
+            try:
+                row |= judge.judge(
+                    case, baseline, row["steps"], partial(self._twin, case), partial(self._twin, baseline)
+                )
+            except torch.OutOfMemoryError as error:
+                if self.workers.count > 1:
+                    raise  # the others wait for this one's pictures
+                row = {"reason": reason_of(error)}
         self._keep(case, row)
 
     def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from .shapes import LATENT_SCALE, call_unet, random_unet, share_weights, unet_in
 from .timing import Call, Stopwatch
 
 
+_MOST_VARIANTS = 10_000  # that torch.compile is to keep
+
+
 class Subject(Protocol):
     """A model to measure. It is picklable, so that another process can load the same."""
 
@@ -71,6 +74,13 @@ def twin_pipeline(pipe: Any) -> Any:
     return twin
 
 
+def _compile(unet: Any) -> Any:
+    # All copies of a model count as one piece of code, and past a few variants of it Dynamo goes back to eager, in
+    # silence. One size is compiled as it is, not as one of many.
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = _MOST_VARIANTS
+    return torch.compile(unet, dynamic=False)
+
+
 @dataclass(frozen=True)
 class PipelineSubject:
     """
@@ -108,7 +118,7 @@ class PipelineSubject:
 
     def compile(self, model: Any) -> Any:
         """See [`Subject.compile`]."""
-        model.unet = torch.compile(model.unet)
+        model.unet = _compile(model.unet)
         return model
 
     def size(self, model: Any) -> tuple[int, int]:
@@ -189,7 +199,7 @@ class UNetSubject:
 
     def compile(self, model: Any) -> Any:
         """See [`Subject.compile`]."""
-        return torch.compile(model)
+        return _compile(model)
 
     def size(self, model: Any) -> tuple[int, int]:
         """See [`Subject.size`]."""

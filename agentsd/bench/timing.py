@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..generation import synchronize
+
 
 class Stopwatch:
     """
@@ -109,17 +111,6 @@ class Summary:
     q3: float
     step_seconds: float | None
     speedup: float | None
-
-
-def synchronize(device: torch.device) -> None:
-    """
-    Wait until the device has done all that was asked of it.
-
-    Args:
-        device (`torch.device`): Nothing to wait for on a CPU.
-    """
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def time_call(call: Call, device: torch.device) -> Sample:
