@@ -19,14 +19,18 @@ from pathlib import Path
 
 import torch
 
-from emoji_training.archives import DataError, gather_icons
-from emoji_training.clip import train_clip
-from emoji_training.export import export
-from emoji_training.names import HELD_OUT
-from emoji_training.recipe import RECIPES, Recipe
-from emoji_training.sprites import load_sprites, render_sprites
-from emoji_training.unet import train_unet
-from emoji_training.vae import train_vae
+
+try:
+    from emoji_training.archives import DataError, gather_icons
+    from emoji_training.clip import train_clip
+    from emoji_training.export import export
+    from emoji_training.names import HELD_OUT
+    from emoji_training.recipe import RECIPES, Recipe
+    from emoji_training.sprites import load_sprites, render_sprites
+    from emoji_training.unet import train_unet
+    from emoji_training.vae import train_vae
+except ModuleNotFoundError as missing:  # better now than after hours
+    sys.exit(f"error: {missing.name} is not installed: `pip install -e '.[train]'` brings all that training needs")
 
 
 ROOT = Path(__file__).resolve().parent.parent

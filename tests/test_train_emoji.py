@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -455,6 +456,15 @@ def test_missing_data_is_explained(
     monkeypatch.setattr(archives.shutil, "which", lambda name: None)
     assert train_emoji.main(work) == 2
     assert "npm is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "resvg_py"])
+def test_a_missing_package_is_explained(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import train_emoji"
+    folder = Path(train_emoji.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {package} is not installed: `pip install")
 
 
 def test_unknown_name_and_missing_stage_are_explained(

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import resvg_py
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -46,8 +47,6 @@ class Sprites:
 
 def render(icon: Icon, side: int) -> np.ndarray:
     """A drawing on nothing: uint8, (4, side, side), centred in a square, multiplied by alpha."""
-    import resvg_py
-
     square = max(icon.width, icon.height)
     left, top = (icon.width - square) / 2, (icon.height - square) / 2
     svg = (
