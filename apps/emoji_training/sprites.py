@@ -28,11 +28,6 @@ class Sprites:
     icons: list[Icon]
     pictures: torch.Tensor
 
-    @property
-    def side(self) -> int:
-        """Pixels of a side."""
-        return self.pictures.shape[-1]
-
     def smaller(self, side: int) -> "Sprites":
         """The same drawings at a smaller side, averaged, so that small scenes need not skip pixels."""
         parts = [
