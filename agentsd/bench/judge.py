@@ -68,14 +68,14 @@ class PictureJudge:
             return {}
         is_bad = [_is_blank(file) for file in pictures]
         good = [file for file, bad in zip(pictures, is_bad, strict=True) if not bad]
-        quality = {} if case == baseline else self._pairs(pictures, reference, is_bad)
-        numbers = {"pictures": len(pictures), "blank": sum(is_bad)}
         pairs = [
             (file, other)
             for file, other, bad in zip(pictures, reference, is_bad, strict=True)
-            if not bad and not _is_blank(other)
+            if case != baseline and not bad and not _is_blank(other)
         ]
-        sets = self._sets(good, pairs if case != baseline else [])
+        quality = {} if case == baseline else self._pairs(pairs)
+        numbers = {"pictures": len(pictures), "blank": sum(is_bad)}
+        sets = self._sets(good, pairs)
         scores = {**quality.pop("scores", {}), **sets}
         return {**numbers, **quality, "quality": scores}
 
@@ -99,14 +99,12 @@ class PictureJudge:
                 unfinished.replace(files[index])
         return files
 
-    def _pairs(self, pictures: Sequence[Path], reference: Sequence[Path], is_bad: Sequence[bool]) -> dict[str, Any]:
+    def _pairs(self, pairs: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
         """Fidelity to the same seed's vanilla picture, over pairs of which neither is blank."""
         scores: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": [], "lpips": []}
         perceptual = PerceptualDistance() if self.settings.lpips else None
         identical = 0
-        for file, other, bad in zip(pictures, reference, is_bad, strict=True):
-            if bad or _is_blank(other):
-                continue
+        for file, other in pairs:
             first, second = _read(file), _read(other)
             value = psnr(first, second)
             if value == math.inf:
