@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_emoji
 from toy_drawings import TAUGHT
+from train_emoji import main
 
 from emoji_training import archives, clip, loop, unet, vae
 from emoji_training.archives import DataError, Icon
@@ -20,7 +20,7 @@ from emoji_training.sprites import render
 def run(archive_dir: Path, tmp_path: Path, *more: str) -> int:
     """The script in toy sizes."""
     common = ["--data-dir", str(archive_dir), "--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "model")]
-    return train_emoji.main([*common, "--recipe", "tiny", *more])
+    return main([*common, "--recipe", "tiny", *more])
 
 
 def state(tmp_path: Path, stage: str) -> dict:
@@ -94,26 +94,26 @@ def test_missing_data_is_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = ["--work-dir", str(tmp_path / "work")]
-    assert train_emoji.main(["--data-dir", str(tmp_path / "nowhere"), *work]) == 2
+    assert main(["--data-dir", str(tmp_path / "nowhere"), *work]) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert train_emoji.main(["--data-dir", str(tmp_path), *work]) == 2
+    assert main(["--data-dir", str(tmp_path), *work]) == 2
     assert "npm pack" in capsys.readouterr().err
     (tmp_path / "iconify-json-noto-1.0.0.tgz").write_bytes(b"not an archive")
-    assert train_emoji.main(["--data-dir", str(tmp_path), *work]) == 2
+    assert main(["--data-dir", str(tmp_path), *work]) == 2
     assert "no icon archive" in capsys.readouterr().err
     broken = Icon("noto", "torn", "<path", 1, 1)
     with pytest.raises(DataError, match="'torn' of style 'noto' cannot be rendered"):
         render(broken, 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(archives.shutil, "which", lambda name: None)
-    assert train_emoji.main(work) == 2
+    assert main(work) == 2
     assert "npm is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "resvg_py"])
 def test_a_missing_package_is_explained(package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; import train_emoji"
-    folder = Path(train_emoji.__file__).parent
+    folder = Path(sys.modules[main.__module__].__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {package} is not installed: `pip install")
@@ -123,8 +123,8 @@ def test_unknown_name_and_missing_stage_are_explained(
     archive_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--data-dir", str(archive_dir), "--work-dir", str(tmp_path / "work")]
-    assert train_emoji.main([*where, "--names", "red-heart,no-such-thing"]) == 2
+    assert main([*where, "--names", "red-heart,no-such-thing"]) == 2
     assert "'no-such-thing'" in capsys.readouterr().err
     for stage, needed in (("unet", "--stage vae"), ("clip", "--stage vae"), ("export", "--stage unet")):
-        assert train_emoji.main([*where, "--names", "red-heart", "--recipe", "tiny", "--stage", stage]) == 2
+        assert main([*where, "--names", "red-heart", "--recipe", "tiny", "--stage", stage]) == 2
         assert needed in capsys.readouterr().err
