@@ -1,5 +1,7 @@
 """Stage two: a text and an image encoder in one space, for CLIP scores, set distances, and the UNet's texts."""
 
+import itertools
+import os
 import random
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from .archives import Icon
 from .captions import Captions
 from .compose import compose
 from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
@@ -57,6 +61,25 @@ def build_processor(recipe: Recipe) -> CLIPImageProcessor:
 def shrink(pictures: torch.Tensor, size: int) -> torch.Tensor:
     """Pictures in the encoder's size, as its processor makes them smaller."""
     return F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp_(-1, 1)
+
+
+class CaptionedScenes(Dataset):
+    """
+    Scenes with the token ids of a caption each, a batch for every step: (list of `Scene`, ids of shape (batch, L)).
+
+    A step's batch depends on nothing but its number: neither worker processes nor a resume change what is seen.
+    """
+
+    def __init__(self, icons: list[Icon], recipe: Recipe, tokenizer: CLIPTokenizer):
+        self.icons, self.recipe, self.tokenizer, self.captions = icons, recipe, tokenizer, Captions(icons)
+
+    def __getitem__(self, step: int) -> tuple[list[Scene], torch.Tensor]:
+        seed = f"clip {self.recipe.seed} {step}"
+        # Drawn together, so that no two begin with one drawing: two alike would have to be told apart by nothing.
+        scenes = SceneSource(self.icons, self.recipe, seed).draw(self.recipe.clip_batch)
+        rng = random.Random(f"words {seed}")
+        texts = [self.captions.draw(scene, rng) for scene in scenes]
+        return scenes, tokenize(self.tokenizer, texts, padding="longest")
 
 
 def draw_pictures(
@@ -121,18 +144,20 @@ def train_clip(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, r
     large = sprites.to(device)
     small = large.smaller(max(1, recipe.sprite_size * recipe.clip_size // recipe.image_size))
     torch.manual_seed(recipe.seed + state["step"])
-    source = SceneSource(sprites.icons, recipe, f"clip {recipe.seed} {state['step']}")
-    captions, rng = Captions(sprites.icons), random.Random(f"words {recipe.seed} {state['step']}")
+    # Words and places are Python's work; for a large GPU one process is too slow at it.
+    batches = DataLoader(
+        CaptionedScenes(sprites.icons, recipe, tokenizer),
+        batch_size=None,
+        sampler=itertools.count(state["step"]),
+        num_workers=(os.cpu_count() or 1) // 2,
+    )
     progress = Progress("clip", state, minutes, recipe.log_steps)
-    for fraction in progress:
-        # Drawn together, so that no two begin with one drawing: two alike would have to be told apart by nothing.
-        scenes = source.draw(recipe.clip_batch)
-        tokens = tokenize(tokenizer, [captions.draw(scene, rng) for scene in scenes], padding="longest").to(device)
+    for fraction, (scenes, tokens) in zip(progress, batches, strict=False):
         pictures = draw_pictures(scenes, small, large, vae, recipe)
         set_rate(optimizer, learning_rate(recipe.clip_lr, fraction, state["step"], recipe.warmup_steps))
         with autocast(device):
             image_states = embed_pictures(model, vary(pictures))
-            text_states = embed_tokens(model, tokens)
+            text_states = embed_tokens(model, tokens.to(device))
         loss = contrastive_loss(image_states.float(), text_states.float(), model.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

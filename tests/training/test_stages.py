@@ -1,11 +1,13 @@
 """The stages of training and what the finished model is measured by, on toy sizes."""
 
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from toy_drawings import icons_called
 
 from emoji_training import clip, loop, unet, vae
 from emoji_training.archives import Icon
@@ -68,6 +70,16 @@ def test_a_picture_finds_its_own_text() -> None:
     pictures[0] = [0.5, 1, 1, 1, 1, 0, 0, 0]  # four others are nearer
     pictures[1] = [1, 0.5, 1, 1, 1, 1, 0, 0]  # five others are
     assert hit_rates(pictures, own) == {"top1": 0.75, "top5": 0.875}
+
+
+def test_a_step_s_scenes_do_not_depend_on_who_draws_them() -> None:
+    """Else a resumed training would see its first scenes again, or each worker the same ones."""
+    icons = icons_called("red-heart", "blue-book", "star", "mango", "bell", "sun")
+    here = clip.CaptionedScenes(icons, TINY, build_tokenizer(icons, TINY))
+    workers = torch.utils.data.DataLoader(here, batch_size=None, sampler=itertools.count(3), num_workers=2)
+    for step, (scenes, tokens) in zip(range(3, 7), workers, strict=False):
+        assert scenes == here[step][0] != here[step + 1][0]
+        assert torch.equal(tokens, here[step][1])
 
 
 def test_the_contrastive_loss_pairs_each_picture_with_its_own_text() -> None:
