@@ -77,6 +77,9 @@ def train(options: argparse.Namespace) -> None:
     work = options.work_dir or cache / f"emoji-{options.recipe}"
     icons, unseen = gather_icons(recipe.styles, recipe.names, HELD_OUT, options.data_dir, cache / "icons")
     sprites = load_sprites(icons, recipe.sprite_size, work / "sprites.safetensors")
+    exporting = options.stage in ("export", "all")
+    # before anything else: worker processes are best begun while this one is still small
+    held_out = render_sprites(unseen, recipe.sprite_size) if exporting and unseen else None
     vae_minutes, clip_minutes, unet_minutes = stage_minutes(options, recipe)
     if options.stage in ("vae", "all"):
         train_vae(sprites, recipe, work, vae_minutes, options.resume)
@@ -84,8 +87,7 @@ def train(options: argparse.Namespace) -> None:
         train_clip(sprites, recipe, work, clip_minutes, options.resume)
     if options.stage in ("unet", "all"):
         train_unet(sprites, recipe, work, unet_minutes, options.resume)
-    if options.stage in ("export", "all"):
-        held_out = render_sprites(unseen, recipe.sprite_size) if unseen else None
+    if exporting:
         export(sprites, held_out, recipe, options.recipe, work, options.out)
 
 

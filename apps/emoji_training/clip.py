@@ -8,14 +8,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from .archives import Icon
 from .captions import Captions
 from .compose import compose
-from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
+from .loop import (
+    Checkpoint,
+    Progress,
+    autocast,
+    descend,
+    learning_rate,
+    load_weights,
+    new_state,
+    pick_device,
+    set_rate,
+)
 from .recipe import Recipe
 from .scenes import Scene, SceneSource
 from .sprites import Sprites
@@ -159,10 +168,7 @@ def train_clip(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, r
             image_states = embed_pictures(model, vary(pictures))
             text_states = embed_tokens(model, tokens.to(device))
         loss = contrastive_loss(image_states.float(), text_states.float(), model.logit_scale.exp())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer)
         with torch.no_grad():
             model.logit_scale.clamp_(max=torch.tensor(LARGEST_LOGIT_SCALE).log().item())
         progress.end_step({"loss": loss})

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 
 SHARD = "14MB"
-SAMPLE_SIDE = 160  # pixels of a picture in the sample grid
+SAMPLE_SIDE = 128  # pixels of a picture in the sample grid
 
 
 def export(

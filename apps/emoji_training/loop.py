@@ -46,6 +46,17 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step down the gradient of `loss`, of norm 1 at most; none where it is not finite, which would be the end."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    # As a GradScaler tells fused optimizers to leave a step out: looking at the norm would make a GPU wait.
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def new_state() -> dict:
     """The state of a stage that has not begun."""
     return {"step": 0, "elapsed": 0.0, "log": []}
@@ -127,11 +138,15 @@ class Checkpoint:
 
 
 def load_weights(model: nn.Module, stage_folder: Path, name: str) -> dict:
-    """Load one model of a stage's checkpoint, return the stage's state."""
+    """Load one model of a finished stage, return the stage's state."""
+    stage = stage_folder.name
     if not (stage_folder / "state.json").is_file():
-        raise DataError(f"nothing trained in {stage_folder}: run --stage {stage_folder.name} first")
+        raise DataError(f"nothing trained in {stage_folder}: run --stage {stage} first")
+    state = json.loads((stage_folder / "state.json").read_text())
+    if not state.get("finished"):
+        raise DataError(f"the training in {stage_folder} was interrupted: run --stage {stage} --resume first")
     model.load_state_dict(load_file(stage_folder / f"{name}.safetensors"))
-    return json.loads((stage_folder / "state.json").read_text())
+    return state
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -57,7 +57,7 @@ class Recipe:
     clip_heads: int = 4
     clip_batch: int = 1024
     clip_lr: float = 1e-3
-    clip_minutes: float = 3.0
+    clip_minutes: float = 2.0
 
     # UNet and text encoder
     unet_channels: tuple[int, ...] = (64, 128, 192, 192)
@@ -67,7 +67,7 @@ class Recipe:
     unet_lr: float = 1e-3
     unet_batch: int = 128
     unet_pool: int = 16384  # encoded scenes that batches are taken from …
-    unet_fresh: int = 24  # … and how many of them each step replaces
+    unet_fresh: int = 12  # … and how many of them each step replaces
     unet_minutes: float = 12.5
     # What is drawn where is decided while there is almost only noise, and is learned last: after this part of the
     # time, most samples of a batch come from the noisiest part of the range.
@@ -172,6 +172,7 @@ TINY = replace(
     reference_rows=4,
     sample_scenes=4,
     sample_steps=1,
+    sample_seconds=0.0,
 )
 
 RECIPES: dict[str, Recipe] = {"full": FULL, "small": SMALL, "tiny": TINY}

@@ -16,7 +16,17 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .captions import Captions, distinct_scenes
 from .clip import load_clip
 from .compose import compose
-from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
+from .loop import (
+    Checkpoint,
+    Progress,
+    autocast,
+    descend,
+    learning_rate,
+    load_weights,
+    new_state,
+    pick_device,
+    set_rate,
+)
 from .pictures import picture_grid
 from .recipe import Recipe
 from .scenes import SceneSource
@@ -220,10 +230,7 @@ class Trainer:
                 self.optimizer, learning_rate(self.recipe.unet_lr, fraction, state["step"], self.recipe.warmup_steps)
             )
             loss = self.loss(*pool.batch(), fraction)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
+            descend(loss, self.optimizer)
             progress.end_step({"loss": loss})
             update_ema(self.ema_unet, self.unet, self.recipe.ema_decay, state["step"])
             update_ema(self.ema_text, self.text, self.recipe.ema_decay, state["step"])

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from .compose import compose
-from .loop import Checkpoint, Progress, autocast, learning_rate, load_weights, new_state, pick_device, set_rate
+from .loop import (
+    Checkpoint,
+    Progress,
+    autocast,
+    descend,
+    learning_rate,
+    load_weights,
+    new_state,
+    pick_device,
+    set_rate,
+)
 from .recipe import Recipe
 from .scenes import SceneSource
 from .sprites import Sprites
@@ -119,10 +129,7 @@ def train_vae(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, re
         parts["scaffold"] = scaffold_loss(posterior.mean, batch)
         # taken down over the first part of the training, then the channels are free
         parts["loss"] = parts["loss"] + recipe.vae_scaffold_weight * (1 - fraction) * parts["scaffold"]
-        optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(parts["loss"], optimizer)
         progress.end_step(parts)
         checkpoint.save_if_due(state)
     some = compose(SceneSource(sprites.icons, recipe, "latents").draw(256), sprites, recipe.image_size)

@@ -94,6 +94,17 @@ def test_the_contrastive_loss_pairs_each_picture_with_its_own_text() -> None:
     assert clip.contrastive_loss(images, 3 * images, 10 * scale) < 0.01 < clip.contrastive_loss(images, texts, scale)
 
 
+def test_a_batch_gone_wrong_changes_nothing() -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    loop.descend(model(torch.ones(1, 2)).sum(), optimizer)
+    before = model.weight.clone()
+    loop.descend(model(torch.full((1, 2), torch.inf)).sum(), optimizer)
+    assert torch.equal(model.weight, before)
+    loop.descend(model(torch.ones(1, 2)).sum(), optimizer)
+    assert model.weight.isfinite().all() and not torch.equal(model.weight, before)
+
+
 def test_half_written_checkpoint_is_not_used(tmp_path: Path) -> None:
     from emoji_training.loop import Checkpoint
 

@@ -36,6 +36,7 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
 
     assert run(archive_dir, tmp_path, "--stage", "all") == 0
     assert all(state(tmp_path, stage)["finished"] for stage in ("vae", "clip", "unet"))
+    assert list((tmp_path / "work" / "samples").glob("step-*.png")), "looked at while it trained"
     model = tmp_path / "model"
     card = (model / "README.md").read_text()
     facts = json.loads((model / "training.json").read_text())
@@ -59,7 +60,11 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
 def test_resume_goes_on_where_a_crash_left_off(
-    stage: str, archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    archive_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stages = {"vae": vae, "clip": clip, "unet": unet}
     for earlier in itertools.takewhile(lambda name: name != stage, stages):
@@ -80,6 +85,9 @@ def test_resume_goes_on_where_a_crash_left_off(
         run(archive_dir, tmp_path, "--stage", stage, "--minutes", "5")
     crashed = state(tmp_path, stage)
     assert crashed["step"] == 4 and not crashed.get("finished")
+    after = {"vae": "clip", "clip": "unet", "unet": "export"}[stage]
+    assert run(archive_dir, tmp_path, "--stage", after, "--minutes", "5") == 2
+    assert f"run --stage {stage} --resume first" in capsys.readouterr().err
 
     monkeypatch.setattr(loop.Progress, "__iter__", lambda progress: itertools.islice(steps(progress), 3))
     assert run(archive_dir, tmp_path, "--stage", stage, "--minutes", "5", "--resume") == 0
