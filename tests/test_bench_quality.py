@@ -16,7 +16,7 @@ from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
 from agentsd.bench import judge as judge_module
 from agentsd.bench import runner as runner_module
 from agentsd.bench.features import ClipFeatures, picture_files
-from agentsd.bench.intervals import bootstrap_mean, bootstrap_sets
+from agentsd.bench.intervals import bootstrap_mean, jackknife
 from agentsd.bench.prompts import read_prompts
 from agentsd.bench.reference import ReferenceSet, check_reference
 from agentsd.bench.set_metrics import frechet_distance, kernel_distance
@@ -152,7 +152,7 @@ def test_two_processes_draw_the_same_pictures(model, tmp_path):
 
 def test_sets_are_compared_by_the_features_of_a_clip_model(model, clip, tmp_path):
     vanilla, agentsd = run_bench(quality(model, features=clip), out=tmp_path).rows
-    assert set(agentsd.quality) == {"psnr", "ssim", "fid", "kid", "clip"}
+    assert set(agentsd.quality) == {"psnr", "ssim", "fid", "kid", "clip", "clip_change"}
     assert set(vanilla.quality) == {"clip"}  # there is nothing to compare vanilla's pictures with
     folder = tmp_path / "images" / "tiny-64x64-batch1"
     extractor = ClipFeatures(clip)
@@ -170,16 +170,23 @@ def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
 
 
 def test_the_embedded_model_brings_its_own_features(tmp_path):
-    own = quality("emoji", pictures=2, sizes=())
+    own = quality("emoji", pictures=3, sizes=())
     assert own.features == own.reference == "emoji"
     other = quality("emoji", features="inception")
     assert (other.features, other.reference) == ("inception", None)
     assert quality("somebody/else").features is None
     assert BenchSettings.of_suite("speed").features is None
     rows = run_bench(own, out=tmp_path).rows
-    assert all({"fid", "kid", "clip"} <= row.quality.keys() for row in rows)
+    assert all({"fid", "kid", "clip", "fid_floor"} <= row.quality.keys() for row in rows)
+    vanilla, agentsd = (row.quality for row in rows)
+    for name in ("fid", "kid", "clip"):
+        value, low, high = agentsd[f"{name}_change"]
+        assert value == pytest.approx(agentsd[name][0] - vanilla[name][0])
+        assert low <= value <= high
+        assert f"{name}_change" not in vanilla
     notes = " ".join(load_result(tmp_path).notes)
     assert "features of emoji" in notes and "fresh renders" in notes
+    assert f"reference itself have FID {vanilla['fid_floor'][0]:.1f}" in notes
 
 
 def test_a_kept_reference_is_as_good_as_its_pictures(model, clip, tmp_path):
@@ -283,13 +290,48 @@ def test_the_interval_of_a_mean_covers_it():
 
 
 def test_the_interval_of_a_distance_covers_no_difference():
-    """Two sets of one distribution must be able to come out as not distinguishable."""
+    """Two sets of one distribution must be able to come out as not distinguishable, and two others as different."""
     rng = np.random.default_rng(0)
-    covered = 0
+    covered, told_apart = 0, 0
     for _ in range(30):
-        _, low, high = bootstrap_sets(kernel_distance, rng.normal(size=(60, 4)), rng.normal(size=(60, 4)))
+        first, second = rng.normal(size=(2, 60, 4))
+        _, low, high = jackknife(kernel_distance, first, second)
         covered += low <= 0 <= high
+        told_apart += jackknife(kernel_distance, first, second + 0.7)[1] > 0
     assert covered >= 25
+    assert told_apart >= 25
+
+
+@pytest.mark.parametrize("metric", ["frechet_distance", "kernel_distance"])
+def test_the_interval_of_a_distance_to_a_reference_is_as_wide_as_it_should_be(metric):
+    """Neither narrower than what other pictures would give, nor so wide that nothing could be told."""
+    rng = np.random.default_rng(0)
+    distance = getattr(ReferenceSet.of(rng.normal(size=(400, 8))), metric)
+    intervals = [jackknife(distance, rng.normal(size=(64, 8)) + 0.3) for _ in range(60)]
+    wanted = 3.92 * np.std([value for value, _, _ in intervals])
+    assert 0.8 * wanted < np.mean([high - low for _, low, high in intervals]) < 1.5 * wanted
+
+
+def test_a_change_is_told_where_two_intervals_overlap():
+    """The same pictures changed a little for the worse: their distances' own intervals hold each other's values."""
+    rng = np.random.default_rng(0)
+    reference = ReferenceSet.of(rng.normal(size=(400, 8)))
+    vanilla = rng.normal(size=(64, 8))
+    own = vanilla + 0.15
+    before, after = (jackknife(reference.frechet_distance, rows) for rows in (vanilla, own))
+    assert before[2] > after[0]
+    _, low, _ = jackknife(lambda a, b: reference.frechet_distance(a) - reference.frechet_distance(b), own, vanilla)
+    assert low > 0
+
+
+def test_the_floor_is_what_small_sets_of_the_reference_score():
+    rng = np.random.default_rng(0)
+    reference = ReferenceSet.of(rng.normal(size=(1000, 8)))
+    fresh = [reference.frechet_distance(rng.normal(size=(32, 8))) for _ in range(100)]
+    value, low, high = reference.floor(32)
+    assert value == pytest.approx(np.mean(fresh), rel=0.1)
+    assert [low, high] == pytest.approx(np.percentile(fresh, (2.5, 97.5)), rel=0.25)
+    assert reference.floor(501) == []
 
 
 def test_prompts_of_a_file(tmp_path):

@@ -12,12 +12,16 @@ import PIL.Image
 
 from ..metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from ..pictures import to_image
-from .features import PerceptualDistance, load_extractor
-from .intervals import bootstrap_mean, bootstrap_sets
-from .reference import load_reference
+from .features import Extractor, PerceptualDistance, load_extractor
+from .intervals import bootstrap_mean, jackknife
+from .reference import ReferenceSet, load_reference
 from .set_metrics import clip_scores, frechet_distance, kernel_distance
 from .settings import BenchSettings, Case, picture_folder
 from .workers import Workers
+
+
+# A covariance needs two pictures, and an interval sets with some of them left out.
+_SMALLEST_SET = 3
 
 
 @dataclass
@@ -119,26 +123,56 @@ class PictureJudge:
         means = {name: bootstrap_mean(values) for name, values in scores.items() if values}
         return {"identical": identical, "scores": means}
 
-    def _sets(self, pictures: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
-        """Distances between sets, where an extractor was named: to the reference, or else to vanilla's pictures."""
+    def _sets(self, pictures: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
+        """What needs the features of whole sets, where an extractor was named."""
         if self.settings.features is None or not pictures:
             return {}
         extractor = load_extractor(self.settings.features)
-        features = extractor.pictures(pictures)
+        reference = None if self.settings.reference is None else load_reference(self.settings.reference, extractor)
+        scores = self._set_scores(extractor, reference, pictures)
+        return {**scores, **self._set_changes(extractor, reference, pairs)} if pairs else scores
+
+    def _set_scores(
+        self, extractor: Extractor, reference: ReferenceSet | None, pictures: Sequence[Path]
+    ) -> dict[str, list[float]]:
+        """A set by itself: how far it is from the reference, and how well its pictures fit their prompts."""
+        features, texts = extractor.pictures(pictures), self._texts(extractor, pictures)
         scores: dict[str, list[float]] = {}
-        if self.settings.reference is not None:
-            reference = load_reference(self.settings.reference, extractor)
-            if len(pictures) > 1:
-                scores["fid"] = bootstrap_sets(reference.frechet_distance, features)
-                scores["kid"] = bootstrap_sets(reference.kernel_distance, features)
-        elif len(pairs) > 1:
-            own, vanilla = (extractor.pictures(files) for files in zip(*pairs, strict=True))
-            scores["fid"] = bootstrap_sets(frechet_distance, own, vanilla)
-            scores["kid"] = bootstrap_sets(partial(kernel_distance, paired=True), own, vanilla)
-        texts = extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in pictures])
+        if reference is not None and len(pictures) >= _SMALLEST_SET:
+            scores["fid"] = jackknife(reference.frechet_distance, features)
+            scores["kid"] = jackknife(reference.kernel_distance, features)
+            if floor := reference.floor(len(pictures)):
+                scores["fid_floor"] = floor
         if texts is not None:
             scores["clip"] = bootstrap_mean(clip_scores(features, texts))
         return scores
+
+    def _set_changes(
+        self, extractor: Extractor, reference: ReferenceSet | None, pairs: Sequence[tuple[Path, Path]]
+    ) -> dict[str, list[float]]:
+        """
+        A set beside vanilla's pictures of the same seeds: how far it is from them; or, where there is a reference, how
+        much farther from that. What such methods change is far less than what the choice of seeds does, so that the
+        intervals of the two distances would say little about their difference.
+        """
+        files, others = zip(*pairs, strict=True)
+        own, vanilla = extractor.pictures(files), extractor.pictures(others)
+        texts = self._texts(extractor, files)
+        scores: dict[str, list[float]] = {}
+        if len(pairs) >= _SMALLEST_SET and reference is None:
+            scores["fid"] = jackknife(frechet_distance, own, vanilla)
+            scores["kid"] = jackknife(partial(kernel_distance, paired=True), own, vanilla)
+        elif len(pairs) >= _SMALLEST_SET and reference is not None:
+            for name, distance in (("fid", reference.frechet_distance), ("kid", reference.kernel_distance)):
+                scores[f"{name}_change"] = jackknife(lambda a, b, to=distance: to(a) - to(b), own, vanilla)
+        if texts is not None:
+            changes = np.subtract(clip_scores(own, texts), clip_scores(vanilla, texts))
+            scores["clip_change"] = bootstrap_mean(changes.tolist())
+        return scores
+
+    def _texts(self, extractor: Extractor, pictures: Sequence[Path]) -> np.ndarray | None:
+        """Features of what the pictures were to show."""
+        return extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in pictures])
 
 
 def _read(file: Path) -> PIL.Image.Image:

@@ -9,6 +9,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from .methods import BASELINE
 from .settings import picture_folder, short_name
 
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .rows import Row
 
 
+_VANILLA = (1.0, 1.0)  # neither faster nor different
 _GRID_PICTURES = 6
 _GRID_SIDE = 192
 
@@ -38,8 +40,10 @@ def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) 
     if importlib.util.find_spec("matplotlib") is not None:
         if len({(row.height, row.width) for row in rows}) > 1:
             files += [_plot_sizes(rows, model, folder) for model in dict.fromkeys(row.model for row in rows)]
-        if any("ssim" in row.quality for row in rows):
-            files.append(plot_quality(rows, folder / "quality-speed.png"))
+        for setting in dict.fromkeys(row.setting for row in rows if "ssim" in row.quality):
+            mine = [row for row in rows if row.setting == setting]
+            if any(row.speedup is not None for row in mine):
+                files.append(plot_quality(mine, folder / f"quality-speed-{picture_folder(mine[0]).parent}.png"))
     return files + (_draw_grids(rows, folder, images) if images is not None else [])
 
 
@@ -70,18 +74,19 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     """
-    Plot similarity to vanilla's pictures against speed, with the Pareto front.
+    Plot similarity to vanilla's pictures against speed, with vanilla itself and the Pareto front.
 
     Args:
-        rows (`Sequence[Row]`): The rows; those without a speed-up or SSIM are left out.
+        rows (`Sequence[Row]`): The rows of one setting; those without a speed-up or SSIM are left out.
         file (`Path`): The PNG file to write.
 
     Returns:
         `Path`: That file.
     """
-    judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None]
+    judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None and row.method != BASELINE]
     figure, axes = _figure()
-    points = [(row.speedup or 0.0, row.quality["ssim"][0]) for row in judged]
+    points = [_VANILLA, *((row.speedup or 0.0, row.quality["ssim"][0]) for row in judged)]
+    axes.plot(*_VANILLA, "k*", markersize=10, label="vanilla")
     for method in dict.fromkeys(row.method for row in judged):
         mine = [row for row in judged if row.method == method]
         middle = [row.quality["ssim"][0] for row in mine]
@@ -92,16 +97,21 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
         speeds = [row.speedup for row in mine]
         axes.errorbar(speeds, middle, yerr=ends, fmt="o", capsize=3, label=method)
         for row, x, y in zip(mine, speeds, middle, strict=True):
-            note = f"{row.ratio:g}" if row.ratio is not None else ""
+            note = f"{row.steps} steps" if method == "fewer-steps" else _number(row.ratio)
             axes.annotate(note, (x or 0.0, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
     front = [points[index] for index in pareto_front(points)]
-    axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", label="Pareto front")
+    ring = {"marker": "o", "markersize": 14, "fillstyle": "none"}
+    axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", **ring, label="Pareto front")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("speed-up over vanilla")
     has_intervals = any(low < high for row in judged for _, low, high in [row.quality["ssim"]])
     axes.set_ylabel("SSIM to vanilla's picture" + (" (95 % interval)" if has_intervals else ""))
     axes.legend()
     return _save(figure, file)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
 
 
 def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:

@@ -9,8 +9,11 @@ from safetensors.numpy import load_file, save_file
 
 from ..loading import resolve_model
 from .features import Extractor, picture_files
-from .set_metrics import frechet_distance_of_moments, kernel_distance
+from .set_metrics import frechet_distance, frechet_distance_of_moments, kernel_distance
 from .store import BenchError
+
+
+_FLOOR_SETS = 50
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,26 @@ class ReferenceSet:
             BenchError: If the features are those of another extractor.
         """
         return kernel_distance(self._fitting(features), self.rows)
+
+    def floor(self, count: int) -> list[float]:
+        """
+        Fréchet distance of so many of the reference's rows to its others: what a set scores for being small.
+
+        Args:
+            count (`int`): Pictures in a set, at least two.
+
+        Returns:
+            `list[float]`: Its mean over random choices, and the range of 95 % of them; nothing where there are not
+            twice as many rows.
+        """
+        if 2 * count > len(self.rows):
+            return []
+        rng = np.random.default_rng(0)
+        distances = []
+        for _ in range(_FLOOR_SETS):
+            order = rng.permutation(len(self.rows))
+            distances.append(frechet_distance(self.rows[order[:count]], self.rows[order[count:]]))
+        return [float(value) for value in (np.mean(distances), *np.percentile(distances, (2.5, 97.5)))]
 
     def _fitting(self, features: np.ndarray) -> np.ndarray:
         if features.shape[1] != len(self.mean):

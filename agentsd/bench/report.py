@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..config import AgentSDConfig
-from .methods import BASELINE, METHODS
+from .methods import METHODS
 from .rows import COLUMNS, Row
 from .settings import SUITES, short_name
 from .store import BenchError, read_log
@@ -22,7 +22,7 @@ from .store import BenchError, read_log
 
 _TEXT_COLUMNS = ("size", "method")
 # A terminal has no room for these; they are in the reports.
-_NOT_IN_TERMINAL = ("s a step", "launches a step")
+_NOT_IN_TERMINAL = ("s a step", "launches a step", "Δ FID", "Δ KID", "Δ CLIP score")
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,18 @@ class BenchResult:
         Returns:
             `str`: CSV with a header.
         """
+        compared = ("of_tomesd", "of_free")
         metrics = sorted({name for row in self.rows for name in row.quality})
-        plain = [item.name for item in fields(Row) if item.name != "quality"]
-        spread = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high")]
+        plain = [item.name for item in fields(Row) if item.name not in ("quality", *compared)]
+        spread = [f"{name}{end}" for name in (*compared, *metrics) for end in ("", "_low", "_high")]
         out = io.StringIO()
         writer = csv.DictWriter(out, [*plain, *spread], lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
             values = {name: getattr(row, name) for name in plain}
-            for name in metrics:
-                ends = row.quality.get(name, [None, None, None])
+            intervals = {**{name: getattr(row, name) for name in compared}, **row.quality}
+            for name in (*compared, *metrics):
+                ends = intervals.get(name) or [None, None, None]
                 values |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
             writer.writerow(values)
         return out.getvalue()
@@ -217,17 +219,12 @@ def result_of(
         environment (`dict[str, Any]`): What it ran on.
 
     Returns:
-        `BenchResult`: The rows in the order of the settings, compared with those of tomesd and attention-free.
+        `BenchResult`: The rows in the order of the settings.
     """
     rows = [Row(**record) for record in records]
     unknown = sorted({row.method for row in rows} - METHODS.keys())
     if unknown:
         raise ValueError(f"there is no method {', '.join(unknown)}")
-    speedups = {(*row.setting, row.name): row.speedup for row in rows}
-
-    def share(row: Row, other: str) -> float | None:
-        theirs = speedups.get((*row.setting, other))
-        return None if row.speedup is None or theirs is None or row.method == BASELINE else row.speedup / theirs
 
     def place(row: Row) -> tuple[int, ...]:
         methods, ratios = list(settings["methods"]), list(settings["ratios"])
@@ -241,17 +238,7 @@ def result_of(
             -1 if row.ratio is None else ratios.index(row.ratio),
         )
 
-    compared = [
-        Row(
-            **{
-                **vars(row),
-                "of_tomesd": share(row, "tomesd" if row.ratio is None else f"tomesd {row.ratio:g}"),
-                "of_attention_free": share(row, "attention-free"),
-            }
-        )
-        for row in rows
-    ]
-    return BenchResult(settings, environment, sorted(compared, key=place))
+    return BenchResult(settings, environment, sorted(rows, key=place))
 
 
 def load_result(folder: str | Path) -> BenchResult:
@@ -295,9 +282,13 @@ def _notes(result: BenchResult) -> list[str]:
         )
     notes += [
         f"median and quartiles: seconds per {unit}, over {settings['repeats']} interleaved rounds in one process.",
-        "speed-up: median over the rounds of vanilla's time divided by the method's in the same round; "
-        "× tomesd and × free: this speed-up divided by that of tomesd and of attention-free.",
+        "speed-up: median over the rounds of vanilla's time divided by the method's in the same round.",
     ]
+    if any(row.of_tomesd or row.of_free for row in rows):
+        notes.append(
+            "× tomesd, × free: the same with the time of tomesd and of attention-free instead of vanilla's, with 95 % "
+            "intervals (bootstrap over the rounds)."
+        )
     if any(row.method == "attention-free" for row in rows):
         notes.append(
             "attention-free: the patched layers' self-attention answered by `to_out(to_v(x))`, the reference for what "
@@ -324,9 +315,18 @@ def _notes(result: BenchResult) -> list[str]:
                 if settings["reference"] == "emoji"
                 else "the pictures of --reference"
             )
-            meaning = "Where intervals overlap, the methods are not distinguishable by this many pictures."
+            meaning = "".join(
+                f"As many pictures of the reference itself have FID {floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
+                for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
+            )
         notes.append(
-            f"FID, KID: to {other}, in the features of {settings['features']}, with 95 % intervals. {meaning}"
+            f"FID, KID: to {other}, in the features of {settings['features']}, with 95 % intervals (jackknife). "
+            f"{meaning}".strip()
+        )
+    if any("clip_change" in row.quality or "fid_change" in row.quality for row in rows):
+        notes.append(
+            "Δ: by how much it differs from vanilla's pictures of the same seeds, with 95 % intervals. Where an "
+            "interval holds 0, the methods are not distinguishable by this many pictures."
         )
     return [
         *notes,

@@ -23,14 +23,18 @@ class Row:
         q3 (`float`, *optional*): Upper quartile of the seconds.
         step_seconds (`float`, *optional*): Median seconds of a denoising step, where there is a generation.
         speedup (`float`, *optional*): Median over the rounds of vanilla's seconds divided by this method's.
-        of_tomesd (`float`, *optional*): This speed-up divided by tomesd's at the same setting.
-        of_attention_free (`float`, *optional*): This speed-up divided by that of the attention-free model.
+        of_tomesd (`list[float]`, *optional*):
+            Median over the rounds of tomesd's seconds at the same ratio divided by this method's, and the ends of its
+            95 % interval.
+        of_free (`list[float]`, *optional*): The same for the attention-free model.
         peak_bytes (`int`, *optional*): Peak memory.
         launches (`float`, *optional*): Kernels launched in a step, on CUDA.
         pictures (`int`): Pictures drawn for judging.
         blank (`int`): How many of them are a single colour, by values that are not finite or by a safety checker.
         identical (`int`): How many are the same as vanilla's, pixel by pixel; they have no PSNR.
-        quality (`dict[str, list[float]]`): Metric to value and the ends of its 95 % interval.
+        quality (`dict[str, list[float]]`):
+            Metric to value and the ends of its 95 % interval; under `"fid_floor"` the FID of as many pictures of the
+            reference itself, and under `"…_change"` the difference to vanilla's value with pictures of the same seeds.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
     """
@@ -48,8 +52,8 @@ class Row:
     q3: float | None = None
     step_seconds: float | None = None
     speedup: float | None = None
-    of_tomesd: float | None = None
-    of_attention_free: float | None = None
+    of_tomesd: list[float] | None = None
+    of_free: list[float] | None = None
     peak_bytes: int | None = None
     launches: float | None = None
     pictures: int = 0
@@ -79,8 +83,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "quartiles": lambda row: "" if row.q1 is None else f"{_seconds(row.q1)}–{_seconds(row.q3)}",
     "s a step": lambda row: _seconds(row.step_seconds),
     "speed-up": lambda row: _number(row.speedup, ".3f"),
-    "× tomesd": lambda row: _number(row.of_tomesd, ".3f"),
-    "× free": lambda row: _number(row.of_attention_free, ".3f"),
+    "× tomesd": lambda row: _interval(row.of_tomesd, ".3f", ".2f"),
+    "× free": lambda row: _interval(row.of_free, ".3f", ".2f"),
     "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
     "launches a step": lambda row: _number(row.launches, ".0f"),
     "PSNR": lambda row: _interval(row.quality.get("psnr"), ".1f") or ("identical" if row.identical else ""),
@@ -88,8 +92,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "MS-SSIM": lambda row: _interval(row.quality.get("ms_ssim"), ".3f"),
     "LPIPS": lambda row: _interval(row.quality.get("lpips"), ".3f"),
     "FID": lambda row: _interval(row.quality.get("fid"), ".1f"),
+    "Δ FID": lambda row: _interval(row.quality.get("fid_change"), "+.2f"),
     "KID": lambda row: _interval(row.quality.get("kid"), ".4f"),
+    "Δ KID": lambda row: _interval(row.quality.get("kid_change"), "+.4f"),
     "CLIP score": lambda row: _interval(row.quality.get("clip"), ".1f"),
+    "Δ CLIP score": lambda row: _interval(row.quality.get("clip_change"), "+.2f"),
     "blank": lambda row: f"{row.blank} of {row.pictures}" if row.blank else "",
 }
 
@@ -104,8 +111,10 @@ def _seconds(value: float | None, unit: str = "") -> str:
     return f"{value:.3f}{unit}" if value < 10 else f"{value:.2f}{unit}"
 
 
-def _interval(ends: Sequence[float] | None, form: str) -> str:
+def _interval(ends: Sequence[float] | None, form: str, form_of_ends: str | None = None) -> str:
     if ends is None:
         return ""
-    value, low, high = ends
-    return f"{value:{form}} ({low:{form}}–{high:{form}})"
+    value, *interval = ends
+    low, high = (f"{end:{form_of_ends or form}}" for end in interval)
+    # A dash between numbers with signs could be read as one of them.
+    return f"{value:{form}} ({low}{' to ' if low[0] in '+-' else '–'}{high})"

@@ -28,14 +28,13 @@ from .report import BenchResult, result_of
 from .settings import BenchSettings, Case
 from .store import BenchError, RunFolder
 from .subjects import Subject, subject_of, switch_on
-from .timing import Sample, Stopwatch, Variant, summarize, time_round
+from .timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
 from .workers import Workers
 
 
 # One call has no schedule: there, the whole of agentsd is computed from the times of its two phases.
 _COMPUTED, _PHASES = "agentsd", ("agentsd-agent", "agentsd-tome")
 # Rounds that settle how many steps `fewer-steps` may take.
-_CALIBRATION_ROUNDS = 3
 _PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of the schedule's phases
 # Enough for both phases of agentsd, and for DeepCache to keep and read what it keeps.
 _MEMORY_STEPS = 4
@@ -251,13 +250,16 @@ class _ModelBench:
         variants = [Variant(one.name, self.subject.call(self._twin(one), one, self.settings.steps)) for one in pair]
         for variant in variants:
             self._warm_up(variant)
-        device = self.subject.device
-        rounds = [time_round(variants, device, self.counter.step) for _ in range(_CALIBRATION_ROUNDS)]
         vanilla, other = variants
+        rounds = []
+        for _ in range(self.settings.repeats):
+            rounds.append(time_round(variants, self.subject.device, self.counter.step))
+            variants.reverse()
         shares = [
             (samples[other.name].step_seconds or 0) / (samples[vanilla.name].step_seconds or 1) for samples in rounds
         ]
-        return max(1, math.floor(self.settings.steps * statistics.median(shares)))
+        fitting = math.floor(self.settings.steps * statistics.median(shares))
+        return min(max(1, fitting), self.settings.steps)  # of fewer steps, or of all where the other is slower
 
     def _check_memory(self, case: Case) -> None:
         """Measure memory before anything else: a case that needs too much ends a process of its own, not this one."""
@@ -317,7 +319,13 @@ class _ModelBench:
             for record in self.folder.rounds.find(kind=kind, **key):
                 kept[value] = record[value]
         steps = None if self.settings.kind == "call" else self._steps(case)
-        return {**asdict(summary), **kept, "steps": steps, "is_computed": is_computed}
+        others = {"of_tomesd": f"tomesd {case.ratio:g}" if case.ratio is not None else "", "of_free": "attention-free"}
+        compared = {
+            key: paired_speedup(rounds, case.name, other)
+            for key, other in others.items()
+            if case.method != BASELINE and other != case.name and other in rounds[-1]
+        }
+        return {**asdict(summary), **compared, **kept, "steps": steps, "is_computed": is_computed}
 
     def _rounds(self, case: Case) -> list[dict[str, Sample]]:
         return [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..generation import synchronize
+from .intervals import bootstrap_median
 
 
 class Stopwatch:
@@ -184,6 +185,31 @@ def time_round(
     return samples
 
 
+def paired_speedup(rounds: Sequence[Mapping[str, Sample]], name: str, other: str) -> list[float]:
+    """
+    How much faster one variant is than another: the median over the rounds of the ratio within a round, because two
+    times measured one after the other share the machine's momentary state.
+
+    Args:
+        rounds (`Sequence[Mapping[str, Sample]]`): What `time_round` returned, round by round.
+        name (`str`): The variant.
+        other (`str`): The variant to compare with.
+
+    Returns:
+        `list[float]`: The median and the ends of its 95 % interval.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench.timing import Sample, paired_speedup
+    >>> rounds = [{"a": Sample(4.0), "b": Sample(2.0)}, {"a": Sample(9.0), "b": Sample(3.0)}]
+    >>> paired_speedup(rounds, "b", "a")
+    [2.5, 2.0, 3.0]
+    ```
+    """
+    return bootstrap_median([samples[other].seconds / samples[name].seconds for samples in rounds])
+
+
 def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str | None = None) -> Summary:
     """
     Summarise one variant over all rounds.
@@ -191,9 +217,7 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str |
     Args:
         rounds (`Sequence[Mapping[str, Sample]]`): What `time_round` returned, round by round.
         name (`str`): The variant.
-        baseline (`str`, *optional*):
-            The variant to compare with. The ratio is taken within each round before the median, because two times
-            measured one after the other share the machine's momentary state.
+        baseline (`str`, *optional*): The variant to compare with, as [`paired_speedup`] does.
 
     Returns:
         `Summary`: Median, quartiles and speed-up.
@@ -219,14 +243,11 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str |
         q1 = q3 = seconds[0]
     steps = [samples[name].step_seconds for samples in rounds]
     known = [value for value in steps if value is not None]
-    speedup = None
-    if baseline is not None:
-        speedup = statistics.median(samples[baseline].seconds / samples[name].seconds for samples in rounds)
     return Summary(
         rounds=len(seconds),
         seconds=statistics.median(seconds),
         q1=q1,
         q3=q3,
         step_seconds=statistics.median(known) if known else None,
-        speedup=speedup,
+        speedup=None if baseline is None else paired_speedup(rounds, name, baseline)[0],
     )
