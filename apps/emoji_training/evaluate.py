@@ -1,6 +1,6 @@
 """What the finished model is measured by; every number in its card comes from here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from .vae import reconstruct
 
 @dataclass
 class Judged:
-    """Scenes the model never saw just so, their captions, and their renders, uint8."""
+    """Scenes the model never saw just so: captions, renders, and renders with all drawings mistaken, uint8."""
 
     prompts: list[str]
     renders: torch.Tensor
+    mistaken: torch.Tensor
 
 
 def render(scenes: list[Scene], sprites: Sprites, recipe: Recipe) -> torch.Tensor:
@@ -41,7 +42,17 @@ def draw_judged(sprites: Sprites, recipe: Recipe) -> Judged:
     """As many scenes as are to be judged, no two of one caption."""
     source = SceneSource(sprites.icons, recipe, f"judged {recipe.seed}")
     scenes = distinct_scenes(source, Captions(sprites.icons), recipe.judged_scenes)
-    return Judged(list(scenes), render(list(scenes.values()), sprites, recipe))
+    mistaken = [with_others_drawn(scene, source) for scene in scenes.values()]
+    return Judged(list(scenes), render(list(scenes.values()), sprites, recipe), render(mistaken, sprites, recipe))
+
+
+def with_others_drawn(scene: Scene, source: SceneSource) -> Scene:
+    """The scene with another drawing of its style in the place of each, where there is one."""
+    rows = source.rows[scene.style]
+    others = [name for name in rows if name not in {thing.name for thing in scene.things}] or list(rows)
+    names = source.rng.choices(others, k=len(scene.things))
+    things = (replace(thing, name=name, row=rows[name]) for thing, name in zip(scene.things, names, strict=True))
+    return replace(scene, things=tuple(things))
 
 
 @torch.no_grad()
@@ -79,7 +90,7 @@ def hit_rates(pictures: np.ndarray, texts: np.ndarray) -> dict[str, float]:
 def judge(
     pipe: StableDiffusionPipeline, clip: CLIPModel, judged: Judged, reference: ReferenceSet, recipe: Recipe
 ) -> dict[str, dict[str, float]]:
-    """Retrieval, CLIP score, FID and KID of renders and of what the model draws, by the number of steps."""
+    """Retrieval, CLIP score, FID and KID of renders, right and mistaken, and of what is drawn in so many steps."""
     with torch.no_grad():
         texts = embed_texts(clip, pipe.tokenizer, judged.prompts).double().cpu().numpy()
 
@@ -95,7 +106,7 @@ def judge(
         str(steps): rated(generate(pipe, judged.prompts, steps, recipe, recipe.seed + 1000))
         for steps in recipe.judged_steps
     }
-    return {"renders": rated(judged.renders), **drawn}
+    return {"renders": rated(judged.renders), "mistaken": rated(judged.mistaken), **drawn}
 
 
 def vae_quality(pipe: StableDiffusionPipeline, judged: Judged, unseen: Sprites | None, recipe: Recipe) -> dict:

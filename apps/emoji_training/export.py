@@ -78,6 +78,7 @@ def export(
         "held_out": len(unseen.icons) if unseen is not None else 0,
         "sample_steps": recipe.sample_steps,
         "sample_prompts": samples,
+        "coarse_until": recipe.coarse_until,
         "layout": {
             "from": recipe.layout_from,
             "samples": recipe.layout_samples,

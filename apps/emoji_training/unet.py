@@ -139,32 +139,41 @@ class LatentPool:
 
     Composing and encoding a scene costs about half as much as a training step on it, and a latent serves many steps
     with other noise, at other times.
+
+    At `scale` 2, pictures have half the side, and batches four times as many of them: as many latent pixels as at 1.
     """
 
-    def __init__(self, sprites: Sprites, recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: str):
-        self.recipe, self.vae, self.tokenizer, self.sprites = recipe, vae, tokenizer, sprites
+    def __init__(
+        self, sprites: Sprites, recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: str, scale: int = 1
+    ):
+        self.recipe, self.vae, self.tokenizer = recipe, vae, tokenizer
+        self.sprites = sprites.smaller(recipe.sprite_size // scale) if scale > 1 else sprites
+        self.side, self.factor = recipe.image_size // scale, scale**2
         self.source = SceneSource(sprites.icons, recipe, f"unet {seed}")
         self.captions, self.rng = Captions(sprites.icons), random.Random(f"words {seed}")
-        size, device = recipe.latent_size, sprites.pictures.device
+        size, device = recipe.latent_size // scale, sprites.pictures.device
         self.latents = torch.empty(recipe.unet_pool, 4, size, size, device=device)
         self.tokens = torch.empty(recipe.unet_pool, 77, dtype=torch.long, device=device)
         self.nothing = tokenize(tokenizer, [""])[0].to(device)
         self.next = 0
         for start in tqdm(range(0, recipe.unet_pool, 64), desc="encode", unit="batch"):
-            self.renew(min(64, recipe.unet_pool - start))
+            self._renew(min(64, recipe.unet_pool - start))
 
-    def renew(self, count: int) -> None:
-        """Put new scenes in the place of the oldest."""
+    def renew(self) -> None:
+        """Put a step's new scenes in the place of the oldest."""
+        self._renew(self.factor * self.recipe.unet_fresh)
+
+    def _renew(self, count: int) -> None:
         scenes = self.source.draw(count)
         rows = torch.arange(self.next, self.next + count).to(self.latents.device) % self.recipe.unet_pool
-        self.latents[rows] = encode(self.vae, compose(scenes, self.sprites, self.recipe.image_size))
+        self.latents[rows] = encode(self.vae, compose(scenes, self.sprites, self.side))
         captions = [self.captions.draw(scene, self.rng) for scene in scenes]
         self.tokens[rows] = tokenize(self.tokenizer, captions).to(self.tokens.device)
         self.next = (self.next + count) % self.recipe.unet_pool
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents and token ids at random; some captions are dropped, for the unconditional case of guidance."""
-        count, device = self.recipe.unet_batch, self.latents.device
+        count, device = self.factor * self.recipe.unet_batch, self.latents.device
         rows = torch.randint(self.recipe.unet_pool, (count,), device=device)
         dropped = torch.rand(count, 1, device=device) < self.recipe.caption_dropout
         return self.latents[rows], torch.where(dropped, self.nothing, self.tokens[rows])
@@ -191,7 +200,8 @@ class Trainer:
         models = {"unet": self.unet, "text": self.text, "ema_unet": self.ema_unet, "ema_text": self.ema_text}
         self.checkpoint = Checkpoint(folder / "unet", models, self.optimizer, recipe.checkpoint_seconds)
         compiled = recipe.compiled and self.device.type == "cuda"
-        self.predict = torch.compile(self.unet) if compiled else self.unet
+        # for each of the two sizes by itself: what fits both is slower at either
+        self.predict = torch.compile(self.unet, dynamic=False) if compiled else self.unet
 
     def loss(self, clean: torch.Tensor, tokens: torch.Tensor, fraction: float) -> torch.Tensor:
         """v-prediction error on a batch, after this fraction of the training."""
@@ -219,13 +229,18 @@ class Trainer:
             return  # a larger budget than it was trained with takes a finished stage further
         # after a resume the draws must not repeat those of the first run
         torch.manual_seed(self.recipe.seed + state["step"])
-        pool = LatentPool(self.sprites, self.recipe, self.vae, self.tokenizer, f"{self.recipe.seed} {state['step']}")
-        self.loss(*pool.batch(), 0.0).backward()  # compiles, for minutes: not on the clock, which the rate follows
+        seed = f"{self.recipe.seed} {state['step']}"
+        coarse, fine = (
+            LatentPool(self.sprites, self.recipe, self.vae, self.tokenizer, seed, scale) for scale in (2, 1)
+        )
+        for pool in (coarse, fine):
+            self.loss(*pool.batch(), 0.0).backward()  # compiles, for minutes: not on the clock, which the rate follows
         self.optimizer.zero_grad(set_to_none=True)
         looked = time.monotonic()
         progress = Progress("unet", state, minutes, self.recipe.log_steps)
         for fraction in progress:
-            pool.renew(self.recipe.unet_fresh)
+            pool = coarse if fraction < self.recipe.coarse_until else fine
+            pool.renew()
             set_rate(
                 self.optimizer, learning_rate(self.recipe.unet_lr, fraction, state["step"], self.recipe.warmup_steps)
             )

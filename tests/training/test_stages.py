@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from toy_drawings import icons_called
 
 from emoji_training import clip, loop, unet, vae
 from emoji_training.archives import Icon
-from emoji_training.evaluate import hit_rates
+from emoji_training.evaluate import hit_rates, with_others_drawn
 from emoji_training.pictures import to_float
 from emoji_training.recipe import FULL, SMALL, TINY
+from emoji_training.scenes import SceneSource
 from emoji_training.sprites import load_sprites
 from emoji_training.text import build_tokenizer, tokenize
 
@@ -41,16 +43,25 @@ def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end(monkeypatch:
 
 def test_the_pool_is_renewed_oldest_first(icons: list[Icon], tmp_path: Path) -> None:
     sprites = load_sprites(icons, TINY.sprite_size, tmp_path / "sprites.safetensors")
-    pool = unet.LatentPool(sprites, TINY, vae.build_vae(TINY).eval(), build_tokenizer(icons, TINY), seed="a")
+    recipe = replace(TINY, unet_fresh=3)
+    parts = sprites, recipe, vae.build_vae(TINY).eval(), build_tokenizer(icons, TINY)
+    pool = unet.LatentPool(*parts, seed="a")
     before = pool.latents.clone()
-    pool.renew(3)
+    pool.renew()
     changed = (pool.latents != before).flatten(1).any(dim=1)
     assert changed.tolist() == [True] * 3 + [False] * 5
-    pool.renew(6)  # over the end
+    pool.renew()
+    pool.renew()  # over the end
     changed = (pool.latents != before).flatten(1).any(dim=1)
     assert changed.all() and pool.next == 1
     latents, tokens = pool.batch()
     assert latents.shape == (4, 4, 8, 8) and tokens.shape == (4, 77)
+
+    coarse = unet.LatentPool(*parts, seed="a", scale=2)
+    coarse.renew()
+    latents, tokens = coarse.batch()
+    assert latents.shape == (16, 4, 4, 4) and tokens.shape == (16, 77)
+    assert coarse.next == 12 % 8, "four times as many new ones, too"
 
 
 def test_the_loss_log_holds_means(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +70,17 @@ def test_the_loss_log_holds_means(capsys: pytest.CaptureFixture[str]) -> None:
     for number, _ in zip(range(1, 8), progress, strict=False):
         progress.end_step({"loss": torch.tensor(float(number))})
     assert [(row["step"], row["loss"]) for row in kept["log"]] == [(1, 1.0), (3, 2.5), (6, 5.0)]
+
+
+def test_a_mistaken_scene_has_the_same_places_and_other_drawings() -> None:
+    icons = icons_called("red-heart", "blue-book", "star", "mango")
+    source = SceneSource(icons, replace(TINY, styles=("noto",)), "a")
+    for scene in source.draw(20):
+        mistaken = with_others_drawn(scene, source)
+        assert mistaken.background == scene.background
+        for thing, other in zip(scene.things, mistaken.things, strict=True):
+            assert (other.x, other.y, other.size, other.turn) == (thing.x, thing.y, thing.size, thing.turn)
+            assert icons[other.row].name == other.name not in {thing.name for thing in scene.things}
 
 
 def test_a_picture_finds_its_own_text() -> None:

@@ -58,6 +58,21 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
     assert reference.rows.shape == (TINY.reference_rows, TINY.clip_width)
 
 
+def test_small_pictures_come_first(archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, loss = set(), unet.Trainer.loss
+
+    def remember(trainer, clean, tokens, fraction):
+        if fraction:  # else it only warms up
+            seen.add((fraction < TINY.coarse_until, clean.shape[0], clean.shape[-1]))
+        return loss(trainer, clean, tokens, fraction)
+
+    monkeypatch.setattr(unet.Trainer, "loss", remember)
+    monkeypatch.setattr(unet.Trainer, "sample", lambda *arguments: None)
+    for stage in ("vae", "clip", "unet"):
+        assert run(archive_dir, tmp_path, "--stage", stage, "--minutes", "0.03") == 0
+    assert seen == {(True, 16, 4), (False, 4, 8)}
+
+
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
 def test_resume_goes_on_where_a_crash_left_off(
     stage: str,
