@@ -243,7 +243,12 @@ def bench(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure speed, memory and picture quality, with agentsd and with other methods."""
+    """
+    Measure speed, memory and picture quality, with agentsd and with other methods.
+
+    Several GPUs, or several processes on a CPU, share the drawing of pictures when started by
+    `accelerate launch --multi_gpu --num_processes 2 -m agentsd bench`.
+    """
     with errors_as_messages(debug, exit_code=2), messages.status("Starting"):
         calm_libraries(debug)
         from .bench import BenchSettings, run_bench

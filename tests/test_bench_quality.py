@@ -127,6 +127,25 @@ def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monke
     assert agentsd.reason == "out of memory"
 
 
+# The command, which leaves a file for each picture that a process draws.
+WITNESS = """
+import os
+from pathlib import Path
+from agentsd.bench.subjects import PipelineSubject
+from agentsd.cli import main
+
+def draw(self, model, case, steps, prompts, seeds, **options):
+    if not options:  # otherwise it is timed
+        for seed in seeds:
+            Path(__file__).with_name(f"process-{os.environ['RANK']}-{case.method}-{seed}").touch()
+    return original(self, model, case, steps, prompts, seeds, **options)
+
+original = PipelineSubject.draw
+PipelineSubject.draw = draw
+main()
+"""
+
+
 def test_two_processes_draw_the_same_pictures(model, tmp_path):
     command = ["bench", model, "--suite", "quality", "--methods", "vanilla,tomesd", "--prompts", "5", "--steps", "1"]
     command += "--repeats 1 --no-memory --device cpu --height 64 --width 64 --batch 2 --out".split()
@@ -134,10 +153,21 @@ def test_two_processes_draw_the_same_pictures(model, tmp_path):
         [sys.executable, "-m", "agentsd", *command, str(tmp_path / "one")], capture_output=True, text=True, check=False
     )
     assert alone.returncode == 0, alone.stderr
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "agentsd"]
-    both = subprocess.run([*launcher, *command, str(tmp_path / "two")], capture_output=True, text=True, check=False)
+    script = tmp_path / "witness.py"
+    script.write_text(WITNESS)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += "--num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no".split()
+    both = subprocess.run(
+        [*launcher, str(script), *command, str(tmp_path / "two")], capture_output=True, text=True, check=False
+    )
     assert both.returncode == 0, both.stderr
+    drawn = {
+        rank: sorted(file.name.split("-", 2)[2] for file in tmp_path.glob(f"process-{rank}-*")) for rank in (0, 1)
+    }
+    assert drawn == {
+        0: [f"{method}-{seed}" for method in ("tomesd", "vanilla") for seed in (0, 1, 4)],
+        1: [f"{method}-{seed}" for method in ("tomesd", "vanilla") for seed in (2, 3)],
+    }
     first, second = (pictures(tmp_path / name / "images") for name in ("one", "two"))
     assert len(first) == 10
     assert first.keys() == second.keys()

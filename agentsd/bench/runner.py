@@ -80,7 +80,7 @@ def run_bench(
     ```
     """
     settings = settings or BenchSettings()
-    workers = Workers()
+    workers = Workers(settings.device)
     if resume and out is None:
         raise BenchError("Resuming needs the folder of the run to resume.")
     if out is None and workers.count > 1:

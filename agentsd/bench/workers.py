@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..loading import pick_device
+
 
 Item = TypeVar("Item")
 
@@ -15,6 +17,15 @@ Item = TypeVar("Item")
 class Workers:
     """
     The processes of this run; a run that was not started by `accelerate launch` is the only one.
+
+    `accelerate launch --multi_gpu --num_processes 2` starts two, on a machine without a GPU too, where `--cpu` would
+    start a single one.
+
+    Args:
+        device (`str`, *optional*): Where the work runs; by default the GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such device.
 
     Examples:
 
@@ -25,9 +36,11 @@ class Workers:
     ```
     """
 
-    def __init__(self) -> None:
-        # The others wait while the main process times, which can take hours.
-        self._state = PartialState(timeout=timedelta(days=2))
+    def __init__(self, device: str | None = None) -> None:
+        self._is_cuda = pick_device(device).type == "cuda"
+        # Unless told that there is no GPU to talk through, accelerate takes each process for the only one. The others
+        # wait while the main process times, which can take hours.
+        self._state = PartialState(cpu=not self._is_cuda, timeout=timedelta(days=2))
 
     @property
     def count(self) -> int:
@@ -36,8 +49,8 @@ class Workers:
 
     @property
     def device(self) -> str | None:
-        """The GPU of this process, where several share the work; else `None`."""
-        return str(self._state.device) if self.count > 1 else None
+        """The GPU of this process, where several share the work on GPUs; else `None`."""
+        return str(self._state.device) if self.count > 1 and self._is_cuda else None
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +87,7 @@ class Workers:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process go through a `with` block before the others."""
+        """Let the main process go through a `with` block before the others, and wait for them at its end."""
         with self._state.main_process_first():
             yield
+        self.wait()
