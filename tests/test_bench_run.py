@@ -289,6 +289,14 @@ def test_results_are_never_mixed_with_those_of_another_run(shape, tmp_path):
         run_bench(settings, out=tmp_path, resume=True)
 
 
+def test_pictures_without_a_log_are_never_taken_for_those_of_this_run(tmp_path):
+    """Their seeds, prompts and method are not known any more."""
+    (tmp_path / "images" / "tiny-64x64-batch1" / "vanilla").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(BenchError, match=r"images holds pictures, but no log"):
+            RunFolder(tmp_path, {}, {}, resume=resume)
+
+
 def test_a_log_that_cannot_be_read(tmp_path):
     RunFolder(tmp_path, {}, {}).cases.append({"method": "vanilla"})
     (tmp_path / "cases.jsonl").write_text('{"method": "vanilla"}\nnonsense\n')
@@ -346,6 +354,7 @@ def test_the_environment_is_plain_data():
         ({"methods": ()}, "empty"),
         ({"methods": ("vanilla", "magic")}, "no method 'magic'"),
         ({"models": ()}, "empty"),
+        ({"models": ("a/final", "b/final")}, "a/final and b/final are both called final"),
         ({"sizes": ((100, 64),)}, "multiples of 8"),
         ({"sizes": ((0, 64),)}, "multiples of 8"),
         ({"budget_minutes": 0}, "budget_minutes"),

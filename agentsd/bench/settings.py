@@ -203,6 +203,14 @@ class BenchSettings:
         if suite.kind == "call" and not self.sizes:
             raise BenchError("`sizes` is empty: name at least one height and width.")
         _check_names("method", self.methods, METHODS)
+        named: dict[str, str] = {}
+        for model in self.models:
+            other = named.setdefault(short_name(model), model)
+            if other != model:
+                raise BenchError(
+                    f"{other} and {model} are both called {short_name(model)} in tables and folders of pictures: "
+                    "rename one, or run one after the other, each with a folder of its own."
+                )
         if suite.kind == "call":
             _check_names("shape", self.models, SHAPES)
         for ratio in self.ratios:

@@ -120,8 +120,8 @@ class RunFolder:
         resume (`bool`, defaults to `False`): Go on from the results that lie there.
 
     Raises:
-        BenchError: If results lie there and `resume` is off, if they come from another run, or if a file cannot be
-            read or written.
+        BenchError: If results lie there and `resume` is off, if they come from another run or are pictures alone, or
+            if a file cannot be read or written.
 
     Examples:
 
@@ -148,6 +148,11 @@ class RunFolder:
                 if not resume:
                     raise BenchError(f"{path} holds the results of an earlier run. Resume it, or name another folder.")
                 self._check(headers)
+            elif self.images.exists():
+                raise BenchError(
+                    f"{self.images} holds pictures, but no log says what was asked for when they were drawn. Name "
+                    "another folder, or delete them."
+                )
             else:
                 path.mkdir(parents=True, exist_ok=True)
                 for file, values in headers.items():
