@@ -135,7 +135,16 @@ def test_a_peer_that_cannot_run_is_a_row_that_says_why(model, monkeypatch):
     assert any("tomesd 0.4 at 64×64 did not run: tomesd is not installed" in note for note in result.notes)
 
 
-def test_out_of_memory_is_a_cell(model, monkeypatch):
+def run_out_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 EiB")
+
+
+def run_out_on_a_cpu():
+    torch.empty(2**46, dtype=torch.uint8)  # 64 TiB
+
+
+@pytest.mark.parametrize("run_out", [run_out_on_a_gpu, run_out_on_a_cpu])
+def test_out_of_memory_is_a_cell(model, monkeypatch, run_out):
     class Greedy(methods_module.Vanilla):
         def apply(self, pipe, ratio, options):
             calls = []
@@ -143,14 +152,16 @@ def test_out_of_memory_is_a_cell(model, monkeypatch):
             def refuse(module, args):
                 calls.append(module)
                 if len(calls) > 1:  # the warm-up still fits
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 EiB")
+                    run_out()
 
             pipe.unet.register_forward_pre_hook(refuse)
 
     monkeypatch.setitem(METHODS, "greedy", Greedy("greedy"))
-    vanilla, greedy = run_bench(speed(model, methods=("vanilla", "greedy"), steps=1)).rows
+    result = run_bench(speed(model, methods=("vanilla", "greedy"), steps=1))
+    vanilla, greedy = result.rows
     assert vanilla.rounds == 2
     assert greedy.reason == "out of memory"
+    assert "| greedy |  | out of memory |" in result.to_markdown()
 
 
 def test_no_method_that_can_run_is_an_error(model, monkeypatch):

@@ -1,6 +1,8 @@
 """Fair timing: interleaved, paired, warmed up, and memory in a process of its own."""
 
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -119,7 +121,19 @@ def prepare(mebibytes):
 
 
 def run_out():
-    raise MemoryError("as a small machine would")
+    return partial(torch.empty, 2**46, dtype=torch.uint8)  # 64 TiB
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)  # as Linux does where memory runs out
+
+
+def end():
+    os._exit(3)
+
+
+def fail():
+    raise ValueError("a wrong shape")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from Linux' /proc")
@@ -133,5 +147,11 @@ def test_peak_memory_is_that_of_the_call_alone():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from Linux' /proc")
 def test_an_error_in_the_process_that_measures_comes_back():
-    with pytest.raises(RuntimeError, match="MemoryError: as a small machine would"):
-        peak_memory(CPU, run_out)
+    for prepare, error, message in (
+        (run_out, MemoryError, None),
+        (be_killed, MemoryError, None),
+        (end, RuntimeError, "ended with exit code 3"),
+        (fail, RuntimeError, "ValueError: a wrong shape"),
+    ):
+        with pytest.raises(error, match=message):
+            peak_memory(CPU, prepare)

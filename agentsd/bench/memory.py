@@ -1,6 +1,7 @@
 """How much memory a method takes: the device's own count, or the peak of a process of its own."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,6 +13,31 @@ from ..memory import can_watch_peak, read_peak, start_peak
 
 
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
+# What torch's allocators say where they raise a plain RuntimeError: on Linux, Windows, and GPUs.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """
+    Whether an error says that there is no memory left, on a GPU or a CPU.
+
+    Args:
+        error (`BaseException`): What was raised.
+
+    Returns:
+        `bool`: Whether it does.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench.memory import is_out_of_memory
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("a wrong shape"))
+    (True, False)
+    ```
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def allocated_bytes(device: torch.device) -> int:
@@ -53,7 +79,8 @@ def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]
         `int`, *optional*: Bytes, or `None` where it cannot be measured.
 
     Raises:
-        RuntimeError: If the process ended before it could answer, as it does when memory runs out.
+        MemoryError: If memory ran out in the process of its own.
+        RuntimeError: If something else went wrong in it.
 
     Examples:
 
@@ -90,7 +117,12 @@ def _in_own_process(prepare: Callable[[], Callable[[], object]]) -> int | None:
     try:
         answer: Any = here.recv()
     except EOFError:
-        answer = RuntimeError("out of memory, or the process that measures it was ended")
+        child.join()
+        # Where memory runs out, Linux kills a process, and this one asked to be the first.
+        if child.exitcode == -signal.SIGKILL:
+            answer = MemoryError()
+        else:
+            answer = RuntimeError(f"the process that measures memory ended with exit code {child.exitcode}")
     child.join()
     if isinstance(answer, BaseException):
         raise answer
@@ -104,4 +136,4 @@ def _measure(prepare: Callable[[], Callable[[], object]], threads: int, answer: 
         _OOM_SCORE.write_text("1000")
         answer.send(_watch(torch.device("cpu"), prepare()))
     except Exception as error:
-        answer.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        answer.send(MemoryError() if is_out_of_memory(error) else RuntimeError(f"{type(error).__name__}: {error}"))

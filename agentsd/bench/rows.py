@@ -4,6 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
+# A reason that is told in the table itself.
+OUT_OF_MEMORY = "out of memory"
+
+
 @dataclass(frozen=True)
 class Row:
     """
@@ -79,7 +83,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: f"{row.method} †" if row.is_computed else row.method,
     "ratio": lambda row: _number(row.ratio, "g"),
     "steps": lambda row: _number(row.steps, "d"),
-    "median": lambda row: _seconds(row.seconds, " s") or ("not run" if row.reason else ""),
+    "median": lambda row: _seconds(row.seconds, " s") or _not_run(row),
     "quartiles": lambda row: "" if row.q1 is None else f"{_seconds(row.q1)}–{_seconds(row.q3)}",
     "s a step": lambda row: _seconds(row.step_seconds),
     "speed-up": lambda row: _number(row.speedup, ".3f"),
@@ -99,6 +103,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "Δ CLIP score": lambda row: _interval(row.quality.get("clip_change"), "+.2f"),
     "blank": lambda row: f"{row.blank} of {row.pictures}" if row.blank else "",
 }
+
+
+def _not_run(row: Row) -> str:
+    if row.reason is None:
+        return ""
+    return OUT_OF_MEMORY if row.reason == OUT_OF_MEMORY else "not run"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -20,11 +20,12 @@ from .environment import environment
 from .features import PerceptualDistance, load_extractor
 from .judge import PictureJudge
 from .launches import count_launches
-from .memory import allocated_bytes, peak_memory
+from .memory import allocated_bytes, is_out_of_memory, peak_memory
 from .methods import BASELINE, METHODS, FewerSteps, MethodUnavailable
 from .prompts import builtin_prompts
 from .reference import check_reference
 from .report import BenchResult, result_of
+from .rows import OUT_OF_MEMORY
 from .settings import BenchSettings, Case
 from .store import BenchError, RunFolder
 from .subjects import Subject, subject_of, switch_on
@@ -300,9 +301,10 @@ class _ModelBench:
                 row |= judge.judge(
                     case, baseline, row["steps"], partial(self._twin, case), partial(self._twin, baseline)
                 )
-            except torch.OutOfMemoryError as error:
-                if self.workers.count > 1:
-                    raise  # the others wait for this one's pictures
+            except Exception as error:
+                # With several processes, the others wait for this one's pictures.
+                if self.workers.count > 1 or not is_out_of_memory(error):
+                    raise
                 row = {"reason": reason_of(error)}
         self._keep(case, row)
 
@@ -358,9 +360,9 @@ def reason_of(error: Exception) -> str:
     'out of memory'
     ```
     """
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
     message = " ".join(str(error).split())
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in message:
-        return "out of memory"
     if isinstance(error, MethodUnavailable):
         return message
     return f"{type(error).__name__}: {message[:200]}"
