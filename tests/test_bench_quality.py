@@ -20,6 +20,7 @@ from agentsd.bench.intervals import bootstrap_mean, jackknife
 from agentsd.bench.prompts import read_prompts
 from agentsd.bench.reference import ReferenceSet, check_reference
 from agentsd.bench.set_metrics import frechet_distance, kernel_distance
+from agentsd.bench.subjects import PipelineSubject
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +84,26 @@ def test_pictures_that_are_the_same_are_counted(model, tmp_path, monkeypatch):
     assert "identical" in result.to_markdown()
 
 
-def test_blank_pictures_are_counted_and_left_out(model, tmp_path, monkeypatch):
-    to_image = judge_module.to_image
-    drawn = []
+@pytest.mark.parametrize("rows", [64, 40, 1])
+def test_blank_pictures_are_counted_and_left_out(model, tmp_path, monkeypatch, rows):
+    """A few values that are not finite are as bad as nothing else; a resumed run knows it from the file."""
+    draw = PipelineSubject.draw
 
-    def spoil(picture):
-        drawn.append(picture)
-        return to_image(np.full_like(picture, np.nan) if len(drawn) == 4 else picture)
+    def spoil(self, model, case, steps, prompts, seeds, **options):
+        output = draw(self, model, case, steps, prompts, seeds, **options)
+        if case.method == "agentsd" and seeds[0] == 1:
+            output.images[0, :rows] = np.nan
+        return output
 
-    monkeypatch.setattr(judge_module, "to_image", spoil)
+    monkeypatch.setattr(PipelineSubject, "draw", spoil)
     result = run_bench(quality(model), out=tmp_path)
     _, agentsd = result.rows
     assert (agentsd.pictures, agentsd.blank) == (3, 1)
     assert agentsd.quality["psnr"][0] > 10  # black against a picture would be far below
     assert "1 of 3" in result.to_markdown()
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text(cases.read_text().splitlines(keepends=True)[0])
+    assert run_bench(quality(model), out=tmp_path, resume=True).rows[1] == agentsd
 
 
 def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):

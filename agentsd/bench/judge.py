@@ -98,8 +98,10 @@ class PictureJudge:
             seeds = [self.settings.seed + index for index in chunk]
             output = self.subject.draw(model(), case, steps, prompts, seeds)
             for index, picture in zip(chunk, output.images, strict=True):
+                # Files have no NaN: kept all black, such a picture counts as blank on a resume too.
+                whole = picture if np.isfinite(picture).all() else np.zeros_like(picture)
                 unfinished = files[index].with_suffix(".part")
-                to_image(picture).save(unfinished, format="png")
+                to_image(whole).save(unfinished, format="png")
                 unfinished.replace(files[index])
         return files
 
@@ -181,5 +183,5 @@ def _read(file: Path) -> PIL.Image.Image:
 
 
 def _is_blank(file: Path) -> bool:
-    """Whether a picture is a single colour, as one of values that are not finite is shown."""
+    """Whether a picture is a single colour, as one with values that are not finite is kept."""
     return not np.ptp(np.asarray(_read(file)), axis=(0, 1)).any()

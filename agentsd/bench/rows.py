@@ -34,7 +34,9 @@ class Row:
         peak_bytes (`int`, *optional*): Peak memory.
         launches (`float`, *optional*): Kernels launched in a step, on CUDA.
         pictures (`int`): Pictures drawn for judging.
-        blank (`int`): How many of them are a single colour, by values that are not finite or by a safety checker.
+        blank (`int`):
+            How many of them are a single colour, by a safety checker or by any value that is not finite, with which
+            a picture is kept as a black one. No metric counts them.
         identical (`int`): How many are the same as vanilla's, pixel by pixel; they have no PSNR.
         quality (`dict[str, list[float]]`):
             Metric to value and the ends of its 95 % interval; under `"fid_floor"` the FID of as many pictures of the
