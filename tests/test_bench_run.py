@@ -213,6 +213,17 @@ def test_the_cpu_suite_computes_the_whole_schedule(shape, tmp_path):
     assert "0.4 of the agent phase's time plus 0.6 of the ToMe phase's" in result.to_markdown()
 
 
+def test_one_phase_for_all_steps_is_called_not_computed(shape):
+    """Naming `sx`, `sy` or `agent_ratio` leaves no schedule to compute."""
+    methods = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd")
+    for options in ({"sx": 2}, {"sy": 4}, {"agent_ratio": 0.9}):
+        result = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1, options=options))
+        row = result.rows[3]
+        assert (row.method, row.is_computed, row.rounds) == ("agentsd", False, 1)
+        assert row.seconds > 0
+        assert "computed" not in result.to_markdown()
+
+
 class RunFolderReader:
     def __init__(self, path):
         self.rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]

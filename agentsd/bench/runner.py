@@ -225,9 +225,9 @@ class _ModelBench:
         for case in cases:
             if self.folder.cases.find(**asdict(case)):
                 continue
-            if self.settings.kind == "generation" or not METHODS[case.method].needs_generation:
+            if _can_call(case, self.settings):
                 able.append(case)
-            elif case.method != _COMPUTED:
+            elif not _is_computed(case, self.settings):
                 self._keep(case, {"reason": "shows only over the steps of a generation, and this is a single call"})
         return able
 
@@ -309,7 +309,7 @@ class _ModelBench:
         self._keep(case, row)
 
     def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:
-        is_computed = self.settings.kind == "call" and case.method == _COMPUTED
+        is_computed = _is_computed(case, self.settings)
         if is_computed:
             if not rounds or not all(f"{phase} {case.ratio:g}" in rounds[-1] for phase in _PHASES):
                 return {"reason": f"computed from {' and '.join(_PHASES)}, which did not both run"}
@@ -380,6 +380,19 @@ def _prepare(subject: Subject, case: Case, settings: BenchSettings) -> Callable[
     return partial(call, Stopwatch(subject.device))
 
 
+def _is_computed(case: Case, settings: BenchSettings) -> bool:
+    """Whether the times of a case follow from those of the schedule's phases; one phase for all steps is called."""
+    is_scheduled = AgentSDConfig.from_dict(settings.options).is_scheduled
+    return settings.kind == "call" and case.method == _COMPUTED and is_scheduled
+
+
+def _can_call(case: Case, settings: BenchSettings) -> bool:
+    """Whether a case shows in what this suite calls."""
+    if settings.kind == "generation" or not METHODS[case.method].needs_generation:
+        return True
+    return case.method == _COMPUTED and not _is_computed(case, settings)
+
+
 def _whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSettings) -> Sample:
     """The time of the paper's schedule from the times of its two phases, weighted by their share of the steps."""
     share = AgentSDConfig.from_dict(settings.options).agent_until
@@ -392,9 +405,7 @@ class _Counter:
 
     def __init__(self, progress: Progress | None, settings: BenchSettings) -> None:
         cases = [case for group in settings.groups() for case in group]
-        runnable = [
-            case for case in cases if settings.kind == "generation" or not METHODS[case.method].needs_generation
-        ]
+        runnable = [case for case in cases if _can_call(case, settings)]
         self.progress = progress
         self.total = len(runnable) * (settings.warmup + settings.repeats + settings.memory + settings.has_pictures)
         self.done = 0
