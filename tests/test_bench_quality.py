@@ -120,6 +120,34 @@ def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("methods", "total"), [(("vanilla", "agentsd"), 10), (("agentsd", "fewer-steps"), 21)])
+def test_progress_goes_by_calls_and_pictures(model, methods, total):
+    """Without a leap: also over vanilla's pictures where it is not asked for itself, and calls that settle steps."""
+    told = []
+    run_bench(quality(model, methods=methods), progress=lambda done, total, what: told.append((done, total)))
+    assert told == [(done, total) for done in range(total + 1)]
+
+
+def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
+    def interrupt(done, total, what):
+        if done == 8:  # the second picture of agentsd, after four calls and four pictures
+            assert what.endswith("64×64 agentsd 0.4 pictures")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(quality(model), out=tmp_path, progress=interrupt)
+    told = []
+    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda done, *_: told.append(done))
+    assert told == [8, 9, 10]
+
+
+def test_what_cannot_run_counts_as_done(model, monkeypatch):
+    told = []
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    run_bench(quality(model, methods=("tomesd", "vanilla")), progress=lambda done, *_: told.append(done))
+    assert told == [5, 6, 7, 8, 9, 10]
+
+
 def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monkeypatch):
     judge = judge_module.PictureJudge.judge
 

@@ -254,6 +254,14 @@ def test_process_keeps_results_and_messages_apart(model, tmp_path):
     assert messages == ""
 
 
+def test_bench_prints_nothing_but_its_progress():
+    """Neither does the process that measures memory."""
+    process = start("bench", "--methods", "vanilla", "--steps", 1, "--repeats", 1, "--height", 64, "--width", 64)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages
+    assert [line.split()[0] for line in messages.splitlines() if line] == ["done"]
+
+
 def test_process_ends_with_the_exit_code():
     """Without a traceback."""
     process = start("generate", PROMPT, "--model", "./nothing")

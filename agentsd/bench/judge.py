@@ -35,6 +35,7 @@ class PictureJudge:
         images (`Path`): Folder for the pictures; those that lie there already are not drawn again.
         workers (`Workers`): The processes that share the drawing.
         prompts (`tuple[str, ...]`): What is drawn, in turn.
+        on_draw (`Callable[[str, int], None]`): Told the name of a case and a number of pictures before each drawing.
     """
 
     subject: Any
@@ -42,6 +43,7 @@ class PictureJudge:
     images: Path
     workers: Workers
     prompts: tuple[str, ...]
+    on_draw: Callable[[str, int], None]
 
     def judge(
         self,
@@ -96,6 +98,7 @@ class PictureJudge:
                 continue
             prompts = [self.prompts[index % len(self.prompts)] for index in chunk]
             seeds = [self.settings.seed + index for index in chunk]
+            self.on_draw(case.name, len(chunk))
             output = self.subject.draw(model(), case, steps, prompts, seeds)
             for index, picture in zip(chunk, output.images, strict=True):
                 # Files have no NaN: kept all black, such a picture counts as blank on a resume too.

@@ -16,6 +16,7 @@ import torch
 
 from ..config import AgentSDConfig
 from .allocator import keep_freed_memory
+from .counter import Counter, Progress
 from .environment import environment
 from .features import PerceptualDistance, load_extractor
 from .judge import PictureJudge
@@ -26,7 +27,7 @@ from .prompts import builtin_prompts
 from .reference import check_reference
 from .report import BenchResult, result_of
 from .rows import OUT_OF_MEMORY
-from .settings import BenchSettings, Case
+from .settings import BenchSettings, Case, picture_folder
 from .store import BenchError, RunFolder
 from .subjects import Subject, subject_of, switch_on
 from .timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
@@ -41,9 +42,6 @@ _PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of th
 _MEMORY_STEPS = 4
 
 _LATE = "left out"
-
-# Calls done, calls in all, what runs now.
-Progress = Callable[[int, int, str], None]
 
 
 def run_bench(
@@ -63,7 +61,7 @@ def run_bench(
         out (`str` or `Path`, *optional*): Folder that gets everything as soon as it is known.
         resume (`bool`, defaults to `False`): Go on from what lies in `out`; finished rows are not measured again.
         progress (`Callable[[int, int, str], None]`, *optional*):
-            Told before each call how many are done, how many there are, and what runs.
+            Told before each call how many calls and pictures are done, how many there are, and what runs.
 
     Returns:
         `BenchResult`: A row for every case; one that could not run says why.
@@ -108,7 +106,8 @@ def run_bench(
         # Only one process writes; the others read its folder once it is there.
         with workers.main_first():
             folder = RunFolder(path, settings.to_dict(), facts, resume=resume or not workers.is_main)
-        counter = _Counter(progress if workers.is_main else None, settings)
+        total = sum(sum(numbers) for cases in settings.groups() for numbers in _work(cases, settings).values())
+        counter = Counter(progress if workers.is_main else None, total)
         started = time.monotonic()
         for subject, groups in zip(subjects, _by_model(settings), strict=True):
             bench = _ModelBench(subject, settings, folder, workers, counter, prompts)
@@ -141,7 +140,7 @@ class _ModelBench:
         settings: BenchSettings,
         folder: RunFolder,
         workers: Workers,
-        counter: "_Counter",
+        counter: Counter,
         prompts: tuple[str, ...],
     ) -> None:
         self.subject, self.settings, self.folder = subject, settings, folder
@@ -155,7 +154,13 @@ class _ModelBench:
         if cases[0].height is None:
             height, width = self.subject.size(self.model)
             cases = [replace(case, height=height, width=width) for case in cases]
-        self.counter.begin(cases[0])
+        prefix = f"{cases[0].model} {cases[0].width}×{cases[0].height} "
+        work = _work(cases, self.settings)
+        self.counter.begin(
+            prefix,
+            {case.name: sum(numbers) for case, numbers in work.items()},
+            {case.name: self._left(case, *numbers) for case, numbers in work.items()},
+        )
         missing = [case for case in cases if not self.folder.cases.find(**asdict(case))]
         if is_late:
             for case in missing:
@@ -168,6 +173,15 @@ class _ModelBench:
         for case in cases:
             if not self.folder.cases.find(**asdict(case)):
                 self._finish(case)
+
+    def _left(self, case: Case, calls: int, pictures: int) -> int:
+        """How many of these calls and pictures are not on record."""
+        if self.folder.cases.find(**asdict(case)):
+            return 0
+        rounds = len(self._rounds(case))
+        called = calls if rounds >= self.settings.repeats else min(rounds, calls)
+        drawn = len(list((self.folder.images / picture_folder(case)).glob("*.png")))
+        return calls - called + pictures - min(drawn, pictures)
 
     @property
     def model(self) -> Any:
@@ -241,9 +255,10 @@ class _ModelBench:
         if not isinstance(method, FewerSteps):
             return self.settings.steps
         key = {"kind": "steps", **_group(case), "name": case.name}
-        return self.folder.keep(self.folder.rounds, lambda: {"steps": self._fitting_steps(method, case)}, **key)[
-            "steps"
-        ]
+        with self.counter.charge(case.name):
+            return self.folder.keep(self.folder.rounds, lambda: {"steps": self._fitting_steps(method, case)}, **key)[
+                "steps"
+            ]
 
     def _fitting_steps(self, method: FewerSteps, case: Case) -> int:
         """How many steps of vanilla take as long as all steps of another method."""
@@ -268,7 +283,7 @@ class _ModelBench:
             return
         key = {"kind": "memory", **_group(case), "name": case.name}
         if not self.folder.rounds.find(**key):
-            self.counter.step(f"{case.name} (memory)")
+            self.counter.step(case.name, "(memory)")
             peak = peak_memory(self.subject.device, partial(_prepare, self.subject, case, self.settings))
             self.folder.rounds.append({**key, "peak_bytes": peak})
 
@@ -294,8 +309,9 @@ class _ModelBench:
         """Keep the row of a case that could run."""
         row = self.workers.agree(self._numbers(case, self._rounds(case)) if self.workers.is_main else {})
         if self.settings.has_pictures and row.get("reason") is None:
-            self.counter.step(f"{case.name} pictures")
-            judge = PictureJudge(self.subject, self.settings, self.folder.images, self.workers, self.prompts)
+            judge = PictureJudge(
+                self.subject, self.settings, self.folder.images, self.workers, self.prompts, self._tell_of_pictures
+            )
             baseline = replace(case, method=BASELINE, ratio=None)
             try:
                 row |= judge.judge(
@@ -307,6 +323,9 @@ class _ModelBench:
                     raise
                 row = {"reason": reason_of(error)}
         self._keep(case, row)
+
+    def _tell_of_pictures(self, name: str, count: int) -> None:
+        self.counter.step(name, "pictures", count * self.workers.count)  # the others draw as many at the same time
 
     def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:
         is_computed = _is_computed(case, self.settings)
@@ -341,6 +360,7 @@ class _ModelBench:
             self.folder.cases.append(record)
         else:
             self.folder.cases.records.append(record)
+        self.counter.end(case.name)
 
 
 def reason_of(error: Exception) -> str:
@@ -400,28 +420,13 @@ def _whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSe
     return Sample(share * agent + (1 - share) * tome)
 
 
-class _Counter:
-    """Counts calls for a progress display."""
-
-    def __init__(self, progress: Progress | None, settings: BenchSettings) -> None:
-        cases = [case for group in settings.groups() for case in group]
-        runnable = [case for case in cases if _can_call(case, settings)]
-        self.progress = progress
-        self.total = len(runnable) * (settings.warmup + settings.repeats + settings.memory + settings.has_pictures)
-        self.done = 0
-        self.prefix = ""
-
-    def begin(self, case: Case) -> None:
-        """A group of cases like this one begins."""
-        self.prefix = f"{case.model} {case.width}×{case.height} "
-
-    def step(self, name: str) -> None:
-        """A call of this case begins."""
-        if self.progress is not None:
-            self.progress(min(self.done, self.total), self.total, self.prefix + name)
-        self.done += 1
-
-    def finish(self) -> None:
-        """All is done."""
-        if self.progress is not None:
-            self.progress(self.total, self.total, "done")
+def _work(cases: list[Case], settings: BenchSettings) -> dict[Case, tuple[int, int]]:
+    """How many calls each case of a group takes, and how many pictures; those of vanilla are always needed."""
+    pictures = settings.pictures if settings.has_pictures else 0
+    work = {replace(cases[0], method=BASELINE, ratio=None): (0, pictures)}
+    for case in cases:
+        is_calibrated = isinstance(METHODS[case.method], FewerSteps)
+        calibration = 2 * (settings.warmup + settings.repeats) if is_calibrated else 0
+        calls = settings.memory + calibration + settings.warmup + settings.repeats
+        work[case] = (calls, pictures) if _can_call(case, settings) else (0, 0)
+    return work
