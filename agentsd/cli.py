@@ -235,7 +235,8 @@ def bench(
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory: on a CPU one more run of each case.")
     ] = True,
     budget_minutes: Annotated[
-        float | None, typer.Option(help="Leave out the sizes and batches that begin after this time.")
+        float | None,
+        typer.Option(help="Leave out the sizes and batches that begin after this time; --resume measures them."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for rows, pictures, plots and reports.")

@@ -241,6 +241,22 @@ def test_sizes_after_the_budget_are_left_out(shape):
     assert [row.reason for row in rows] == [None, "left out: the 0.0001 minutes were spent"]
 
 
+def test_what_was_left_out_is_measured_with_another_budget(shape, tmp_path):
+    settings = {"methods": ("vanilla", "tomesd"), "sizes": ((64, 64), (128, 64), (64, 128))}
+    run_bench(calls(**settings, budget_minutes=1e-4), out=tmp_path)
+    cases = tmp_path / "cases.jsonl"
+    before = cases.read_text().splitlines(keepends=True)
+    assert ["left out" in line for line in before] == [False, False, True, True, True, True]
+    again = run_bench(calls(**settings, budget_minutes=1e-9), out=tmp_path, resume=True)
+    assert [row.reason for row in again.rows] == [None] * 2 + ["left out: the 1e-09 minutes were spent"] * 4
+    whole = run_bench(calls(**settings), out=tmp_path, resume=True)
+    assert [row.rounds for row in whole.rows] == [2] * 6
+    after = cases.read_text().splitlines(keepends=True)
+    assert after[:2] == before[:2]
+    assert len(after) == 6
+    assert load_result(tmp_path).rows == whole.rows
+
+
 @pytest.mark.slow
 def test_the_real_shape_runs():
     result = run_bench(BenchSettings.of_suite("cpu", sizes=((128, 128),), repeats=1))

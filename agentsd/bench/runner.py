@@ -59,7 +59,9 @@ def run_bench(
     Args:
         settings (`BenchSettings`, *optional*): What to measure; by default the speed of the embedded model.
         out (`str` or `Path`, *optional*): Folder that gets everything as soon as it is known.
-        resume (`bool`, defaults to `False`): Go on from what lies in `out`; finished rows are not measured again.
+        resume (`bool`, defaults to `False`):
+            Go on from what lies in `out`; finished rows are not measured again. What `budget_minutes` had no time for
+            is tried again, and they may be others than before.
         progress (`Callable[[int, int, str], None]`, *optional*):
             Told before each call how many calls and pictures are done, how many there are, and what runs.
 
@@ -106,6 +108,8 @@ def run_bench(
         # Only one process writes; the others read its folder once it is there.
         with workers.main_first():
             folder = RunFolder(path, settings.to_dict(), facts, resume=resume or not workers.is_main)
+            if workers.is_main:
+                folder.cases.remove(_is_left_out)
         total = sum(sum(numbers) for cases in settings.groups() for numbers in _work(cases, settings).values())
         counter = Counter(progress if workers.is_main else None, total)
         started = time.monotonic()
@@ -118,7 +122,7 @@ def run_bench(
                 bench.run_group(cases, is_late=workers.agree(is_late))
         counter.finish()
         records = folder.cases.records
-        failures = [reason for record in records if (reason := record.get("reason")) and not reason.startswith(_LATE)]
+        failures = [record["reason"] for record in records if record.get("reason") and not _is_left_out(record)]
         if failures and all(record.get("reason") for record in records):
             raise BenchError(f"None of the methods can run here: {'; '.join(dict.fromkeys(failures))}.")
         return result_of(records, settings.to_dict(), facts)
@@ -386,6 +390,11 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, MethodUnavailable):
         return message
     return f"{type(error).__name__}: {message[:200]}"
+
+
+def _is_left_out(record: Mapping[str, Any]) -> bool:
+    """Whether a row says that there was no time for its case: another run may have it."""
+    return (record.get("reason") or "").startswith(_LATE)
 
 
 def _group(case: Case) -> dict[str, Any]:

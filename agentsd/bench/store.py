@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
+# How long a run may take changes nothing of what it measures.
+_MAY_DIFFER = ("budget_minutes",)
+
+
 class BenchError(ValueError):
     """A benchmark cannot run as asked; the message says why and what to do."""
 
@@ -104,6 +108,20 @@ class Log:
         """
         return [record for record in self.records if all(record.get(name) == values[name] for name in values)]
 
+    def remove(self, is_stale: Callable[[dict[str, Any]], bool]) -> None:
+        """
+        Take records away; all others are left byte for byte.
+
+        Args:
+            is_stale (`Callable`): Whether to take a record away.
+        """
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line, record in zip(lines, self.records, strict=True) if not is_stale(record)]
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.replace(self.path)
+        self.records = [record for record in self.records if not is_stale(record)]
+
 
 class RunFolder:
     """
@@ -188,7 +206,8 @@ class RunFolder:
             except (OSError, ValueError) as error:
                 raise BenchError(f"{file} cannot be read ({error}). Start again in another folder.") from error
             # JSON turns tuples into lists: compare what would be written.
-            changed += _differences(earlier, json.loads(json.dumps(values)))
+            now = json.loads(json.dumps(values))
+            changed += [name for name in _differences(earlier, now) if name not in _MAY_DIFFER]
         if changed:
             raise BenchError(
                 f"{self.path} holds another run (different: {', '.join(changed)}). Name another folder, or run with "
