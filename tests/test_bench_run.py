@@ -340,6 +340,12 @@ def test_a_log_that_cannot_be_read(tmp_path):
     (tmp_path / "cases.jsonl").write_text('{"method": "vanilla"}\nnonsense\n')
     with pytest.raises(BenchError, match=r"Line 2 of .*cases\.jsonl"):
         RunFolder(tmp_path, {}, {}, resume=True)
+    (tmp_path / "cases.jsonl").write_text('{"method": "vanilla"}\n["vanilla"]\n')
+    with pytest.raises(BenchError, match=r"Line 2 of .*cases\.jsonl cannot be read \(it is no JSON object\)"):
+        RunFolder(tmp_path, {}, {}, resume=True)
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(BenchError, match=r"settings\.json cannot be read \(it is no JSON object\)"):
+        RunFolder(tmp_path, {}, {}, resume=True)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(BenchError, match=r"settings\.json cannot be read"):
         RunFolder(tmp_path, {}, {}, resume=True)

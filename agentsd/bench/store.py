@@ -44,10 +44,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            records.append(_object(line))
         except ValueError as error:
             raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
     return records
+
+
+def _object(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values
 
 
 def _complete_lines(text: str) -> str:
@@ -202,7 +209,7 @@ class RunFolder:
         changed = []
         for file, values in headers.items():
             try:
-                earlier = json.loads(file.read_text(encoding="utf-8"))
+                earlier = _object(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise BenchError(f"{file} cannot be read ({error}). Start again in another folder.") from error
             # JSON turns tuples into lists: compare what would be written.
