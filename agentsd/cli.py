@@ -206,7 +206,11 @@ def bench(
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. [default: 5]")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE|N", help="Pictures in a set: a file of prompts, or a number of built-in ones."),
+        typer.Option(
+            metavar="FILE|N",
+            help="Pictures in a set: a file of prompts, one on each line, or a number of built-in ones. For any model "
+            "but emoji, `paper` needs a file of ImageNet's classes, such as `a photo of a goldfish`.",
+        ),
     ] = None,
     guidance: Guidance = None,
     seed: Seed = 0,

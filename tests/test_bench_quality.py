@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 import torch
+from diffusers import PNDMScheduler
 from models import tiny_sd, tiny_tokenizer
 
 from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
@@ -20,7 +21,7 @@ from agentsd.bench.intervals import bootstrap_mean, jackknife
 from agentsd.bench.prompts import read_prompts
 from agentsd.bench.reference import ReferenceSet, check_reference
 from agentsd.bench.set_metrics import frechet_distance, kernel_distance
-from agentsd.bench.subjects import PipelineSubject
+from agentsd.bench.subjects import PipelineSubject, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,20 @@ def test_pictures_are_drawn_and_judged_in_pairs(model, tmp_path):
     assert agentsd.quality["ssim"][0] < 1
     assert "ms_ssim" not in agentsd.quality  # too small a picture
     assert (vanilla.quality, vanilla.pictures, vanilla.blank) == ({}, 3, 0)
+
+
+def test_the_paper_suite_runs_on_a_model_of_ones_own(model, tmp_path):
+    prompts = ("a photo of a goldfish", "a photo of a tench")
+    with pytest.raises(BenchError, match=r"classes of ImageNet .* --prompts FILE"):
+        BenchSettings.of_suite("paper", models=(model,))
+    given = {"ratios": (0.3,), "sizes": ((64, 64),), "steps": 3, "repeats": 1, "memory": False, "device": "cpu"}
+    settings = BenchSettings.of_suite("paper", models=(model,), prompts=prompts, pictures=2, **given)
+    rows = run_bench(settings, out=tmp_path).rows
+    assert [row.name for row in rows] == ["vanilla", "tomesd 0.3", "agentsd 0.3"]
+    assert all(row.seconds > 0 and (row.steps, row.pictures, row.blank) == (3, 2, 0) for row in rows)
+    assert all({"psnr", "ssim"} <= row.quality.keys() for row in rows[1:])
+    subject = subject_of(model, settings, prompts[0], None)
+    assert isinstance(subject.load().scheduler, PNDMScheduler)
 
 
 def test_pictures_that_are_the_same_are_counted(model, tmp_path, monkeypatch):
@@ -166,7 +181,7 @@ def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monke
 WITNESS = """
 import os
 from pathlib import Path
-from agentsd.bench.subjects import PipelineSubject
+from agentsd.bench.subjects import PipelineSubject, subject_of
 from agentsd.cli import main
 
 def draw(self, model, case, steps, prompts, seeds, **options):

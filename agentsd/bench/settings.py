@@ -43,7 +43,8 @@ class Suite:
 SUITES: dict[str, Suite] = {
     "speed": Suite("generation", defaults={"methods": _SPEED_METHODS}),
     "quality": Suite("generation", True, {"methods": _QUALITY_METHODS, "pictures": 64}),
-    # Table 7 of the paper on agent attention: FID, seconds and memory over the ratio, 50 PLMS steps.
+    # Table 7 of the paper on agent attention: FID, seconds and memory over the ratio, 50 PLMS steps. It draws the
+    # classes of ImageNet, whose names do not come with this library; `emoji` draws what it was taught.
     "paper": Suite(
         "generation",
         True,
@@ -114,7 +115,9 @@ class BenchSettings:
         steps (`int`, defaults to `20`): Denoising steps.
         warmup (`int`, defaults to `1`): Untimed runs of every case before its first round.
         repeats (`int`, defaults to `5`): Timed rounds.
-        prompts (`tuple[str, ...]`): What is drawn, in turn; the built-in list if empty.
+        prompts (`tuple[str, ...]`):
+            What is drawn, in turn; the built-in list if empty. The suite `"paper"` needs them for any model but emoji:
+            the paper's are of ImageNet's classes, whose names do not come with this library.
         pictures (`int`, defaults to `1`): Pictures in a set, for the suites that draw one.
         guidance_scale (`float`, *optional*): Strength of the prompt; the pipeline's own if not given.
         scheduler (`"plms"`, *optional*): Another scheduler than the model's own.
@@ -200,6 +203,12 @@ class BenchSettings:
         for name in ("models", "methods", "ratios", "batches"):
             if not getattr(self, name):
                 raise BenchError(f"`{name}` is empty: name at least one.")
+        if self.suite == "paper" and set(self.models) != {"emoji"} and not self.prompts:
+            raise BenchError(
+                "The suite 'paper' draws the classes of ImageNet with any model but emoji, and their names do not "
+                "come with agentsd: give a file that has a prompt on each line, such as 'a photo of a goldfish', as "
+                "--prompts FILE, or its prompts as `prompts`."
+            )
         if suite.kind == "call" and not self.sizes:
             raise BenchError("`sizes` is empty: name at least one height and width.")
         _check_names("method", self.methods, METHODS)
