@@ -299,7 +299,7 @@ cli.main()
 def test_interrupt_ends_with_130(model, tmp_path):
     """Ctrl-C in the middle of a run: no traceback, and no half-made files."""
     code = "import torch, diffusers; from agentsd.cli import main; print('ready', flush=True); main()"
-    arguments = ["compare", PROMPT, "--model", model, "--out", tmp_path / "folder", "--steps", 1000]
+    arguments = ["compare", PROMPT, "--model", model, "--out", tmp_path / "folder", "--steps", 900]
     process = start(*arguments, command=[sys.executable, "-c", code])
     assert process.stdout.readline() == "ready\n"
     time.sleep(2)  # the model is being loaded, or pictures are being made: both must end the same way
