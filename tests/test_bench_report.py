@@ -181,10 +181,15 @@ def test_a_folder_that_holds_no_results(facts, tmp_path):
     folder.cases.append({"method": "vanilla", "speed": 3})
     with pytest.raises(BenchError, match="another version"):
         load_result(tmp_path)
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(BenchError, match=r"settings\.json cannot be read"):
-        load_result(tmp_path)
     assert json.loads((tmp_path / "environment.json").read_text())["agentsd"]
+    (tmp_path / "cases.jsonl").write_text("")
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(BenchError, match="another version"):
+        load_result(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(BenchError, match=r"settings\.json cannot be read"):
+            load_result(tmp_path)
 
 
 def test_tables_of_a_document_are_made_from_results(facts, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..memory import can_watch_peak, read_peak, start_peak
+from .methods import MethodUnavailable
 
 
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -135,5 +136,7 @@ def _measure(prepare: Callable[[], Callable[[], object]], threads: int, answer: 
         # If memory runs out, let it be this process that is ended.
         _OOM_SCORE.write_text("1000")
         answer.send(_watch(torch.device("cpu"), prepare()))
+    except MethodUnavailable as error:
+        answer.send(error)
     except Exception as error:
         answer.send(MemoryError() if is_out_of_memory(error) else RuntimeError(f"{type(error).__name__}: {error}"))

@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..config import AgentSDConfig
 from .methods import METHODS
 from .rows import COLUMNS, Row
 from .settings import SUITES, short_name
-from .store import BenchError, read_log
+from .store import BenchError, read_log, read_object
 
 
 _TEXT_COLUMNS = ("size", "method")
@@ -260,11 +259,13 @@ def load_result(folder: str | Path) -> BenchResult:
     values = []
     for name in ("settings.json", "environment.json"):
         try:
-            values.append(json.loads((folder / name).read_text(encoding="utf-8")))
+            values.append(read_object((folder / name).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise BenchError(f"{folder / name} cannot be read ({error}).") from error
     try:
-        return result_of(read_log(folder / "cases.jsonl"), *values)
+        result = result_of(read_log(folder / "cases.jsonl"), *values)
+        result.to_markdown()  # what is missing in settings or environment shows only in a report
+        return result
     except (KeyError, TypeError, ValueError) as error:
         raise BenchError(f"{folder} was written by another version of agentsd: {error}.") from error
 

@@ -44,13 +44,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(_object(line))
+            records.append(read_object(line))
         except ValueError as error:
             raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
     return records
 
 
-def _object(text: str) -> dict[str, Any]:
+def read_object(text: str) -> dict[str, Any]:
+    """
+    Read a JSON object.
+
+    Args:
+        text (`str`): JSON.
+
+    Returns:
+        `dict[str, Any]`: The object.
+
+    Raises:
+        ValueError: If it is no JSON, or none of an object.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench.store import read_object
+    >>> read_object('{"method": "vanilla"}')
+    {'method': 'vanilla'}
+    ```
+    """
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
@@ -209,7 +229,7 @@ class RunFolder:
         changed = []
         for file, values in headers.items():
             try:
-                earlier = _object(file.read_text(encoding="utf-8"))
+                earlier = read_object(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise BenchError(f"{file} cannot be read ({error}). Start again in another folder.") from error
             # JSON turns tuples into lists: compare what would be written.
