@@ -1,5 +1,7 @@
 """One picture, generated after a warm-up and timed step by step."""
 
+import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -159,13 +161,20 @@ def generate_timed(
             progress(done, getattr(pipe, "num_timesteps", steps) if done else steps)
 
     with _without_progress_bar(pipe):
-        _run(pipe, call, min(steps, _WARMUP_STEPS), seed, lambda _done: tell(0))
+        _run(pipe, call, _warmup_steps(pipe, call, steps), seed, lambda _done: tell(0))
     device = torch.device(pipe._execution_device)
     is_watched = start_peak(device)
     with nullcontext() if progress is None else _without_progress_bar(pipe):
         output, times = _run(pipe, call, steps, seed, tell)
     peak = read_peak(device) if is_watched else None
     return Run(output.images[0], times, peak, picture_warnings(output, name, pipe.unet.dtype))
+
+
+def _warmup_steps(pipe: Any, call: Mapping[str, Any], steps: int) -> int:
+    # A pipeline that starts from a picture runs only the last `strength` of the steps it is asked for.
+    strength = inspect.signature(pipe.__call__).parameters.get("strength")
+    share = 1 if strength is None else call.get("strength", strength.default)
+    return min(steps, math.ceil(_WARMUP_STEPS / share)) if share > 0 else steps
 
 
 @contextmanager
