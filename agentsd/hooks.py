@@ -160,10 +160,10 @@ class SitePatch:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "key": None, "metric": None, "current": None}
 
-    def install(self, site: Site) -> None:
-        """Hook into the layer and its surroundings."""
+    def install(self, site: Site, processor: Any) -> None:
+        """Hook into the layer and its surroundings, and give it a processor."""
         site.attn.agentsd_site = self
-        site.attn.set_processor(AgentAttnProcessor())
+        site.attn.set_processor(processor)
         # Noted one by one, so that a failure on the way can be undone.
         self.handles.append(site.transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
         self.handles.append(site.block.register_forward_pre_hook(self.before_block, with_kwargs=True))
@@ -185,6 +185,7 @@ class SitePatch:
         del site.attn.agentsd_site
         for handle in self.handles:
             handle.remove()
+        self.handles.clear()
 
     def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the step, and height and width, which the blocks inside no longer see."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ def apply_patch(
     """
     Patch a pipeline or model in place, so that its self-attention merges tokens and attends through agents.
 
-    A patch that is already there is replaced. If the call fails, nothing has changed.
+    A patch that is already there is replaced; an attention backend set on its layers stays. If the call fails, nothing has changed.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
@@ -64,7 +65,7 @@ def apply_patch(
         raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
     models = attended_models(pipe_or_unet)
     timesteps = _num_train_timesteps(pipe_or_unet)
-    planned: list[tuple[torch.nn.Module, ModelPatch | None]] = []
+    planned: list[tuple[torch.nn.Module, ModelPatch]] = []
     for index, (_, model) in enumerate(models):
         patch = ModelPatch(config, timesteps, skipped={})
         _choose_sites(patch, model, filter_fn)
@@ -151,13 +152,13 @@ def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any)
     0.2
     ```
     """
-    models = [model for _, model in attended_models(pipe_or_unet)]
-    before = [(model, current_patch(model)) for model in models]
+    before = [_Snapshot(model) for _, model in attended_models(pipe_or_unet)]
     apply_patch(pipe_or_unet, ratio, **options)
     try:
         yield pipe_or_unet
     finally:
-        _replace_patches(before)
+        for snapshot in before:
+            snapshot.restore()
 
 
 def current_patch(model: torch.nn.Module) -> ModelPatch | None:
@@ -232,38 +233,68 @@ def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDC
     return f"`filter_fn` and `max_downsample={config.max_downsample}` leave no self-attention of {kind} to patch."
 
 
-def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch | None]]) -> None:
-    """Give every model the patch wanted, or none; put all back as they were if that fails."""
-    before = [(model, current_patch(model)) for model, _ in wanted]
+class _Snapshot:
+    """A model as it is, patched or not, for what a patch changes in it to be put back exactly."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.patch = current_patch(model)
+        self.sites = [(site, site.attn.agentsd_site, site.attn.processor) for site in _patched_sites(model)]
+        self.kept = dict(_kept_processors(model))
+
+    def restore(self) -> None:
+        """Put it back. What has been replaced since by another processor than the patch's stays so."""
+        _uninstall(self.model)
+        if self.patch is None:
+            return
+        self.patch.install(self.model)
+        kept = _kept_processors(self.model)
+        for site, site_patch, processor in self.sites:
+            name, original = f"{site.name}.processor", site_patch.original
+            site_patch.install(site, processor if site.attn.processor is original else site.attn.processor)
+            if kept.get(name) is original:
+                kept[name] = self.kept.get(name, processor)
+
+
+def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch]]) -> None:
+    """Give every model the patch wanted; put all back as they were if that fails."""
+    before = [_Snapshot(model) for model, _ in wanted]
     try:
-        for model, patch in wanted:
+        for (model, patch), snapshot in zip(wanted, before, strict=True):
             _uninstall(model)
-            if patch is not None:
-                _install(model, patch)
+            _install(model, patch, snapshot)
     except BaseException:
-        for model, patch in before:
-            _uninstall(model)
-            if patch is not None:
-                _install(model, patch)
+        for snapshot in before:
+            snapshot.restore()
         raise
 
 
-def _install(model: torch.nn.Module, patch: ModelPatch) -> None:
+def _install(model: torch.nn.Module, patch: ModelPatch, before: _Snapshot) -> None:
     patch.install(model)
+    # A copy of the processor that an older patch had here keeps the attention backend that was set on it.
+    ours = {site.attn: p for site, _, p in before.sites if isinstance(p, AgentAttnProcessor)}
     for layer, site in enumerate(find_sites(model)):
         if site.name in patch.site_names:
-            SitePatch(patch, layer, _original_processor(site)).install(site)
+            processor = copy(ours.get(site.attn, AgentAttnProcessor()))
+            SitePatch(patch, layer, _original_processor(site)).install(site, processor)
+
+
+def _patched_sites(model: torch.nn.Module) -> list[Site]:
+    return [site for site in find_sites(model) if hasattr(site.attn, "agentsd_site")]
+
+
+def _kept_processors(model: torch.nn.Module) -> dict[str, Any]:
+    """What `fuse_qkv_projections` will give back when undone."""
+    return getattr(model, "original_attn_processors", None) or {}
 
 
 def _uninstall(model: torch.nn.Module) -> None:
-    # What `fuse_qkv_projections` will give back when undone.
-    kept = getattr(model, "original_attn_processors", None) or {}
-    for site in find_sites(model):
-        if hasattr(site.attn, "agentsd_site"):
-            name, original = f"{site.name}.processor", site.attn.agentsd_site.original
-            site.attn.agentsd_site.uninstall(site)
-            if isinstance(kept.get(name), AgentAttnProcessor):
-                kept[name] = original
+    kept = _kept_processors(model)
+    for site in _patched_sites(model):
+        name, original = f"{site.name}.processor", site.attn.agentsd_site.original
+        site.attn.agentsd_site.uninstall(site)
+        if isinstance(kept.get(name), AgentAttnProcessor):
+            kept[name] = original
     patch = current_patch(model)
     if patch is not None:
         patch.uninstall(model)

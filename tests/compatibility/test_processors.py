@@ -309,6 +309,63 @@ def test_module_processor_set_on_a_patched_layer():
     assert fingerprint(unet) == found
 
 
+def slice_attention(pipe):
+    pipe.enable_attention_slicing(1)
+
+
+def fuse_projections(pipe):
+    pipe.fuse_qkv_projections(vae=False)
+
+
+def choose_backend(pipe):
+    pipe.unet.set_attention_backend("_native_math")
+
+
+def set_weighted_processor(pipe):
+    pipe.unet.get_submodule("up_blocks.2.attentions.0.transformer_blocks.0.attn1").set_processor(ScaledAttention())
+
+
+@pytest.mark.parametrize("inside", [lambda pipe: None, agentsd.remove_patch], ids=["patched", "removed"])
+@pytest.mark.parametrize("change", [slice_attention, fuse_projections, choose_backend, set_weighted_processor])
+def test_patched_for_a_while_gives_back_what_was_there(change, inside):
+    """A patched model whose processors were changed since: after `patched` it has the very processors of before."""
+    pipe = agentsd.apply_patch(tiny_sd())
+    change(pipe)
+    before, kept = dict(pipe.unet.attn_processors), dict(getattr(pipe.unet, "original_attn_processors", None) or {})
+    backends = {name: getattr(processor, "_attention_backend", None) for name, processor in before.items()}
+    with agentsd.patched(pipe, ratio=0.2):
+        inside(pipe)
+    assert pipe.unet.attn_processors == before
+    assert dict(getattr(pipe.unet, "original_attn_processors", None) or {}) == kept
+    assert {name: getattr(processor, "_attention_backend", None) for name, processor in before.items()} == backends
+    agentsd.remove_patch(pipe)
+    assert not hasattr(pipe.unet, "agentsd_patch")
+    if kept:
+        pipe.unfuse_qkv_projections(vae=False)
+        assert_no_trace(pipe.unet)
+
+
+def test_slicing_switched_on_for_good_stays():
+    """Attention slicing switched on inside `patched` is the user's own: it outlives the patch, as without one before."""
+    pipe = agentsd.apply_patch(tiny_sd())
+    with agentsd.patched(pipe, ratio=0.2):
+        slice_attention(pipe)
+    assert processor_names(pipe.unet) == {"SlicedAttnProcessor": len(pipe.unet.attn_processors)}
+
+
+@pytest.mark.parametrize("setting", ["_attention_backend", "_parallel_config"])
+def test_patching_again_keeps_the_backend(setting):
+    """What `set_attention_backend` and `enable_parallelism` put on patched layers is kept by the next patch."""
+    unet, chosen = agentsd.apply_patch(tiny_unet()), object()
+    for name, processor in unet.attn_processors.items():
+        if name.endswith("attn1.processor") and hasattr(processor, setting):
+            setattr(processor, setting, chosen)
+    agentsd.apply_patch(unet, ratio=0.2)
+    ours = [p for p in unet.attn_processors.values() if type(p).__name__ == "AgentAttnProcessor"]
+    assert ours
+    assert all(getattr(processor, setting) is chosen for processor in ours)
+
+
 def test_naive_attention_processor():
     """`set_default_attn_processor` before patching: the layers get back the very processors they had."""
     unet = tiny_unet()
