@@ -167,7 +167,8 @@ class SitePatch:
         # Noted one by one, so that a failure on the way can be undone.
         self.handles.append(site.transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
         self.handles.append(site.block.register_forward_pre_hook(self.before_block, with_kwargs=True))
-        self.handles.append(site.block.register_forward_hook(self.after_block))
+        # Also after an exception, which stops what checkpointing computes anew at every backward pass.
+        self.handles.append(site.block.register_forward_hook(self.after_block, always_call=True))
         layers = []
         if self.config.merge_crossattn and site.block.attn2 is not None:
             layers.append(site.block.attn2)
@@ -176,7 +177,7 @@ class SitePatch:
         for layer in layers:
             merged = MergedLayer(self)
             self.handles.append(layer.register_forward_pre_hook(merged.before_layer, with_kwargs=True))
-            self.handles.append(layer.register_forward_hook(merged.after_layer))
+            self.handles.append(layer.register_forward_hook(merged.after_layer, always_call=True))
 
     def uninstall(self, site: Site) -> None:
         """Unhook, and give back the original processor where ours is still in place."""
@@ -315,9 +316,10 @@ class MergedLayer:
         merged = self.site.join([merge_tokens(p.take(x), p.tokens.merging) for p in plans if p.tokens], plans)
         return ((merged, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": merged})
 
-    def after_layer(self, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def after_layer(self, layer: torch.nn.Module, args: tuple, output: torch.Tensor | None) -> torch.Tensor | None:
         """Unmerge the layer's output."""
-        if self.plans is None:
-            return None
         plans, self.plans = self.plans, None
+        # There is no output after an exception.
+        if plans is None or output is None:
+            return None
         return self.site.join([unmerge_tokens(p.take(output), p.tokens.merging) for p in plans if p.tokens], plans)

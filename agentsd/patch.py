@@ -29,7 +29,8 @@ def apply_patch(
     """
     Patch a pipeline or model in place, so that its self-attention merges tokens and attends through agents.
 
-    A patch that is already there is replaced; an attention backend set on its layers stays. If the call fails, nothing has changed.
+    A patch that is already there is replaced; an attention backend set on its layers stays. If the call fails, nothing
+    has changed.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):

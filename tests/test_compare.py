@@ -70,7 +70,7 @@ def test_pipelines_that_start_from_a_picture():
 
 @pytest.mark.parametrize("options", [{"strength": 0.2}, {}], ids=["given", "the pipeline's own"])
 def test_a_warm_up_that_starts_from_a_picture_is_long_enough(options):
-    """Of three steps at a low strength none would be run, which pipelines refuse. The refiner's own strength is 0.3."""
+    """Of three steps at a low strength none would be run, which pipelines refuse. The refiner's own is 0.3."""
     start = PIL.Image.new("RGB", (128, 128), "red")
     comparison = compare(tiny_refiner(), PROMPT, steps=20, image=start, **options)
     assert len(comparison.vanilla_time.steps) == len(comparison.agentsd_time.steps) == (4 if options else 6)

@@ -264,6 +264,29 @@ def test_activations_are_let_go(unet):
         assert state is None or (state.metric is None and state.current is None)
 
 
+@pytest.mark.parametrize("part", ["attn1", "attn2", "ff"])
+def test_activations_are_let_go_after_an_exception(unet, part):
+    """A web page stops a run by raising: nothing is held, and the layer, called by itself, is plain attention."""
+    agentsd.apply_patch(unet, merge_mlp=True, merge_crossattn=True)
+    site = find_sites(unet)[0]
+
+    def stop(*args):
+        raise InterruptedError("stopped")
+
+    handle = getattr(site.block, part).register_forward_hook(stop)
+    with warnings.catch_warnings(), pytest.raises(InterruptedError):
+        warnings.simplefilter("error")
+        run(unet)
+    handle.remove()
+    state = site.attn.agentsd_site
+    assert (state.metric, state.current) == (None, None)
+    merged = [hook.__self__ for layer in (site.block.attn2, site.block.ff) for hook in layer._forward_hooks.values()]
+    assert len(merged) == 2
+    assert {layer.plans for layer in merged} == {None}
+    x = torch.randn(2, 256, 32)
+    assert torch.equal(site.attn(x), state.original(site.attn, x))
+
+
 # --- patching again, and for a while
 
 

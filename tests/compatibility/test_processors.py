@@ -346,7 +346,7 @@ def test_patched_for_a_while_gives_back_what_was_there(change, inside):
 
 
 def test_slicing_switched_on_for_good_stays():
-    """Attention slicing switched on inside `patched` is the user's own: it outlives the patch, as without one before."""
+    """Attention slicing switched on inside `patched` is not the patch's to undo."""
     pipe = agentsd.apply_patch(tiny_sd())
     with agentsd.patched(pipe, ratio=0.2):
         slice_attention(pipe)

@@ -90,6 +90,16 @@ def test_gradient_checkpointing(config):
     assert_same_gradients(gradients(unet), checkpointed)
 
 
+def test_gradient_checkpointing_holds_nothing_afterwards():
+    """Gradient checkpointing stops in the middle of each block it computes anew: no activations are left there."""
+    unet = agentsd.apply_patch(tiny_unet(), merge_mlp=True, merge_crossattn=True).train()
+    unet.enable_gradient_checkpointing()
+    gradients(unet)
+    sites = [module.agentsd_site for module in unet.modules() if hasattr(module, "agentsd_site")]
+    assert sites
+    assert all(site.metric is None and site.current is None for site in sites)
+
+
 @pytest.mark.parametrize("merging", [False, True], ids=["attention", "everything"])
 def test_gradient_checkpointing_over_several_timesteps(merging):
     """Gradient checkpointing: one backward pass after calls in both phases; each is computed anew as it was."""
