@@ -97,7 +97,9 @@ class AgentSDConfig:
         agent_ratio (`float`, *optional*): Share of tokens, in `[0, 1]`, merged away to form the agent tokens.
         agent_until (`float`, defaults to `0.4`):
             Fraction of the noise range that runs agents: they run while `t >= (1 - agent_until) * T`, with `T` the
-            scheduler's number of training timesteps.
+            scheduler's number of training timesteps. With a scheduler whose timesteps are logarithms of noise levels
+            (`EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`, `EulerDiscreteScheduler` with `"v_prediction"` and
+            `timestep_type="continuous"`) no step does, which a warning says; take the preset `"agent"` or `"tome"`.
         k_scale2 (`float`, defaults to `0.3`):
             Exponent on the softmax scale of the query–agent product (`s` becomes `s ** k_scale2`).
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut added to agent attention.

@@ -85,7 +85,7 @@ class ModelPatch:
         self.skipped = skipped
         self.site_names: list[str] = []
         self.handle: RemovableHandle | None = None
-        self.has_warned = False
+        self.warned: set[str] = set()
         self.reader = TimestepReader()
         # One phase and one key for the whole batch, or one a sample where the samples are at different timesteps.
         self.phases: list[Phase] = [config.tome_phase]
@@ -118,20 +118,36 @@ class ModelPatch:
         self.phases = [phase_at(value, self.num_train_timesteps, self.config) for value in values]
         self.key = key
         self._warn_if_replaced(model)
+        self._warn_if_unreadable(values)
 
     def _warn_if_replaced(self, model: torch.nn.Module) -> None:
-        if self.has_warned:
+        if "replaced" in self.warned:
             return
         processors = {type(model.get_submodule(name).processor) for name in self.site_names}
         replaced = processors - {AgentAttnProcessor}
         if replaced:
-            self.has_warned = True
             names = ", ".join(sorted(kind.__name__ for kind in replaced))
-            warnings.warn(
+            self._warn_once(
+                "replaced",
                 f"The attention processors of patched layers were replaced by {names}: those layers now run without "
                 "agentsd. Undo what replaced them, or call `agentsd.apply_patch` again afterwards.",
-                stacklevel=2,
             )
+
+    def _warn_if_unreadable(self, timesteps: list[float]) -> None:
+        # The last steps of a schedule tell, whose noise levels are below 1: no other kind of timestep is negative.
+        if self.config.is_scheduled and self.config.agent_until > 0 and min(timesteps) < 0:
+            self._warn_once(
+                "unreadable",
+                "The scheduler's timesteps are logarithms of noise levels, not places in its range of timesteps "
+                f"(just now {min(timesteps):.3g}), so that no step runs agents. For agents at every step, call "
+                '`agentsd.apply_patch` with `config=AgentSDConfig.preset("agent")`; for none, without this warning, '
+                "with `agent_until=0`.",
+            )
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self.warned:
+            self.warned.add(topic)
+            warnings.warn(message, stacklevel=2)
 
 
 class SitePatch:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler, UNet2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, CustomDiffusionAttnProcessor2_0
 from models import tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
@@ -274,8 +274,7 @@ def test_activations_are_let_go_after_an_exception(unet, part):
         raise InterruptedError("stopped")
 
     handle = getattr(site.block, part).register_forward_hook(stop)
-    with warnings.catch_warnings(), pytest.raises(InterruptedError):
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"), pytest.raises(InterruptedError):
         run(unet)
     handle.remove()
     state = site.attn.agentsd_site
@@ -328,6 +327,28 @@ def test_a_pipeline_takes_its_training_range_from_its_scheduler():
     sample, text = inputs(pipe.unet)
     pipe.unet(sample, 70, text)
     assert pipe.unet.agentsd_patch.phases[0].sx == 4
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        EDMDPMSolverMultistepScheduler(),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_whose_timesteps_are_noise_levels_is_warned_of_once(scheduler):
+    """They are logarithms of the noise level, all below 2 of 1000, so that no step runs agents."""
+    pipe = tiny_sd()
+    pipe.scheduler = scheduler
+    agentsd.apply_patch(pipe)
+    with pytest.warns(UserWarning, match=r"no step runs agents.*preset\(\"agent\"\)"):
+        image(pipe)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        image(pipe)
+        for config in (agentsd.AgentSDConfig.preset("agent"), agentsd.AgentSDConfig(agent_until=0)):
+            image(agentsd.apply_patch(pipe, config=config))
 
 
 def test_a_pipelines_controlnet_is_patched_with_it():
