@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -149,6 +150,43 @@ def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
         attended = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=3) @ v
     expected = unmerge_tokens(site.attn.to_out[0](attended.transpose(1, 2).flatten(2)), merging)
     torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["k_scale2", "k_shortcut"])
+def test_options_of_agent_attention_reach_it(unet, option):
+    default = {timestep: run(agentsd.apply_patch(unet), timestep) for timestep in (EARLY, LATE)}
+    agentsd.apply_patch(unet, **{option: 0.9})
+    assert not torch.equal(run(unet, EARLY), default[EARLY])
+    assert torch.equal(run(unet, LATE), default[LATE])  # no agents there
+
+
+def test_random_choices_vary_with_layer_timestep_and_seed(unet):
+    """Within a phase, and for layers of one size."""
+
+    def choices(timestep=LATE, seed=0):
+        agentsd.apply_patch(unet, seed=seed)
+        with recorded_partitions(unet) as partitions:
+            run(unet, timestep)
+        return partitions
+
+    down, *up = choices()
+    assert not any(torch.equal(down.dst, other.dst) for other in up)
+    assert torch.equal(choices()[0].dst, down.dst)
+    assert not torch.equal(choices(timestep=LATE - 20)[0].dst, down.dst)
+    assert not torch.equal(choices(seed=1)[0].dst, down.dst)
+
+
+@contextmanager
+def recorded_partitions(unet):
+    """The partitions of all patched layers, in the order in which they run."""
+    found, handles = [], []
+    for site in find_sites(unet):
+        if hasattr(site.attn, "agentsd_site"):
+            note = lambda attn, *_: found.append(attn.agentsd_site.current[0].tokens.partition)  # noqa: E731
+            handles.append(site.attn.register_forward_hook(note))
+    yield found
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
