@@ -23,7 +23,7 @@ from .merge import (
 )
 from .processor import AgentAttnProcessor
 from .schedule import TimestepReader, phase_at, timestep_key
-from .sites import Site, inner_hooks
+from .sites import Site, inner_hooks, patched_sites
 
 
 @dataclass
@@ -76,14 +76,15 @@ class ModelPatch:
     """
     The patch of one model: its configuration, and where in the denoising run it is.
 
-    It and its sites are plain objects that know no module, so that a copied or pickled model takes along its own.
+    It and its sites are plain objects, so that a copied or pickled model takes along its own.
     """
 
     def __init__(self, config: AgentSDConfig, num_train_timesteps: int, skipped: dict[str, str]):
         self.config = config
         self.num_train_timesteps = num_train_timesteps
         self.skipped = skipped
-        self.site_names: list[str] = []
+        # The patched layers, looked for at the first step: the only modules it knows, and not in a copy.
+        self.layers: list[Any] | None = None
         self.handle: RemovableHandle | None = None
         self.warned: set[str] = set()
         self.reader = TimestepReader()
@@ -92,7 +93,7 @@ class ModelPatch:
         self.key: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "key": None}
+        return {**self.__dict__, "key": None, "layers": None}
 
     def install(self, model: torch.nn.Module) -> None:
         """Hook into the model."""
@@ -123,8 +124,9 @@ class ModelPatch:
     def _warn_if_replaced(self, model: torch.nn.Module) -> None:
         if "replaced" in self.warned:
             return
-        processors = {type(model.get_submodule(name).processor) for name in self.site_names}
-        replaced = processors - {AgentAttnProcessor}
+        if self.layers is None:
+            self.layers = [site.attn for site in patched_sites(model)]
+        replaced = {type(attn.processor) for attn in self.layers} - {AgentAttnProcessor}
         if replaced:
             names = ", ".join(sorted(kind.__name__ for kind in replaced))
             self._warn_once(

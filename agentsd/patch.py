@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from .config import AgentSDConfig
 from .hooks import ModelPatch, SitePatch
 from .processor import AgentAttnProcessor
-from .sites import Site, attended_models, find_sites, unsupported_reason
+from .sites import Site, attended_models, find_sites, patched_sites, plain_name, unsupported_reason
 
 
 Patchable = TypeVar("Patchable")
@@ -66,13 +66,13 @@ def apply_patch(
         raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
     models = attended_models(pipe_or_unet)
     timesteps = _num_train_timesteps(pipe_or_unet)
-    planned: list[tuple[torch.nn.Module, ModelPatch]] = []
+    planned: list[tuple[torch.nn.Module, ModelPatch, dict[int, Site]]] = []
     for index, (_, model) in enumerate(models):
         patch = ModelPatch(config, timesteps, skipped={})
-        _choose_sites(patch, model, filter_fn)
-        if index == 0 and not patch.site_names:
+        sites = _choose_sites(patch, model, filter_fn)
+        if index == 0 and not sites:
             raise ValueError(_no_site_message(model, patch, config))
-        planned.append((model, patch))
+        planned.append((model, patch, sites))
     _replace_patches(planned)
     return pipe_or_unet
 
@@ -208,17 +208,20 @@ def _original_processor(site: Site) -> Any:
     return site.attn.processor
 
 
-def _choose_sites(patch: ModelPatch, model: torch.nn.Module, filter_fn: FilterFn | None) -> None:
-    for site in find_sites(model):
+def _choose_sites(patch: ModelPatch, model: torch.nn.Module, filter_fn: FilterFn | None) -> dict[int, Site]:
+    """The layers to patch, by their number in the model."""
+    chosen = {}
+    for layer, site in enumerate(find_sites(model)):
         if 2**site.level > patch.config.max_downsample:
             continue
         if filter_fn is not None and not filter_fn(site.name, site.attn):
             continue
         reason = unsupported_reason(site.attn, _original_processor(site))
         if reason is None:
-            patch.site_names.append(site.name)
+            chosen[layer] = site
         else:
-            patch.skipped[site.name] = reason
+            patch.skipped[plain_name(site.name)] = reason
+    return chosen
 
 
 def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDConfig) -> str:
@@ -240,7 +243,7 @@ class _Snapshot:
     def __init__(self, model: torch.nn.Module):
         self.model = model
         self.patch = current_patch(model)
-        self.sites = [(site, site.attn.agentsd_site, site.attn.processor) for site in _patched_sites(model)]
+        self.sites = [(site, site.attn.agentsd_site, site.attn.processor) for site in patched_sites(model)]
         self.kept = dict(_kept_processors(model))
 
     def restore(self) -> None:
@@ -257,31 +260,26 @@ class _Snapshot:
                 kept[name] = self.kept.get(name, processor)
 
 
-def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch]]) -> None:
+def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch, dict[int, Site]]]) -> None:
     """Give every model the patch wanted; put all back as they were if that fails."""
-    before = [_Snapshot(model) for model, _ in wanted]
+    before = [_Snapshot(model) for model, _, _ in wanted]
     try:
-        for (model, patch), snapshot in zip(wanted, before, strict=True):
+        for (model, patch, sites), snapshot in zip(wanted, before, strict=True):
             _uninstall(model)
-            _install(model, patch, snapshot)
+            _install(model, patch, sites, snapshot)
     except BaseException:
         for snapshot in before:
             snapshot.restore()
         raise
 
 
-def _install(model: torch.nn.Module, patch: ModelPatch, before: _Snapshot) -> None:
+def _install(model: torch.nn.Module, patch: ModelPatch, sites: dict[int, Site], before: _Snapshot) -> None:
     patch.install(model)
     # A copy of the processor that an older patch had here keeps the attention backend that was set on it.
     ours = {site.attn: p for site, _, p in before.sites if isinstance(p, AgentAttnProcessor)}
-    for layer, site in enumerate(find_sites(model)):
-        if site.name in patch.site_names:
-            processor = copy(ours.get(site.attn, AgentAttnProcessor()))
-            SitePatch(patch, layer, _original_processor(site)).install(site, processor)
-
-
-def _patched_sites(model: torch.nn.Module) -> list[Site]:
-    return [site for site in find_sites(model) if hasattr(site.attn, "agentsd_site")]
+    for layer, site in sites.items():
+        processor = copy(ours.get(site.attn, AgentAttnProcessor()))
+        SitePatch(patch, layer, _original_processor(site)).install(site, processor)
 
 
 def _kept_processors(model: torch.nn.Module) -> dict[str, Any]:
@@ -291,7 +289,7 @@ def _kept_processors(model: torch.nn.Module) -> dict[str, Any]:
 
 def _uninstall(model: torch.nn.Module) -> None:
     kept = _kept_processors(model)
-    for site in _patched_sites(model):
+    for site in patched_sites(model):
         name, original = f"{site.name}.processor", site.attn.agentsd_site.original
         site.attn.agentsd_site.uninstall(site)
         if isinstance(kept.get(name), AgentAttnProcessor):

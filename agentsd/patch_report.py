@@ -5,7 +5,7 @@ from typing import Any
 
 from .config import AgentSDConfig, Phase, TokenCounts
 from .patch import current_patch
-from .sites import attended_models, find_sites
+from .sites import attended_models, find_sites, plain_name
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,11 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
         if model_patch is None:
             continue
         for site in find_sites(model):
-            skipped = model_patch.skipped.get(site.name)
-            if skipped is None and site.name not in model_patch.site_names:
+            site_patch = getattr(site.attn, "agentsd_site", None)
+            skipped = model_patch.skipped.get(plain_name(site.name))
+            if site_patch is None and skipped is None:
                 continue
-            size = site.attn.agentsd_site.size if skipped is None else None
+            size = None if site_patch is None else site_patch.size
             if latent_size is not None:
                 # Each down-sampling rounds up.
                 size = (-(-latent_size[0] // 2**site.depth), -(-latent_size[1] // 2**site.depth))

@@ -10,6 +10,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 
+# Where `torch.compile` and AnimateDiff's split inference keep the module that they wrap.
+_WRAPPERS = re.compile(r"\.(?:_orig_mod|module)(?=\.)")
 _STAGE = re.compile(r"^(?:(down_blocks|up_blocks)\.(\d+)|mid_block)\.")
 
 
@@ -138,6 +140,48 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
     return [
         Site(name, depth - top, depth, transformer, block, block.attn1) for name, depth, transformer, block in found
     ]
+
+
+def patched_sites(model: torch.nn.Module) -> list[Site]:
+    """
+    The layers that are patched, known by what sits on them: names change when a module is wrapped.
+
+    Args:
+        model (`torch.nn.Module`): A UNet or ControlNet.
+
+    Returns:
+        `list[Site]`: The layers; empty if it is not patched.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> len(patched_sites(pipe.unet)) == len(agentsd.report(pipe).rows)
+    True
+    ```
+    """
+    return [site for site in find_sites(model) if hasattr(site.attn, "agentsd_site")]
+
+
+def plain_name(name: str) -> str:
+    """
+    A layer's name as it is without the wrappers around modules that hold it.
+
+    Args:
+        name (`str`): Name of a module in its model.
+
+    Returns:
+        `str`: The name before `torch.compile` or split inference wrapped anything.
+
+    Examples:
+
+    ```python
+    >>> plain_name("mid_block._orig_mod.attentions.0.module.proj_in")
+    'mid_block.attentions.0.proj_in'
+    ```
+    """
+    return _WRAPPERS.sub("", name)
 
 
 def _depth(model: Any, name: str) -> int | None:

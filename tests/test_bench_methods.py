@@ -15,6 +15,7 @@ from agentsd.bench.settings import Case
 from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
 from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
 from agentsd.patch import current_patch
+from agentsd.sites import patched_sites
 
 
 CALLABLE = [name for name, method in METHODS.items() if name != "vanilla" and not method.needs_generation]
@@ -90,7 +91,7 @@ def test_agentsd_methods_run_their_presets(unet, name, preset):
 
 
 def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet):
-    patched = current_patch(on(unet, "agentsd")).site_names
+    patched = [site.name for site in patched_sites(on(unet, "agentsd"))]
     free = [
         name
         for name, module in on(unet, "attention-free").named_modules()

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from models import tiny_sd, tiny_sdxl, tiny_unet
 from torch._dynamo.utils import counters
 
 import agentsd
 from agentsd import AgentSDConfig
+from agentsd.sites import find_sites
 
 from .support import assert_differs, assert_no_trace, fingerprint, generate
 
@@ -151,6 +153,23 @@ def test_patched_anew_with_other_options(way, options, eager):
     assert_close(walk(model, few), expected)
     agentsd.apply_patch(model)
     assert_close(walk(model, few), eager["attention"][ONE_A_PHASE])
+
+
+def test_a_layer_wrapped_after_patching():
+    """A module that is compiled by itself gets another name: its layer stays in the report, and keeps its patch."""
+    unet = small_unet(up_block_types=("CrossAttnUpBlock2D",))
+    kept = find_sites(unet)[1].attn
+    kept.set_processor(CustomDiffusionAttnProcessor2_0(hidden_size=32, train_q_out=False))
+    agentsd.apply_patch(unet)
+    before = [(site.attn, site.attn.processor) for site in find_sites(unet)]
+    skipped = [row.skipped for row in agentsd.report(unet).rows]
+    for block in (unet.down_blocks[0], unet.up_blocks[0]):
+        block.attentions[0] = torch.compile(block.attentions[0], backend="eager")
+    assert [row.skipped for row in agentsd.report(unet).rows] == skipped
+    with agentsd.patched(unet, ratio=0.2):
+        assert [row.skipped for row in agentsd.report(unet).rows] == skipped
+    assert [(site.attn, site.attn.processor) for site in find_sites(unet)] == before
+    assert_no_trace(agentsd.remove_patch(unet))
 
 
 def test_other_sizes():

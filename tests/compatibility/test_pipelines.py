@@ -234,6 +234,20 @@ def test_animatediff(config):
     assert not any("motion" in name for name in names)
 
 
+def test_animatediff_split_inference_after_patching():
+    """FreeNoise's split inference wraps modules of a patched model: it merges as before, a few frames at a time."""
+    pipe = agentsd.apply_patch(tiny_animatediff())
+    options = {"num_frames": 3, "height": 128, "width": 128}
+    patched, names = generate(pipe, **options), [row.name for row in agentsd.report(pipe).rows]
+    pipe.enable_free_noise_split_inference(temporal_split_size=2)
+    torch.testing.assert_close(generate(pipe, **options), patched, rtol=1e-4, atol=1e-4)
+    assert len(agentsd.report(pipe).rows) == len(names)
+    with agentsd.patched(pipe, ratio=0.2):
+        assert len(agentsd.report(pipe).rows) == len(names)
+    torch.testing.assert_close(generate(pipe, **options), patched, rtol=1e-4, atol=1e-4)
+    assert_no_trace(agentsd.remove_patch(pipe).unet)
+
+
 def test_animatediff_from_a_patched_unet():
     """AnimateDiff builds its own model from a UNet; a patch on that UNet does not leak into it."""
     pipe = tiny_animatediff()
