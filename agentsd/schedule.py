@@ -79,10 +79,13 @@ class TimestepReader:
 
     def _read_view(self, timestep: torch.Tensor) -> float:
         storage = timestep.untyped_storage()
-        # An inference tensor has no version counter.
+        # An inference tensor has no version counter. One that stands alone may be a buffer that is written anew for
+        # every step; those of a whole run are not written to.
         version = None if timestep.is_inference() else timestep._version
+        is_buffer = version is None and storage.nbytes() == timestep.element_size()
         is_known = (
             self._source is not None
+            and not is_buffer
             and self._source.untyped_storage().data_ptr() == storage.data_ptr()
             and self._source.dtype == timestep.dtype
             and self._version == version

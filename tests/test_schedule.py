@@ -70,6 +70,14 @@ def test_timesteps_are_read_in_inference_mode():
         assert [reader._read_view(t) for t in torch.arange(3)] == [0, 1, 2]
 
 
+def test_a_buffer_in_inference_mode_is_read_at_every_step():
+    with torch.inference_mode():
+        buffer, reader = torch.tensor(801.0), TimestepReader()
+        assert reader._read_view(buffer) == 801
+        buffer.fill_(401)
+        assert reader._read_view(buffer) == 401
+
+
 def test_keys_are_equal_for_equal_timesteps_of_any_type_and_differ_otherwise():
     device = torch.device("cpu")
     forms = [981, 981.0, torch.tensor(981), torch.tensor(981.0, dtype=torch.float64), torch.tensor([981, 961])[0]]
