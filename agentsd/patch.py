@@ -82,7 +82,9 @@ def remove_patch(pipe_or_unet: Patchable) -> Patchable:
     Undo [`apply_patch`]. What is not patched is left as it is.
 
     Args:
-        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model.
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
+            A pipeline or model. A ControlNet that was patched with another pipeline, and is not on this one, stays
+            patched: pass that pipeline, or the ControlNet itself.
 
     Returns:
         The same object.

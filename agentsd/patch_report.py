@@ -59,7 +59,7 @@ class PatchReport:
     What a patch does. Printing it gives a table.
 
     Args:
-        config (`AgentSDConfig`): The configuration of the patch.
+        config (`AgentSDConfig`): The configuration of the patch: the UNet's, if its ControlNets have others.
         rows (`list[SiteReport]`): One row a layer.
 
     Examples:
@@ -98,7 +98,7 @@ class PatchReport:
             site = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
             if row.skipped is not None:
                 lines.append([*map(str, site), f"skipped: {row.skipped}"])
-            for name in _phases(self.config) if row.skipped is None else ():
+            for name in (row.phases or _phases(self.config)) if row.skipped is None else ():
                 lines.append([*map(str, site), name, *_phase_cells(row, row.phases.get(name))])
                 site = [""] * len(site)
         widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
@@ -161,7 +161,7 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
                 # Each down-sampling rounds up.
                 size = (-(-latent_size[0] // 2**site.depth), -(-latent_size[1] // 2**site.depth))
             row = SiteReport(model_name, site.name, site.level, site.attn.inner_dim, site.attn.heads, skipped)
-            rows.append(row if size is None else _with_counts(row, size[0], size[1], patch.config))
+            rows.append(row if size is None else _with_counts(row, size[0], size[1], model_patch.config))
     return PatchReport(patch.config, rows)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny_unet
+from models import tiny_controlnet, tiny_sd, tiny_unet
 
 import agentsd
 from agentsd.sites import find_sites
@@ -42,6 +42,17 @@ def test_operations_of_attention_and_matching_are_counted(unet):
 def test_merging_elsewhere_leaves_attention_as_it_is(unet):
     row = agentsd.report(agentsd.apply_patch(unet, merge_attn=False, merge_mlp=True), 512, 512).rows[0]
     assert {phase.attention_flops for phase in row.phases.values()} == {row.attention_flops}
+
+
+def test_a_controlnet_is_reported_by_its_own_patch(unet):
+    pipe = tiny_sd()
+    pipe.controlnet = tiny_controlnet(pipe.unet)
+    agentsd.apply_patch(pipe, ratio=0.2)
+    agentsd.apply_patch(pipe.controlnet, ratio=0.5, sx=2, sy=2)
+    rows = {row.model: row for row in agentsd.report(pipe, 512, 512).rows}
+    assert rows["unet"].phases["tome"].merged_tokens == 4096 - int(4096 * 0.2)
+    assert rows["controlnet"].phases["all steps"].merged_tokens == 4096 // 2
+    assert "all steps" in str(agentsd.report(pipe, 512, 512))
 
 
 @pytest.mark.parametrize("size", [{"height": 512}, {"width": 512}, {"height": 0, "width": 512}])
