@@ -1,5 +1,6 @@
 """The attention processor that a patched self-attention layer runs."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -92,8 +93,9 @@ class AgentAttnProcessor:
         operands = [x.transpose(1, 2) for x in (q, k, v)]
         if in_fp32:
             operands = [x.float() for x in operands]
-        # Without this, an outer autocast would take the operands back to half precision.
-        with torch.autocast(device, enabled=not in_fp32 and torch.is_autocast_enabled(device)):
+        # Without this, an outer autocast, which not every kind of device has, would take them back to half precision.
+        has_autocast = in_fp32 and torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             out = dispatch_attention_fn(
                 *operands, scale=scale, backend=self._attention_backend, parallel_config=self._parallel_config
             )

@@ -242,6 +242,14 @@ def test_fp32_attention_holds_inside_an_autocast(unet, monkeypatch, timestep, pr
     assert seen == {expected}
 
 
+@pytest.mark.parametrize("precision", [None, "fp32"])
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_shapes_can_be_found_out_without_a_device(unet, timestep, precision):
+    agentsd.apply_patch(unet, attn_precision=precision)
+    sample, text = (x.to("meta") for x in inputs(unet))
+    assert unet.to("meta")(sample, timestep, text).sample.shape == sample.shape
+
+
 def test_only_the_layers_asked_for_are_patched(unet):
     asked = []
 
