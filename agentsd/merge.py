@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 # What the similarities held at a time may take: on a CPU little enough for its allocator to use the same memory again;
@@ -91,8 +92,9 @@ def cell_grid(height: int, width: int, sx: int, sy: int, device: torch.device) -
     ([[0, 1, 5, 6], [2, 3, 7, 8]], [4, 9])
     ```
     """
-    # A compiled graph folds the table into its constants; a table from outside would be one more graph input.
-    if torch.compiler.is_compiling():
+    # A compiled graph folds the table into its constants; a table from outside would be one more graph input. Under
+    # a mode such as FakeTensorMode tensors are of its own kind, which must not meet those from outside.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return _build_cell_grid(height, width, sx, sy, device)
     return _cached_cell_grid(height, width, sx, sy, device)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -68,6 +69,14 @@ def test_cells_and_leftover_hold_every_token_once(layout):
     for cell in cells.tolist():
         rows, columns = {token // width for token in cell}, {token % width for token in cell}
         assert (max(rows) - min(rows) + 1, max(columns) - min(columns) + 1) == (sy, sx)
+
+
+def test_cells_of_fake_tensors_and_real_ones_do_not_mix():
+    """Tables are kept; one made while shapes are found out with fake tensors is of no use afterwards, nor before."""
+    for _ in range(2):
+        with FakeTensorMode():
+            assert {type(table) for table in cell_grid(7, 11, 2, 3, CPU)} == {FakeTensor}
+        assert {type(table) for table in cell_grid(7, 11, 2, 3, CPU)} == {torch.Tensor}
 
 
 @given(layouts, st.booleans(), st.integers(-(2**70), 2**70))
