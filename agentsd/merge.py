@@ -295,7 +295,9 @@ def plan_merging(partition: Partition, matches: Matches, count: int) -> Merging:
         kept = src.new_zeros(batch, kept_count + 1).scatter(1, slot, src)[:, :kept_count]
     members = torch.cat([kept, dst], dim=1)
     target = cell + kept_count
-    size = torch.ones(dst.shape, device=dst.device).scatter_add(1, cell, torch.ones(cell.shape, device=dst.device))
+    # Whatever the default dtype is: bfloat16 cannot count beyond 256.
+    size = torch.ones(dst.shape, dtype=torch.float32, device=dst.device)
+    size = size.scatter_add(1, cell, torch.ones(cell.shape, dtype=torch.float32, device=dst.device))
     slots = torch.arange(members.shape[1], device=dst.device).expand(batch, -1)
     position = torch.empty(batch, sources + dst.shape[1], dtype=torch.int64, device=dst.device)
     position = position.scatter(1, torch.cat([members, merged], dim=1), torch.cat([slots, target], dim=1))

@@ -154,6 +154,21 @@ def test_merging_keeps_the_sum_and_unmerging_restores_what_was_not_merged(layout
     )
 
 
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("bfloat16_by_default")
+def test_many_tokens_of_a_cell_are_counted_exactly():
+    partition = Partition(dst=torch.tensor([[0]]), src=torch.arange(1, 1000).unsqueeze(0))
+    merging = make_merging(torch.ones(1, 1000, 4), partition, 999)
+    assert merging.size.item() == 1000
+    assert merging.size.dtype == torch.float32
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size in bytes of the largest tensor that any operation returns."""
 
