@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,10 @@ _DTYPES = {
 }
 _PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
 # What diffusers' loading functions take beside components. They only log a keyword that they do not know, so that a
 # misspelt option would go unnoticed.
-_COMMON_OPTIONS = {
-    *("cache_dir", "disable_mmap", "dtype", "force_download", "local_files_only", "proxies", "revision", "token"),
-}
+_COMMON_OPTIONS = {*_HUB_OPTIONS, "disable_mmap", "dtype"}
 _FILE_OPTIONS = {*_COMMON_OPTIONS, "config", "original_config"}
 _FOLDER_OPTIONS = {
     *_COMMON_OPTIONS,
@@ -99,7 +99,7 @@ def load_pipeline(
     Args:
         model (`str` or `os.PathLike`, defaults to `"emoji"`): What [`resolve_model`] takes.
         device (`str` or `torch.device`, *optional*): See [`pick_device`].
-        dtype (`str` or `torch.dtype`, *optional*): See [`pick_dtype`].
+        dtype (`str` or `torch.dtype`, *optional*): See [`pick_dtype`]. `torch_dtype` is another name for it.
         options:
             Passed to `from_pretrained` or, for a file, `from_single_file` of diffusers: components, `variant`,
             `revision`, … A file holds weights only; the description that goes with them is fetched from the Hub unless
@@ -111,7 +111,7 @@ def load_pipeline(
     Raises:
         FileNotFoundError: If there is no such file or folder.
         OSError: If it cannot be read, or the Hub cannot be reached or does not have it.
-        TypeError: If there is no such option.
+        TypeError: If there is no such option, or `dtype` is given under both names.
         ValueError: If it is not a model, its weights are pickles, or device or dtype cannot be used.
 
     Examples:
@@ -123,6 +123,10 @@ def load_pipeline(
     torch.float32
     ```
     """
+    if "torch_dtype" in options:
+        if dtype is not None:
+            raise TypeError("Give either `dtype` or `torch_dtype`, not both.")
+        dtype = options.pop("torch_dtype")
     source = resolve_model(model)
     target = pick_device(device)
     options["dtype"] = pick_dtype(dtype, target)
@@ -130,11 +134,6 @@ def load_pipeline(
         raise ValueError(f"`use_safetensors=False` would load a pickle, which can run code. {_CONVERT}")
     is_file = isinstance(source, Path) and source.is_file()
     pipe = _load_file(Path(source), options) if is_file else _load_folder_or_id(source, options)
-    known = (_FILE_OPTIONS if is_file else _FOLDER_OPTIONS) | set(inspect.signature(type(pipe).__init__).parameters)
-    unknown = sorted(set(options) - known)
-    if unknown:
-        kind = "file" if is_file else "folder"
-        raise TypeError(f"Loading {type(pipe).__name__} from a {kind} has no option {', '.join(map(repr, unknown))}.")
     return pipe if "device_map" in options else pipe.to(target)
 
 
@@ -256,9 +255,27 @@ def _check_folder(folder: Path) -> None:
             raise ValueError(f"{folder} has its {component} as a pickle, which can run code. {_CONVERT}")
 
 
+def _check_options(pipeline_class: type, options: dict[str, Any], known: set[str], kind: str) -> None:
+    unknown = sorted(set(options) - known - set(inspect.signature(pipeline_class.__init__).parameters))
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise TypeError(f"Loading {pipeline_class.__name__} from a {kind} has no option {names}.")
+
+
 def _load_folder_or_id(source: Path | str, options: dict[str, Any]) -> diffusers.DiffusionPipeline:
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+        from_hub = {name: value for name, value in options.items() if name in _HUB_OPTIONS}
+        with warnings.catch_warnings(action="ignore"):  # of an outdated argument that diffusers itself sets
+            name = diffusers.DiffusionPipeline.load_config(source, **from_hub).get("_class_name")
+        is_custom = "custom_pipeline" in options or not hasattr(diffusers, str(name))
+        if not is_custom:
+            # Before the weights, which may take long to load.
+            _check_options(getattr(diffusers, name), options, _FOLDER_OPTIONS, "folder")
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+        if is_custom:
+            # What a pipeline with its own code takes is known only now.
+            _check_options(type(pipe), options, _FOLDER_OPTIONS, "folder")
+        return pipe
     except OSError as error:
         if isinstance(source, Path):
             raise OSError(f"Cannot load the model in {source}: {error}") from error
@@ -270,6 +287,7 @@ def _load_folder_or_id(source: Path | str, options: dict[str, Any]) -> diffusers
 
 def _load_file(file: Path, options: dict[str, Any]) -> diffusers.DiffusionPipeline:
     pipeline_class = _pipeline_class_of_file(file, options.get("config"))
+    _check_options(pipeline_class, options, _FILE_OPTIONS, "file")
     try:
         return pipeline_class.from_single_file(str(file), **options)
     except OSError as error:

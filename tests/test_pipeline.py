@@ -10,7 +10,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from models import tiny_sd, tiny_sdxl
 from safetensors.torch import save_file
 
@@ -192,6 +197,28 @@ def test_unknown_option(folder, option):
     """diffusers would ignore a misspelt option; so would a folder given diffusers' `config`, which is for files."""
     with pytest.raises(TypeError, match=f"from a folder has no option '{option}'"):
         load_pipeline(folder, **{option: "0.5"})
+
+
+@pytest.mark.parametrize("model", ["folder", "file"])
+def test_unknown_option_is_found_before_the_model_is_loaded(model, request, folder, monkeypatch):
+    """Weights may take minutes to come."""
+
+    def load(*args, **options):
+        raise AssertionError("loaded")
+
+    for function in ("from_pretrained", "from_single_file"):
+        monkeypatch.setattr(StableDiffusionPipeline, function, load)
+        monkeypatch.setattr(DiffusionPipeline, function, load, raising=False)
+    options = {"config": folder} if model == "file" else {}
+    with pytest.raises(TypeError, match=f"from a {model} has no option 'rato'"):
+        load_pipeline(request.getfixturevalue(model), device="cpu", rato=0.5, **options)
+
+
+def test_dtype_by_its_name_in_diffusers(folder):
+    assert load_pipeline(folder, device="cpu", torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert AgentSDPipeline.from_pretrained(folder, device="cpu", torch_dtype="bf16").unet.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="either `dtype` or `torch_dtype`"):
+        load_pipeline(folder, device="cpu", dtype="float32", torch_dtype=torch.bfloat16)
 
 
 def test_options_reach_diffusers(folder):
