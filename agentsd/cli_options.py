@@ -157,7 +157,8 @@ def check_picture_file(file: Path) -> None:
 
     if file.is_dir():
         raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'picture.png'}.")
-    if file.suffix.lower() not in Image.registered_extensions():
+    # Some kinds, such as .psd, can be read but not written.
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {file} does not end in a kind of picture, such as .png.")
 
 

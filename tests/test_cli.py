@@ -167,6 +167,7 @@ def test_version():
         (["generate", PROMPT, "--ratio", "0.5", "--set", "ratio=0.4"], "ratio is given twice."),
         (["generate", PROMPT, "--ratio", "0.5", "--no-patch"], "--no-patch leaves nothing"),
         (["generate", PROMPT, "--out", "picture.doc"], "does not end in a kind of picture"),
+        (["generate", PROMPT, "--out", "picture.psd"], "does not end in a kind of picture"),
         (["generate", PROMPT, "--out", "."], "is a folder: name a file"),
         (["generate", PROMPT, "--model", "./nothing"], "There is no model './nothing'"),
         (["generate", PROMPT, "--model", "nothing"], "There is no model 'nothing'"),
