@@ -1,6 +1,7 @@
 """What a user can set, validated once."""
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
 
@@ -144,17 +145,17 @@ class AgentSDConfig:
     merge_mlp: bool = False
 
     def __post_init__(self) -> None:
-        _check_number("ratio", self.ratio, low=0, high=1, high_open=True)
-        _check_number("agent_until", self.agent_until, low=0, high=1)
-        _check_number("k_scale2", self.k_scale2)
-        _check_number("k_shortcut", self.k_shortcut)
+        self._keep_number("ratio", low=0, high=1, high_open=True)
+        self._keep_number("agent_until", low=0, high=1)
+        self._keep_number("k_scale2")
+        self._keep_number("k_shortcut")
         if self.agent_ratio is not None:
-            _check_number("agent_ratio", self.agent_ratio, low=0, high=1)
+            self._keep_number("agent_ratio", low=0, high=1)
         for name in ("sx", "sy"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), low=1)
-        _check_integer("seed", self.seed)
-        _check_integer("max_downsample", self.max_downsample)
+                self._keep_integer(name, low=1)
+        self._keep_integer("seed")
+        self._keep_integer("max_downsample")
         if self.max_downsample not in (1, 2, 4, 8):
             raise ValueError(f"`max_downsample` must be 1, 2, 4 or 8, but got {self.max_downsample}.")
         if self.attn_precision not in (None, *get_args(AttnPrecision)):
@@ -162,6 +163,17 @@ class AgentSDConfig:
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, but got {getattr(self, name)!r}.")
+
+    def _keep_number(
+        self, name: str, low: float | None = None, high: float | None = None, high_open: bool = False
+    ) -> None:
+        _check_number(name, getattr(self, name), low, high, high_open)
+        # NumPy's numbers, too, become plain ones, which JSON and comparisons know.
+        object.__setattr__(self, name, float(getattr(self, name)))
+
+    def _keep_integer(self, name: str, low: int | None = None) -> None:
+        _check_integer(name, getattr(self, name), low)
+        object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def is_scheduled(self) -> bool:
@@ -265,7 +277,7 @@ class AgentSDConfig:
 def _check_number(
     name: str, value: Any, low: float | None = None, high: float | None = None, high_open: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, but got {value!r}.")
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"`{name}` must be finite, but got {value!r}.")
@@ -276,7 +288,7 @@ def _check_number(
 
 
 def _check_integer(name: str, value: Any, low: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, but got {value!r}.")
     if low is not None and value < low:
         raise ValueError(f"`{name}` must be at least {low}, but got {value!r}.")

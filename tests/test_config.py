@@ -1,5 +1,8 @@
 """Options: the defaults users know, the two-phase schedule, and errors at the border."""
 
+import json
+
+import numpy as np
 import pytest
 
 from agentsd import AgentSDConfig
@@ -54,6 +57,23 @@ def test_presets_hold_one_phase_for_all_steps(ratio):
 def test_dictionary_round_trip():
     config = AgentSDConfig(ratio=0.2, sx=3, merge_mlp=True, attn_precision="fp32")
     assert AgentSDConfig.from_dict(config.to_dict()) == config
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """Sweeps are often written with `np.linspace`."""
+    config = AgentSDConfig(
+        ratio=np.float32(0.5), k_scale2=np.float64(0.3), sx=np.int64(4), seed=np.uint8(3), k_shortcut=0
+    )
+    assert config == AgentSDConfig(ratio=0.5, sx=4, seed=3, k_shortcut=0.0)
+    assert [type(value) for value in (config.ratio, config.k_scale2, config.sx, config.seed)] == [
+        float,
+        float,
+        int,
+        int,
+    ]
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    with pytest.raises(TypeError, match="`ratio` must"):
+        AgentSDConfig(ratio=np.bool_(True))
 
 
 @pytest.mark.parametrize(
