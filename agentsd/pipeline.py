@@ -118,6 +118,8 @@ class AgentSDPipeline:
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pipe":
+            raise AttributeError(f"`pipe` cannot be replaced. Wrap the other one: `{type(self).__name__}(other)`.")
         # `pipe.scheduler = …` must change the scheduler that is used.
         setattr(self.pipe, name, value)
 

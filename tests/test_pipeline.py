@@ -318,6 +318,16 @@ def test_wrapper_is_used_like_the_pipeline():
     assert "StableDiffusionPipeline" in repr(wrapped)
 
 
+def test_the_wrapped_pipeline_cannot_be_replaced():
+    """It would become an attribute of the old one, and go unused."""
+    pipe = tiny_sd()
+    wrapper = AgentSDPipeline(pipe)
+    with pytest.raises(AttributeError, match=r"AgentSDPipeline\(other\)"):
+        wrapper.pipe = tiny_sd()
+    assert wrapper.pipe is pipe
+    assert not hasattr(pipe, "pipe")
+
+
 def test_patch_functions_take_the_wrapper():
     """Removing and changing the patch works on it too."""
     wrapped = AgentSDPipeline(tiny_sd())
