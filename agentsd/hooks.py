@@ -317,11 +317,6 @@ class MergedLayer:
     def before_layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Merge the layer's input."""
         self.plans = None
-        if kwargs.get("ip_adapter_masks") is not None:
-            raise ValueError(
-                "`merge_crossattn` cannot be combined with IP-Adapter masks, which are laid over unmerged tokens. "
-                "Call `agentsd.apply_patch` with `merge_crossattn=False`."
-            )
         x = args[0] if args else kwargs["hidden_states"]
         plans = self.site.plans(x)
         # A layer takes one tensor: samples in different phases only fit into it if as many tokens are left of each.
@@ -330,6 +325,11 @@ class MergedLayer:
         # A cache inside the layer gives back what an older step computed, in that step's order of tokens.
         if any(hook._is_stateful for hook in inner_hooks(layer)):
             return None
+        if kwargs.get("ip_adapter_masks") is not None:
+            raise ValueError(
+                "`merge_crossattn` cannot be combined with IP-Adapter masks, which are laid over unmerged tokens. "
+                "Call `agentsd.apply_patch` with `merge_crossattn=False`."
+            )
         self.plans = plans
         merged = self.site.join([merge_tokens(p.take(x), p.tokens.merging) for p in plans if p.tokens], plans)
         return ((merged, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": merged})

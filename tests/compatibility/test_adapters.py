@@ -177,3 +177,12 @@ def test_ip_adapter_masks_with_merged_cross_attention_are_refused(agent_until):
         generate_with_image(pipe, cross_attention_kwargs={"ip_adapter_masks": masks()})
     agentsd.remove_patch(pipe)
     assert torch.equal(generate_with_image(pipe), before)
+
+
+def test_ip_adapter_masks_where_nothing_is_merged():
+    """IP-Adapter: masks are no obstacle to `merge_crossattn` at `ratio=0`, which changes nothing."""
+    pipe = with_ip_adapter(tiny_sd())
+    options = {"cross_attention_kwargs": {"ip_adapter_masks": masks()}}
+    before = generate_with_image(pipe, **options)
+    agentsd.apply_patch(pipe, ratio=0, merge_crossattn=True)
+    assert torch.equal(generate_with_image(pipe, **options), before)
