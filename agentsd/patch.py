@@ -232,6 +232,14 @@ def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDC
         name, reason = next(iter(patch.skipped.items()))
         return f"No self-attention of {kind} can be patched: {name} is left out because {reason}."
     if not find_sites(model):
+        if isinstance(model, torch.nn.DataParallel):
+            return (
+                "DataParallel runs copies of a model in several threads, whose calls a patch cannot tell apart. Use "
+                "DistributedDataParallel, with one process a GPU, and patch the model inside."
+            )
+        inner = next((name for name, module in model.named_modules() if name and find_sites(module)), None)
+        if inner is not None:
+            return f"{kind} wraps the model that agentsd can patch: patch its `{inner}`, before or after wrapping."
         return (
             f"{kind} has no self-attention that agentsd can patch: it looks for the transformer blocks of a Stable "
             "Diffusion UNet. Transformer models such as Stable Diffusion 3 and Flux are not supported yet."

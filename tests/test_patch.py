@@ -11,6 +11,7 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDi
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, CustomDiffusionAttnProcessor2_0
 from models import tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
+from peft import LoraConfig, get_peft_model
 
 import agentsd
 from agentsd.attention import agent_attention
@@ -434,6 +435,18 @@ def test_a_pipeline_with_a_transformer_is_not_supported_yet():
     pipe.transformer = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match="transformer models"):
         agentsd.apply_patch(pipe)
+
+
+def test_a_wrapped_model_is_named(unet):
+    wrapped = get_peft_model(unet, LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"PeftModel wraps .* patch its `base_model\.model`"):
+        agentsd.apply_patch(wrapped)
+    assert agentsd.is_patched(agentsd.apply_patch(wrapped.base_model.model))
+
+
+def test_a_model_that_runs_in_threads_is_refused(unet):
+    with pytest.raises(ValueError, match="Use DistributedDataParallel"):
+        agentsd.apply_patch(torch.nn.DataParallel(unet))
 
 
 def test_a_model_without_matching_layers_is_an_error():
