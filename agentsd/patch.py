@@ -32,6 +32,9 @@ def apply_patch(
     A patch that is already there is replaced; an attention backend set on its layers stays. If the call fails, nothing
     has changed.
 
+    A patched model serves one thread at a time, whichever pipelines share it: what belongs to a call lies on the
+    model, so that two calls at once would merge by each other's tokens, without an error.
+
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
             What to patch. Of a pipeline the UNet is patched, and the ControlNets if it has some.
