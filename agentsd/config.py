@@ -1,5 +1,6 @@
 """What a user can set, validated once."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
@@ -167,13 +168,11 @@ class AgentSDConfig:
     def _keep_number(
         self, name: str, low: float | None = None, high: float | None = None, high_open: bool = False
     ) -> None:
-        _check_number(name, getattr(self, name), low, high, high_open)
-        # NumPy's numbers, too, become plain ones, which JSON and comparisons know.
-        object.__setattr__(self, name, float(getattr(self, name)))
+        # NumPy's numbers, too, become plain ones, which JSON knows.
+        object.__setattr__(self, name, _plain_number(name, getattr(self, name), low, high, high_open))
 
     def _keep_integer(self, name: str, low: int | None = None) -> None:
-        _check_integer(name, getattr(self, name), low)
-        object.__setattr__(self, name, int(getattr(self, name)))
+        object.__setattr__(self, name, _plain_integer(name, getattr(self, name), low))
 
     @property
     def is_scheduled(self) -> bool:
@@ -274,21 +273,24 @@ class AgentSDConfig:
         return asdict(self)
 
 
-def _check_number(
+def _plain_number(
     name: str, value: Any, low: float | None = None, high: float | None = None, high_open: bool = False
-) -> None:
+) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, but got {value!r}.")
-    if value != value or value in (float("inf"), float("-inf")):
+    number = float(value)
+    if not math.isfinite(number):
         raise ValueError(f"`{name}` must be finite, but got {value!r}.")
     if low is None or high is None:
-        return
-    if value < low or value > high or (high_open and value == high):
+        return number
+    if not low <= number <= high or (high_open and number == high):
         raise ValueError(f"`{name}` must be in [{low}, {high}{')' if high_open else ']'}, but got {value!r}.")
+    return number
 
 
-def _check_integer(name: str, value: Any, low: int | None = None) -> None:
+def _plain_integer(name: str, value: Any, low: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, but got {value!r}.")
     if low is not None and value < low:
         raise ValueError(f"`{name}` must be at least {low}, but got {value!r}.")
+    return int(value)

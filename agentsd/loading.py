@@ -256,7 +256,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_options(pipeline_class: type, options: dict[str, Any], known: set[str], kind: str) -> None:
-    unknown = sorted(set(options) - known - set(inspect.signature(pipeline_class.__init__).parameters))
+    unknown = sorted(set(options) - known - set(inspect.signature(pipeline_class).parameters))
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise TypeError(f"Loading {pipeline_class.__name__} from a {kind} has no option {names}.")
