@@ -265,7 +265,8 @@ def _check_options(pipeline_class: type, options: dict[str, Any], known: set[str
 def _load_folder_or_id(source: Path | str, options: dict[str, Any]) -> diffusers.DiffusionPipeline:
     try:
         from_hub = {name: value for name, value in options.items() if name in _HUB_OPTIONS}
-        with warnings.catch_warnings(action="ignore"):  # of an outdated argument that diffusers itself sets
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an outdated argument that diffusers itself sets
             name = diffusers.DiffusionPipeline.load_config(source, **from_hub).get("_class_name")
         is_custom = "custom_pipeline" in options or not hasattr(diffusers, str(name))
         if not is_custom:
