@@ -135,7 +135,7 @@ def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("methods", "total"), [(("vanilla", "agentsd"), 10), (("agentsd", "fewer-steps"), 21)])
+@pytest.mark.parametrize(("methods", "total"), [(("vanilla", "agentsd"), 10), (("agentsd", "fewer-steps"), 17)])
 def test_progress_goes_by_calls_and_pictures(model, methods, total):
     """Without a leap: also over vanilla's pictures where it is not asked for itself, and calls that settle steps."""
     told = []
