@@ -168,13 +168,13 @@ def _is_inside(file: Path, folder: Path) -> bool:
 
 def _draw_grid(lines: "list[tuple[Row, list[Path]]]") -> PIL.Image.Image:
     font = PIL.ImageFont.load_default(size=16)
-    label, gap = 150, 4
+    labels = [row.name if row.method != "fewer-steps" else f"{row.name}\n{row.steps} steps" for row, _ in lines]
+    label, gap = 16 + max(round(font.getlength(line)) for text in labels for line in text.split("\n")), 4
     columns = max(len(files) for _, files in lines)
     sheet = PIL.Image.new("RGB", (label + columns * (_GRID_SIDE + gap), len(lines) * (_GRID_SIDE + gap)), "white")
     draw = PIL.ImageDraw.Draw(sheet)
-    for number, (row, files) in enumerate(lines):
+    for number, (text, (_, files)) in enumerate(zip(labels, lines, strict=True)):
         top = number * (_GRID_SIDE + gap)
-        text = row.name if row.method != "fewer-steps" else f"{row.name}\n{row.steps} steps"
         draw.text((8, top + _GRID_SIDE // 2), text, fill="black", font=font, anchor="lm")
         for column, file in enumerate(files):
             with PIL.Image.open(file) as picture:
