@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 
@@ -10,3 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are so small that a second thread costs more in waiting than it saves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def unet():
+    """A small UNet with random weights, not patched."""
+    from models import tiny_unet
+
+    return tiny_unet().eval()

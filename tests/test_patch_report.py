@@ -2,15 +2,10 @@
 
 import pytest
 import torch
-from models import tiny_controlnet, tiny_sd, tiny_unet
+from models import tiny_controlnet, tiny_sd
 
 import agentsd
 from agentsd.sites import find_sites
-
-
-@pytest.fixture
-def unet():
-    return tiny_unet().eval()
 
 
 def test_without_a_patch_it_says_what_to_do(unet):

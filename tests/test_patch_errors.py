@@ -1,0 +1,133 @@
+"""What cannot be patched is named, and a failed call changes nothing."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, CustomDiffusionAttnProcessor2_0
+from peft import LoraConfig, get_peft_model
+from runs import hook_count, run
+
+import agentsd
+from agentsd.sites import find_sites
+
+
+class Other:
+    pass
+
+
+@pytest.mark.parametrize("thing", [None, 3, "unet", Other(), torch.zeros(1)])
+@pytest.mark.parametrize("call", [agentsd.apply_patch, agentsd.remove_patch, agentsd.is_patched, agentsd.report])
+def test_a_wrong_object_is_named(thing, call):
+    with pytest.raises(TypeError, match="pipeline with a UNet, or a UNet, but got"):
+        call(thing)
+
+
+def test_a_pipeline_with_a_transformer_is_not_supported_yet():
+    pipe = Other()
+    pipe.transformer = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match="transformer models"):
+        agentsd.apply_patch(pipe)
+
+
+def test_a_wrapped_model_is_named(unet):
+    wrapped = get_peft_model(unet, LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"PeftModel wraps .* patch its `base_model\.model`"):
+        agentsd.apply_patch(wrapped)
+    assert agentsd.is_patched(agentsd.apply_patch(wrapped.base_model.model))
+
+
+def test_a_model_that_runs_in_threads_is_refused(unet):
+    with pytest.raises(ValueError, match="Use DistributedDataParallel"):
+        agentsd.apply_patch(torch.nn.DataParallel(unet))
+
+
+def test_a_model_without_matching_layers_is_an_error():
+    unet = UNet2DModel(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+    )
+    with pytest.raises(ValueError, match="no self-attention that agentsd can patch"):
+        agentsd.apply_patch(unet)
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"ratio": 1.0}, ValueError),
+        ({"ratio": None, "sx": 0}, ValueError),
+        ({"ratios": 0.4}, TypeError),
+        ({"config": {"ratio": 0.4}}, TypeError),
+        ({"ratio": 0.3, "config": agentsd.AgentSDConfig()}, ValueError),
+        ({"seed": 1, "config": agentsd.AgentSDConfig()}, ValueError),
+        ({"filter_fn": "down"}, TypeError),
+        ({"filter_fn": lambda name, module: False}, ValueError),
+        ({"filter_fn": lambda name, module: name.nothing}, AttributeError),
+    ],
+)
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_a_failed_call_changes_nothing(unet, options, error, is_patched):
+    if is_patched:
+        agentsd.apply_patch(unet, ratio=0.2, merge_mlp=True)
+    before, hooks, processors = run(unet), hook_count(unet), dict(unet.attn_processors)
+    with pytest.raises(error):
+        agentsd.apply_patch(unet, **options)
+    assert agentsd.is_patched(unet) == is_patched
+    assert (hook_count(unet), unet.attn_processors) == (hooks, processors)
+    assert torch.equal(run(unet), before)
+
+
+def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
+    agentsd.apply_patch(unet, ratio=0.2)
+    before, hooks = run(unet), hook_count(unet)
+    last = [site.block for site in find_sites(unet) if hasattr(site.attn, "agentsd_site")][-1]
+
+    def refuse(*args, **kwargs):
+        if "with_kwargs" in kwargs and refuse.calls:
+            refuse.calls -= 1
+            raise RuntimeError("refused")
+        return type(last).register_forward_pre_hook(last, *args, **kwargs)
+
+    refuse.calls = 1
+    monkeypatch.setattr(last, "register_forward_pre_hook", refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        agentsd.apply_patch(unet, ratio=0.5)
+    assert hook_count(unet) == hooks
+    assert torch.equal(run(unet), before)
+
+
+def test_unsupported_processors_are_skipped_and_reported(unet):
+    site = find_sites(unet)[0]
+    custom = CustomDiffusionAttnProcessor2_0(hidden_size=site.attn.inner_dim, train_q_out=False)
+    site.attn.set_processor(custom)
+    agentsd.apply_patch(unet)
+    rows = {row.name: row for row in agentsd.report(unet, 128, 128).rows}
+    assert "CustomDiffusionAttnProcessor2_0" in rows[site.name].skipped
+    assert site.attn.processor is custom
+    assert "skipped: its processor CustomDiffusionAttnProcessor2_0" in str(agentsd.report(unet))
+
+    for other in find_sites(unet):
+        other.attn.set_processor(custom)
+    agentsd.remove_patch(unet)
+    with pytest.raises(ValueError, match="CustomDiffusionAttnProcessor2_0"):
+        agentsd.apply_patch(unet)
+
+
+def test_a_replaced_processor_means_vanilla_and_one_warning(unet):
+    plain = run(unet)
+    agentsd.apply_patch(unet)
+    unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.warns(UserWarning, match="replaced by AttnProcessor2_0"):
+        assert torch.equal(run(unet), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(unet)
+    agentsd.remove_patch(unet)
+    assert all(type(p) is AttnProcessor2_0 for p in unet.attn_processors.values())
+
+
+def test_the_original_processor_comes_back(unet):
+    unet.set_attn_processor(AttnProcessor())
+    originals = dict(unet.attn_processors)
+    agentsd.remove_patch(agentsd.apply_patch(unet))
+    assert unet.attn_processors == originals
