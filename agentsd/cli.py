@@ -302,12 +302,13 @@ def bench(
                 bars.update(task, description=name, completed=done, total=total)
 
             result = run_bench(asked, out=out, resume=resume, progress=advance)
+        from .bench.report import NOT_IN_TERMINAL
         from .bench.workers import Workers
 
         if not Workers().is_main:
             return
         print_table(result.table())
-        for note in result.notes:
+        for note in result.notes(without=NOT_IN_TERMINAL):
             print(f"- {note}")
         if out is None:
             return

@@ -264,7 +264,7 @@ def test_the_embedded_model_brings_its_own_features(tmp_path):
         assert value == pytest.approx(agentsd[name][0] - vanilla[name][0])
         assert low <= value <= high
         assert f"{name}_change" not in vanilla
-    notes = " ".join(load_result(tmp_path).notes)
+    notes = " ".join(load_result(tmp_path).notes())
     assert "features of emoji" in notes and "fresh renders" in notes
     assert f"reference itself have FID {vanilla['fid_floor'][0]:.1f}" in notes
 

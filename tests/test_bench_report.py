@@ -204,6 +204,13 @@ def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
     assert text.endswith("<!-- /results -->\nAfter.\n")
     document.write_text(text)
     assert fill_tables(document) == text
+    document.write_text(text.replace("results: results", "results: results without quartiles, peak memory"))
+    narrow = fill_tables(document)
+    assert "| size | method | median | speed-up |" in narrow
+    assert "- median: seconds per UNet call" in narrow
+    document.write_text(text.replace("results: results", "results: results without FOD"))
+    with pytest.raises(BenchError, match="no column 'FOD'"):
+        fill_tables(document)
     document.write_text("No table.")
     with pytest.raises(BenchError, match="no table of results"):
         fill_tables(document)

@@ -133,7 +133,7 @@ def test_a_peer_that_cannot_run_is_a_row_that_says_why(model, monkeypatch, with_
     assert "not installed" in tomesd.reason
     assert hidiffusion.reason.startswith("hidiffusion does not")
     assert "not run" in result.to_markdown()
-    assert any("tomesd 0.4 at 64×64 did not run: tomesd is not installed" in note for note in result.notes)
+    assert any("tomesd 0.4 at 64×64 did not run: tomesd is not installed" in note for note in result.notes())
 
 
 def run_out_on_a_gpu():

@@ -4,7 +4,7 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from .store import BenchError, read_log, read_object
 
 
 _TEXT_COLUMNS = ("size", "method")
-# A terminal has no room for these; they are in the reports.
-_NOT_IN_TERMINAL = ("s a step", "launches a step", "Δ FID", "Δ KID", "Δ CLIP score")
+_PICTURE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
+# A terminal has no room for these columns; they are in the reports.
+NOT_IN_TERMINAL = ("s a step", "launches a step", "Δ FID", "Δ KID", "Δ CLIP score")
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,17 @@ class BenchResult:
             return f"UNet of the shape of {models}, random weights, single calls with guidance{compiled}"
         return f"{models}: generations of {self.settings['steps']} steps{compiled}"
 
-    @property
-    def notes(self) -> list[str]:
-        """How to read the table."""
-        return _notes(self)
+    def notes(self, without: Collection[str] = ()) -> list[str]:
+        """
+        How to read the table.
+
+        Args:
+            without (`Collection[str]`, *optional*): Headings of columns that the table leaves out.
+
+        Returns:
+            `list[str]`: A line each.
+        """
+        return _notes(self, self.cells(without=without)[0])
 
     def table(self) -> Table:
         """
@@ -61,14 +69,7 @@ class BenchResult:
             `rich.table.Table`: For `rich.print`. The notes are not part of it.
         """
         table = Table(title=self.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        header, *lines = zip(
-            *(
-                column
-                for column in zip(*self.cells(intervals=False), strict=True)
-                if column[0] not in _NOT_IN_TERMINAL
-            ),
-            strict=True,
-        )
+        header, *lines = self.cells(intervals=False, without=NOT_IN_TERMINAL)
         for number, name in enumerate(header[1:]):
             # Headings break, so that the table fits a terminal of 80 columns.
             heading = name.replace("-", "-\n").replace(" ", "\n")
@@ -82,17 +83,23 @@ class BenchResult:
             table.add_row(*line[1:])
         return table
 
-    def to_markdown(self) -> str:
+    def to_markdown(self, without: Collection[str] = ()) -> str:
         """
         Title, table, notes and environment as Markdown.
 
+        Args:
+            without (`Collection[str]`, *optional*): Headings of columns to leave out.
+
         Returns:
             `str`: Markdown text, ending in a newline.
+
+        Raises:
+            BenchError: If there is no column of a heading that is to be left out.
         """
-        header, *lines = self.cells()
+        header, *lines = self.cells(without=without)
         rule = [":--" if name in _TEXT_COLUMNS else "--:" for name in header]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
-        notes = "\n".join(f"- {note}" for note in [*self.notes, self.machine()])
+        notes = "\n".join(f"- {note}" for note in [*self.notes(without), self.machine()])
         return f"**{self.title}**\n\n{table}\n\n{notes}\n"
 
     def to_csv(self) -> str:
@@ -131,7 +138,7 @@ class BenchResult:
         header, *lines = self.cells()
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>\n" for line in lines)
-        notes = "".join(f"<li>{html.escape(note)}</li>\n" for note in [*self.notes, self.machine()])
+        notes = "".join(f"<li>{html.escape(note)}</li>\n" for note in [*self.notes(), self.machine()])
         shown = "".join(
             f'<figure><img alt="{html.escape(file.stem)}" src="data:image/png;base64,'
             f'{base64.b64encode(file.read_bytes()).decode()}"></figure>\n'
@@ -163,15 +170,19 @@ class BenchResult:
             (folder / name).write_text(text, encoding="utf-8")
         return [*(folder / name for name in files), *plots]
 
-    def cells(self, intervals: bool = True) -> list[list[str]]:
+    def cells(self, intervals: bool = True, without: Collection[str] = ()) -> list[list[str]]:
         """
         The table as text.
 
         Args:
             intervals (`bool`, defaults to `True`): Show the interval of a metric beside its value.
+            without (`Collection[str]`, *optional*): Headings of columns to leave out.
 
         Returns:
             `list[list[str]]`: Lines of cells, the header first.
+
+        Raises:
+            BenchError: If there is no column of a heading that is to be left out.
         """
         has_models = len({row.model for row in self.rows}) > 1
         has_batches = any(row.batch != 1 for row in self.rows)
@@ -181,12 +192,15 @@ class BenchResult:
             return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
 
         columns = {"size": size, **COLUMNS}
+        unknown = [name for name in without if name not in columns]
+        if unknown:
+            raise BenchError(f"There is no column {unknown[0]!r} to leave out. Known: {', '.join(columns)}.")
         texts = {name: [text(row) for row in self.rows] for name, text in columns.items()}
         if not intervals:
             texts = {name: [cell.partition(" (")[0] for cell in column] for name, column in texts.items()}
         if len(set(texts["steps"])) == 1:
             texts["steps"] = [""]
-        shown = [name for name in columns if any(texts[name])]
+        shown = [name for name in columns if any(texts[name]) and name not in without]
         return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
 
     def machine(self) -> str:
@@ -270,7 +284,7 @@ def load_result(folder: str | Path) -> BenchResult:
         raise BenchError(f"{folder} was written by another version of agentsd: {error}.") from error
 
 
-def _notes(result: BenchResult) -> list[str]:
+def _notes(result: BenchResult, shown: Collection[str]) -> list[str]:
     settings, rows = result.settings, result.rows
     is_call = SUITES[settings["suite"]].kind == "call"
     unit = "UNet call" if is_call else "generation"
@@ -281,11 +295,12 @@ def _notes(result: BenchResult) -> list[str]:
             f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
             "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
         )
+    times = "median and quartiles" if "quartiles" in shown else "median"
     notes += [
-        f"median and quartiles: seconds per {unit}, over {settings['repeats']} interleaved rounds in one process.",
+        f"{times}: seconds per {unit}, over {settings['repeats']} interleaved rounds in one process.",
         "speed-up: median over the rounds of vanilla's time divided by the method's in the same round.",
     ]
-    if any(row.of_tomesd or row.of_free for row in rows):
+    if {"× tomesd", "× free"} & set(shown):
         notes.append(
             "× tomesd, × free: the same with the time of tomesd and of attention-free instead of vanilla's, with 95 % "
             "intervals (bootstrap over the rounds)."
@@ -297,16 +312,18 @@ def _notes(result: BenchResult) -> list[str]:
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
         notes.append("fewer-steps: vanilla with as many steps as fit in agentsd's time.")
-    if any(row.peak_bytes for row in rows) and not str(result.environment.get("device")).startswith("cuda"):
+    if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
-    if unit == "generation" and any(row.launches for row in rows):
+    if unit == "generation" and "launches a step" in shown:
         notes.append("launches a step: of a short generation, encoders and VAE included, divided by its steps.")
-    if any(row.quality for row in rows):
+    pairwise = ", ".join(name for name in _PICTURE_METRICS if name in shown)
+    if pairwise:
         notes.append(
-            f"PSNR, SSIM, MS-SSIM: mean over {settings['pictures']} pictures against vanilla's of the same seed and "
+            f"{pairwise}: mean over {settings['pictures']} pictures against vanilla's of the same seed and "
             "prompt, with its 95 % interval (bootstrap); pixel-identical pictures have no PSNR."
         )
-    if any("kid" in row.quality for row in rows):
+    distances = ", ".join(name for name in ("FID", "KID") if name in shown)
+    if distances:
         if settings["reference"] is None:
             other = "vanilla's pictures of the same seeds"
             meaning = "Where an interval of KID holds 0, the sets are not distinguishable by this many pictures."
@@ -321,10 +338,10 @@ def _notes(result: BenchResult) -> list[str]:
                 for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
             )
         notes.append(
-            f"FID, KID: to {other}, in the features of {settings['features']}, with 95 % intervals (jackknife). "
+            f"{distances}: to {other}, in the features of {settings['features']}, with 95 % intervals (jackknife). "
             f"{meaning}".strip()
         )
-    if any("clip_change" in row.quality or "fid_change" in row.quality for row in rows):
+    if any(name.startswith("Δ") for name in shown):
         notes.append(
             "Δ: by how much it differs from vanilla's pictures of the same seeds, with 95 % intervals. Where an "
             "interval holds 0, the methods are not distinguishable by this many pictures."

@@ -36,7 +36,6 @@ from .workers import Workers
 
 # One call has no schedule: there, the whole of agentsd is computed from the times of its two phases.
 _COMPUTED, _PHASES = "agentsd", ("agentsd-agent", "agentsd-tome")
-# Rounds that settle how many steps `fewer-steps` may take.
 _PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of the schedule's phases
 # Enough for both phases of agentsd, and for DeepCache to keep and read what it keeps.
 _MEMORY_STEPS = 4

@@ -8,8 +8,10 @@ from .report import load_result
 from .store import BenchError
 
 
-# <!-- results: FOLDER --> … <!-- /results -->
-_BLOCK = re.compile(r"(?s)(<!-- results: (?P<folder>\S+) -->\n).*?(<!-- /results -->)")
+# <!-- results: FOLDER without COLUMN, COLUMN --> … <!-- /results -->
+_BLOCK = re.compile(
+    r"(?s)(?P<begin><!-- results: (?P<folder>\S+)(?: without (?P<columns>[^\n]+))? -->\n).*?(?P<end><!-- /results -->)"
+)
 
 
 def fill_tables(document: Path) -> str:
@@ -19,13 +21,14 @@ def fill_tables(document: Path) -> str:
     Args:
         document (`Path`):
             A Markdown file. What stands between `<!-- results: FOLDER -->` and `<!-- /results -->` is replaced; the
-            folder is one that `agentsd bench --out` wrote, seen from the document.
+            folder is one that `agentsd bench --out` wrote, seen from the document. `<!-- results: FOLDER without
+            quartiles, KID -->`, in one line, leaves columns out.
 
     Returns:
         `str`: Its new text.
 
     Raises:
-        BenchError: If it names no results, or they cannot be read.
+        BenchError: If it names no results, or they cannot be read, or have no such column.
     """
     text = document.read_text(encoding="utf-8")
     if not _BLOCK.search(text):
@@ -33,7 +36,8 @@ def fill_tables(document: Path) -> str:
 
     def fill(found: re.Match[str]) -> str:
         result = load_result(document.parent / found["folder"])
-        return f"{found[1]}\n{result.to_markdown()}\n{found[3]}"
+        without = [name.strip() for name in (found["columns"] or "").split(",") if name.strip()]
+        return f"{found['begin']}\n{result.to_markdown(without)}\n{found['end']}"
 
     return _BLOCK.sub(fill, text)
 
