@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from models import tiny_sd, tiny_unet
+from models import tiny_sd, tiny_sdxl, tiny_unet
 
 import agentsd
 from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
@@ -82,6 +82,34 @@ def test_tomesd_is_the_real_package(unet):
     assert blocks[0]._tome_info["args"]["ratio"] == 0.3
 
 
+@pytest.mark.parametrize("name", [name for name in CALLABLE if name != "vanilla-naive"])
+def test_a_method_changes_sdxl(name):
+    """Its first attention lies below its first down-sampling, where tomesd's own default merges nothing."""
+    unet = tiny_sdxl().unet
+    assert (call(on(unet, name)) - call(unet)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", [tiny_unet, lambda: tiny_sdxl().unet], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("max_downsample", [1, 2])
+def test_tomesd_merges_where_agentsd_does(build, max_downsample):
+    unet = build()
+    lengths = {"tomesd": {}, "agentsd-tome": {}}
+    for name, seen in lengths.items():
+        twin = on(unet, name, 0.4, max_downsample=max_downsample)
+        for layer, module in twin.named_modules():
+            if layer.endswith("attn1.to_q"):
+                module.register_forward_hook(lambda _, args, __, layer=layer, seen=seen: seen.update({layer: args[0]}))
+        call(twin)
+    shapes = [{layer: x.shape for layer, x in seen.items()} for seen in lengths.values()]
+    assert shapes[0] == shapes[1]
+
+
+def test_tomesd_takes_the_options_that_it_shares(unet):
+    twin = on(unet, "tomesd", 0.3, sx=4, sy=4, use_rand=False, merge_mlp=True, seed=3)
+    args = twin._tome_info["args"]
+    assert (args["sx"], args["sy"], args["use_rand"], args["merge_mlp"]) == (4, 4, False, True)
+
+
 @pytest.mark.parametrize(
     ("name", "preset"), [("agentsd", "paper"), ("agentsd-agent", "agent"), ("agentsd-tome", "tome")]
 )
@@ -90,19 +118,20 @@ def test_agentsd_methods_run_their_presets(unet, name, preset):
     assert current_patch(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
 
 
-def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet):
-    patched = [site.name for site in patched_sites(on(unet, "agentsd"))]
+@pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])
+def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
+    patched = [site.name for site in patched_sites(on(unet, "agentsd", **options))]
     free = [
         name
-        for name, module in on(unet, "attention-free").named_modules()
+        for name, module in on(unet, "attention-free", **options).named_modules()
         if isinstance(getattr(module, "processor", None), AttentionFreeProcessor)
     ]
     assert free == list(patched)
-    assert len(free) < sum(name.endswith("attn1") for name, _ in unet.named_modules())
+    assert (len(free) < sum(name.endswith("attn1") for name, _ in unet.named_modules())) == (not options)
 
 
 def test_attention_free_is_the_value_projection(unet):
-    attn = patchable_sites(on(unet, "attention-free"))
+    attn = patchable_sites(on(unet, "attention-free"), {})
     assert attn == []  # its processor is none that agentsd would patch
     twin = on(unet, "attention-free")
     layer = next(m for m in twin.modules() if isinstance(getattr(m, "processor", None), AttentionFreeProcessor))
@@ -113,7 +142,7 @@ def test_attention_free_is_the_value_projection(unet):
 def test_todo_attends_to_one_token_of_each_cell(unet):
     """Against the formula, written out: queries from all tokens, keys and values from the even rows and columns."""
     twin = on(unet, "todo")
-    name = patchable_sites(unet)[0].name
+    name = patchable_sites(unet, {})[0].name
     seen = {}
     layer = twin.get_submodule(name)
     layer.register_forward_hook(lambda module, args, kwargs, out: seen.update(x=args[0], out=out), with_kwargs=True)
@@ -191,7 +220,7 @@ def test_the_shapes_are_the_real_ones(shape, parameters, sites):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES[shape])
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
-    assert len(patchable_sites(unet)) == sites
+    assert len(patchable_sites(unet, {})) == sites
 
 
 @pytest.mark.parametrize(("shape", "side"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])

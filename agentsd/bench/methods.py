@@ -17,6 +17,8 @@ from .processors import AttentionFreeProcessor, DownsampledProcessor
 BASELINE = "vanilla"
 # DeepCache's own choice in its examples: the whole UNet every third step, its outermost blocks in between.
 _CACHE_INTERVAL = 3
+# Options of this library that mean the same to tomesd.
+_SHARED_WITH_TOMESD = ("sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
 
 
 class MethodUnavailable(RuntimeError):
@@ -45,7 +47,8 @@ class Method(Protocol):
         Args:
             model (`DiffusionPipeline` or `UNet2DConditionModel`): What to run.
             ratio (`float`, *optional*): Share of tokens to merge; `None` for a method without one.
-            options (`Mapping[str, Any]`): Fields of [`AgentSDConfig`], for the methods of this library.
+            options (`Mapping[str, Any]`):
+                Fields of [`AgentSDConfig`], for the methods of this library and what others share with them.
 
         Raises:
             MethodUnavailable: If the method cannot run, or would silently change nothing.
@@ -108,7 +111,7 @@ class AgentSD:
         """See [`Method.apply`]."""
         apply_patch(model, config=AgentSDConfig.preset(self.preset, ratio=ratio, **options))
         # apply_patch refuses a model without sites; this is about processors that something else took away again.
-        if not any(isinstance(site.attn.processor, AgentAttnProcessor) for site in patchable_sites(model)):
+        if not any(isinstance(site.attn.processor, AgentAttnProcessor) for site in patchable_sites(model, options)):
             raise MethodUnavailable("agentsd patched no self-attention of this model")
 
 
@@ -132,10 +135,14 @@ class ToMeSD:
         except ImportError as error:
             raise _not_installed("tomesd") from error
         unet = attended_models(model)[0][1]
-        tomesd.apply_patch(unet, ratio=ratio)
-        # tomesd makes a class of its own for every block, and they have no common base.
-        if not any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
+        sites = find_sites(unet)
+        if not sites:
             raise MethodUnavailable("tomesd found no transformer block in this model")
+        shared = {name: options[name] for name in _SHARED_WITH_TOMESD if name in options}
+        # tomesd counts from the model's input: the layers that agentsd patches by default lie deeper in SDXL, where it
+        # would merge nothing, in silence.
+        first = 2 ** min(site.depth for site in sites)
+        tomesd.apply_patch(unet, ratio=ratio, max_downsample=first * _max_downsample(options), **shared)
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ class OtherProcessor:
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
-        sites = patchable_sites(model)
+        sites = patchable_sites(model, options)
         if not sites:
             raise MethodUnavailable("this model has no self-attention that agentsd would patch")
         for site in sites:
@@ -280,12 +287,13 @@ def reseed(model: Any, seed: int) -> None:
         info["args"]["generator"] = torch.Generator(next(unet.parameters()).device).manual_seed(seed)
 
 
-def patchable_sites(model: Any) -> list[Site]:
+def patchable_sites(model: Any, options: Mapping[str, Any]) -> list[Site]:
     """
-    The layers that agentsd patches by default.
+    The layers that agentsd patches.
 
     Args:
         model (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model, patched or not.
+        options (`Mapping[str, Any]`): Fields of [`AgentSDConfig`], of which `max_downsample` matters.
 
     Returns:
         `list[Site]`: Layers of the UNet and of ControlNets.
@@ -294,12 +302,16 @@ def patchable_sites(model: Any) -> list[Site]:
         site
         for _, attended in attended_models(model)
         for site in find_sites(attended)
-        if 2**site.level <= AgentSDConfig().max_downsample
+        if 2**site.level <= _max_downsample(options)
         and (
             isinstance(site.attn.processor, AgentAttnProcessor)
             or unsupported_reason(site.attn, site.attn.processor) is None
         )
     ]
+
+
+def _max_downsample(options: Mapping[str, Any]) -> int:
+    return options.get("max_downsample", AgentSDConfig().max_downsample)
 
 
 def _not_installed(package: str) -> MethodUnavailable:

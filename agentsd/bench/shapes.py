@@ -70,7 +70,7 @@ def random_unet(shape: str, seed: int = 0) -> UNet2DConditionModel:
     Args:
         shape (`str`):
             `"sd15"` (Stable Diffusion 1.5, 860 million parameters), `"sd21"` (2.1, 866 million) or `"sdxl"` (XL, 2.6
-            thousand million).
+            billion).
         seed (`int`, defaults to `0`): Seed of the weights.
 
     Returns:
@@ -129,7 +129,9 @@ def unet_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int 
         "encoder_hidden_states": noise(TEXT_TOKENS, unet.config.cross_attention_dim),
     }
     if unet.config.addition_embed_type == "text_time":
-        inputs["added_cond_kwargs"] = {"text_embeds": noise(_POOLED_WIDTH), "time_ids": noise(_TIME_IDS)}
+        config = unet.config
+        pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(pooled), "time_ids": noise(_TIME_IDS)}
     return inputs
 
 
