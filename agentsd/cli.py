@@ -36,6 +36,7 @@ from .cli_options import (
     patch_config,
     sizes,
 )
+from .extras import how_to_install
 from .terminal import calm_libraries, errors_as_messages, messages, print_table, progress_bars, warn
 
 
@@ -308,14 +309,14 @@ def bench(
         if not Workers().is_main:
             return
         print_table(result.table())
-        for note in result.notes(without=NOT_IN_TERMINAL):
+        for note in result.notes(intervals=False, without=NOT_IN_TERMINAL):
             print(f"- {note}")
         if out is None:
             return
         for file in result.save(out):
             print(file)
         if importlib.util.find_spec("matplotlib") is None:
-            warn(["There are no plots, since matplotlib is not installed: pip install 'agentsd[bench]'"])
+            warn([f"There are no plots, since matplotlib is not installed: {how_to_install('bench')}"])
 
 
 @app.command()
@@ -373,7 +374,7 @@ def demo(
         calm_libraries(debug)
         missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
         if missing:
-            raise ValueError(f"The web page needs {' and '.join(missing)}: pip install 'agentsd[demo]'")
+            raise ValueError(f"The web page needs {' and '.join(missing)}: {how_to_install('demo')}")
         from .demo import build_demo, launch_demo
         from .engine import Engine, Limits
 

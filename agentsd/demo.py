@@ -1,4 +1,4 @@
-"""The web page: compare, see what is merged, sweep over methods, look at benchmarks. Needs `agentsd[demo]`."""
+"""The web page: compare, see what is merged, sweep over methods, look at benchmarks. Needs the extra `demo`."""
 
 from collections.abc import Sequence
 from pathlib import Path

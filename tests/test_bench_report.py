@@ -30,10 +30,10 @@ def record(method, ratio=None, **values):
 
 RECORDS = [
     record("tomesd", 0.4, height=512, width=512, reason="tomesd is not installed"),
-    record("vanilla", height=512, width=512, rounds=5, seconds=2.0, q1=1.9, q3=2.1, speedup=1.0),
-    record("attention-free", rounds=5, seconds=28.0, q1=27.0, q3=29.0, speedup=1.667),
-    record("vanilla", rounds=5, seconds=50.0, q1=49.0, q3=51.0, speedup=1.0),
-    record("tomesd", 0.4, rounds=5, seconds=37.5, q1=37.0, q3=38.0, speedup=1.3333),
+    record("vanilla", height=512, width=512, rounds=5, seconds=2.0, q1=1.9, q3=2.1, of_vanilla=[1.0]),
+    record("attention-free", rounds=5, seconds=28.0, q1=27.0, q3=29.0, of_vanilla=[1.667]),
+    record("vanilla", rounds=5, seconds=50.0, q1=49.0, q3=51.0, of_vanilla=[1.0]),
+    record("tomesd", 0.4, rounds=5, seconds=37.5, q1=37.0, q3=38.0, of_vanilla=[1.3333]),
     record(
         "agentsd-agent",
         0.4,
@@ -41,7 +41,7 @@ RECORDS = [
         seconds=31.234,
         q1=31.0,
         q3=31.987,
-        speedup=1.6,
+        of_vanilla=[1.6, 1.55, 1.66],
         of_tomesd=[1.2, 1.14, 1.26],
         of_free=[0.96, 0.95, 0.98],
         peak_bytes=7 * 2**30,
@@ -79,7 +79,7 @@ def test_a_table_of_quality_fits_a_terminal(facts):
         "clip_change": [-0.5, -0.9, -0.1],
     }
     rows = [
-        record("vanilla", steps=20, rounds=5, seconds=2.0, q1=1.9, q3=2.1, step_seconds=0.1, speedup=1.0),
+        record("vanilla", steps=20, rounds=5, seconds=2.0, q1=1.9, q3=2.1, step_seconds=0.1, of_vanilla=[1.0]),
         record(
             "agentsd",
             0.4,
@@ -89,7 +89,7 @@ def test_a_table_of_quality_fits_a_terminal(facts):
             q1=1.8,
             q3=2.0,
             step_seconds=0.09,
-            speedup=1.05,
+            of_vanilla=[1.05],
             quality=quality,
             pictures=64,
         ),
@@ -102,6 +102,18 @@ def test_a_table_of_quality_fits_a_terminal(facts):
     assert "21.5 (20.0–23.0)" in result.to_markdown()
     assert "| -0.50 (-0.90 to -0.10) |" in result.to_markdown()
     assert "mean over 64 pictures" in result.to_markdown()
+    assert "95 % intervals" in result.to_markdown()
+    assert not any("95 %" in note for note in result.notes(intervals=False)), "the terminal has no room for them"
+
+
+def test_what_did_not_run_is_told_apart(facts):
+    rows = [record("tomesd", 0.4, model=model, batch=batch, reason="no.") for model in "ab" for batch in (1, 2)]
+    settings = {**BenchSettings.of_suite("speed", repeats=1).to_dict(), "models": ("a", "b")}
+    notes = result_of(rows, settings, facts).notes()
+    assert any("over 1 interleaved round in one process." in note for note in notes)
+    assert notes[-4:] == [
+        f"tomesd 0.4 at {model} 768×768 batch {batch} did not run: no." for model in "ab" for batch in (1, 2)
+    ]
 
 
 def test_every_report_is_written(facts, tmp_path):
@@ -117,7 +129,7 @@ def test_every_report_is_written(facts, tmp_path):
     rows = list(csv.DictReader(io.StringIO(files["report.csv"].read_text())))
     (agent,) = [row for row in rows if row["method"] == "agentsd-agent"]
     assert (agent["seconds"], agent["of_tomesd"], agent["of_free_low"]) == ("31.234", "1.2", "0.95")
-    assert "| 1.600 | 1.200 (1.14–1.26) | 0.960 (0.95–0.98) |" in markdown
+    assert "| 1.600 (1.550–1.660) | 1.200 (1.140–1.260) | 0.960 (0.950–0.980) |" in markdown
     page = files["report.html"].read_text()
     assert "<td>31.23 s</td>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
@@ -135,9 +147,11 @@ def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
 
 def test_quality_is_plotted_and_pictures_are_laid_out(facts, tmp_path):
     rows = [
-        record("vanilla", steps=4, seconds=2.0, speedup=1.0, pictures=2),
-        record("agentsd", 0.4, steps=4, seconds=1.0, speedup=2.0, pictures=2, quality={"ssim": [0.9, 0.8, 0.95]}),
-        record("fewer-steps", 0.4, steps=2, seconds=1.0, speedup=1.9, pictures=2, quality={"ssim": [0.7, 0.6, 0.8]}),
+        record("vanilla", steps=4, seconds=2.0, of_vanilla=[1.0], pictures=2),
+        record("agentsd", 0.4, steps=4, seconds=1.0, of_vanilla=[2.0], pictures=2, quality={"ssim": [0.9, 0.8, 0.95]}),
+        record(
+            "fewer-steps", 0.4, steps=2, seconds=1.0, of_vanilla=[1.9], pictures=2, quality={"ssim": [0.7, 0.6, 0.8]}
+        ),
     ]
     settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
     colours = {"vanilla": (200, 0, 0), "agentsd-0.4": (0, 200, 0), "fewer-steps-0.4": (0, 0, 200)}
@@ -158,7 +172,9 @@ def test_each_setting_has_a_plot_of_its_own_with_vanilla_in_it(facts, tmp_path, 
     fronts = []
     monkeypatch.setattr(plots, "pareto_front", lambda points: fronts.append(points) or pareto_front(points))
     rows = [
-        record("agentsd", 0.4, height=side, width=side, seconds=1.0, speedup=0.9, quality={"ssim": [0.9, 0.8, 0.95]})
+        record(
+            "agentsd", 0.4, height=side, width=side, seconds=1.0, of_vanilla=[0.9], quality={"ssim": [0.9, 0.8, 0.95]}
+        )
         for side in (512, 768)
     ]
     settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}

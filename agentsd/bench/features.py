@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..extras import how_to_install
 from ..loading import resolve_model
 from ..metrics import to_tensor
 from .store import BenchError
@@ -27,7 +28,7 @@ class Extractor(Protocol):
         """Features of texts that compare with those of pictures, or `None` where there are none."""
 
 
-def load_extractor(name: str) -> Extractor:
+def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     """
     Load an extractor.
 
@@ -35,6 +36,7 @@ def load_extractor(name: str) -> Extractor:
         name (`str`):
             `"emoji"` for the encoder that ships with the embedded model and knows its drawings only, `"inception"`
             for the network that FID and KID are defined by, or a folder or hub id of a CLIP model.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is to run.
 
     Returns:
         `Extractor`: The extractor.
@@ -44,13 +46,13 @@ def load_extractor(name: str) -> Extractor:
     """
     try:
         if name == "inception":
-            return InceptionFeatures()
-        return ClipFeatures(str(Path(resolve_model("emoji")) / "clip") if name == "emoji" else name)
+            return InceptionFeatures(device)
+        return ClipFeatures(str(Path(resolve_model("emoji")) / "clip") if name == "emoji" else name, device)
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BenchError(
-            f"The features of {name!r} cannot be had: {reason}. Inception needs `pip install 'agentsd[quality]'` and "
-            "fetches its weights; a CLIP model is a folder, or an id on the Hugging Face Hub."
+            f"The features of {name!r} cannot be had: {reason.rstrip('.')}. Inception fetches its weights, and needs "
+            f"more packages ({how_to_install('quality')}); a CLIP model is a folder, or an id on the Hugging Face Hub."
         ) from error
 
 
@@ -69,8 +71,8 @@ class PerceptualDistance:
             self._metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise BenchError(
-                f"LPIPS cannot be had: {' '.join(str(error).split())[:300]}. It needs `pip install "
-                "'agentsd[quality]'` and fetches its weights."
+                f"LPIPS cannot be had: {' '.join(str(error).split())[:300].rstrip('.')}. It fetches its weights, and "
+                f"needs more packages ({how_to_install('quality')})."
             ) from error
 
     @torch.no_grad()
@@ -80,13 +82,19 @@ class PerceptualDistance:
 
 
 class InceptionFeatures:
-    """The 2,048 features of Inception v3 that FID and KID are defined by; its weights are fetched on first use."""
+    """
+    The 2,048 features of Inception v3 that FID and KID are defined by; its weights are fetched on first use.
 
-    def __init__(self) -> None:
+    Args:
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
+        self._device = device
         try:
-            self._model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+            self._model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"]).to(device)
         except ModuleNotFoundError as error:
             raise ImportError(str(error)) from error
 
@@ -94,10 +102,13 @@ class InceptionFeatures:
         """See [`Extractor.pictures`]."""
         rows = []
         for start in range(0, len(files), _BATCH):
-            arrays = [np.asarray(_read(file)) for file in files[start : start + _BATCH]]
-            batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-            with torch.no_grad():
-                rows.append(self._model(batch).double().numpy())
+            arrays = [np.array(_read(file)) for file in files[start : start + _BATCH]]
+            sizes = {array.shape for array in arrays}
+            # Pictures of several sizes do not fit into one batch; the network scales each to its own size.
+            for batch in [np.stack(arrays)] if len(sizes) == 1 else [array[None] for array in arrays]:
+                pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
+                with torch.no_grad():
+                    rows.append(_rows(self._model(pixels)))
         return np.concatenate(rows)
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
@@ -111,12 +122,14 @@ class ClipFeatures:
 
     Args:
         model (`str`): A folder, or an id on the Hugging Face Hub; safetensors only.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: torch.device | str = "cpu") -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
-        self._model: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+        self._device = device
+        self._model: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device)
         self._processor: Any = CLIPImageProcessor.from_pretrained(model)
         self._tokenizer: Any = CLIPTokenizerFast.from_pretrained(model)
 
@@ -127,8 +140,8 @@ class ClipFeatures:
         for start in range(0, len(files), _BATCH):
             batch = [_read(file) for file in files[start : start + _BATCH]]
             pixels = self._processor(images=batch, return_tensors="pt").pixel_values
-            states = self._model.vision_model(pixel_values=pixels).pooler_output
-            rows.append(self._model.visual_projection(states).double().numpy())
+            states = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
+            rows.append(_rows(self._model.visual_projection(states)))
         return np.concatenate(rows)
 
     @torch.no_grad()
@@ -144,8 +157,8 @@ class ClipFeatures:
                 truncation=True,
                 return_tensors="pt",
             )
-            states = self._model.text_model(input_ids=tokens.input_ids).pooler_output
-            rows.append(self._model.text_projection(states).double().numpy())
+            states = self._model.text_model(input_ids=tokens.input_ids.to(self._device)).pooler_output
+            rows.append(_rows(self._model.text_projection(states)))
         return np.concatenate(rows)
 
 
@@ -166,6 +179,10 @@ def picture_files(folder: str | Path) -> list[Path]:
     if len(files) < 2:
         raise BenchError(f"{folder} holds {len(files)} pictures ({', '.join(_SUFFIXES)}): name a folder of many.")
     return files
+
+
+def _rows(features: torch.Tensor) -> np.ndarray:
+    return features.cpu().double().numpy()
 
 
 def _read(file: Path) -> PIL.Image.Image:

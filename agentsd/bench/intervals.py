@@ -9,6 +9,9 @@ _RESAMPLES = 1000
 _ENDS = (2.5, 97.5)
 _GROUPS = 32  # a distance between sets is dear, and as many of them tell its spread well enough
 _NORMAL = 1.96  # standard deviations on either side
+# From fewer values, intervals are much too narrow: those of a median of five hold it 94 times in 100, those of a mean
+# of ten 91 times.
+_FEWEST_FOR_MEDIAN, _FEWEST_FOR_MEAN = 5, 10
 
 
 def bootstrap_mean(values: Sequence[float]) -> list[float]:
@@ -19,16 +22,18 @@ def bootstrap_mean(values: Sequence[float]) -> list[float]:
         values (`Sequence[float]`): At least one value.
 
     Returns:
-        `list[float]`: The mean and the ends of its interval.
+        `list[float]`: The mean and the ends of its interval; the mean alone for fewer than ten values.
 
     Examples:
 
     ```python
-    >>> bootstrap_mean([2.0, 2.0, 2.0])
+    >>> bootstrap_mean([2.0] * 10)
     [2.0, 2.0, 2.0]
+    >>> bootstrap_mean([2.0, 3.0])
+    [2.5]
     ```
     """
-    return _bootstrap(values, np.mean)
+    return _bootstrap(values, np.mean, _FEWEST_FOR_MEAN)
 
 
 def bootstrap_median(values: Sequence[float]) -> list[float]:
@@ -39,7 +44,7 @@ def bootstrap_median(values: Sequence[float]) -> list[float]:
         values (`Sequence[float]`): At least one value.
 
     Returns:
-        `list[float]`: The median and the ends of its interval.
+        `list[float]`: The median and the ends of its interval; the median alone for fewer than five values.
 
     Examples:
 
@@ -48,11 +53,13 @@ def bootstrap_median(values: Sequence[float]) -> list[float]:
     [1.0, 1.0]
     ```
     """
-    return _bootstrap(values, np.median)
+    return _bootstrap(values, np.median, _FEWEST_FOR_MEDIAN)
 
 
-def _bootstrap(values: Sequence[float], statistic: Callable[..., np.ndarray]) -> list[float]:
+def _bootstrap(values: Sequence[float], statistic: Callable[..., np.ndarray], fewest: int) -> list[float]:
     array = np.asarray(values, dtype=np.float64)
+    if len(array) < fewest:
+        return [float(statistic(array))]
     rows = np.random.default_rng(0).integers(len(array), size=(_RESAMPLES, len(array)))
     low, high = np.percentile(statistic(array[rows], axis=1), _ENDS)
     return [float(statistic(array)), float(low), float(high)]
@@ -70,10 +77,10 @@ def jackknife(statistic: Callable[..., float], *sets: np.ndarray) -> list[float]
 
     Args:
         statistic (`Callable`): Of the sets; or of the only one, to something else.
-        sets (`np.ndarray` of shape `(n, features)`): The sets, as long as each other, of at least three rows.
+        sets (`np.ndarray` of shape `(n, features)`): The sets, as long as each other.
 
     Returns:
-        `list[float]`: The number and the ends of its interval.
+        `list[float]`: The number and the ends of its interval; the number alone for fewer than ten rows.
 
     Examples:
 
@@ -84,10 +91,11 @@ def jackknife(statistic: Callable[..., float], *sets: np.ndarray) -> list[float]
     [1.0, 1.0, 1.0]
     ```
     """
-    count = len(sets[0])
+    value, count = statistic(*sets), len(sets[0])
+    if count < _FEWEST_FOR_MEAN:
+        return [value]
     order = np.random.default_rng(0).permutation(count)
     groups = np.array_split(order, min(count, _GROUPS))
     without = np.array([statistic(*(np.delete(rows, group, axis=0) for rows in sets)) for group in groups])
     spread = np.sqrt((len(groups) - 1) * without.var())
-    value = statistic(*sets)
     return [value, float(value - _NORMAL * spread), float(value + _NORMAL * spread)]

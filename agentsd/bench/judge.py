@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .intervals import bootstrap_mean, jackknife
 from .reference import ReferenceSet, load_reference
 from .set_metrics import clip_scores, frechet_distance, kernel_distance
 from .settings import BenchSettings, Case, picture_folder
+from .store import BenchError
 from .workers import Workers
 
 
@@ -44,6 +45,18 @@ class PictureJudge:
     workers: Workers
     prompts: tuple[str, ...]
     on_draw: Callable[[str, int], None]
+    # Vanilla's pictures are compared with again and again.
+    _known: dict[Path, np.ndarray] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def _extractor(self) -> Extractor | None:
+        name = self.settings.features
+        return None if name is None else load_extractor(name, self.subject.device)
+
+    @cached_property
+    def _reference(self) -> ReferenceSet | None:
+        name = self.settings.reference
+        return None if name is None or self._extractor is None else load_reference(name, self._extractor)
 
     def judge(
         self,
@@ -130,18 +143,18 @@ class PictureJudge:
 
     def _sets(self, pictures: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
         """What needs the features of whole sets, where an extractor was named."""
-        if self.settings.features is None or not pictures:
+        if self._extractor is None or not pictures:
             return {}
-        extractor = load_extractor(self.settings.features)
-        reference = None if self.settings.reference is None else load_reference(self.settings.reference, extractor)
-        scores = self._set_scores(extractor, reference, pictures)
-        return {**scores, **self._set_changes(extractor, reference, pairs)} if pairs else scores
+        scores = self._set_scores(self._extractor, pictures)
+        return {**scores, **self._set_changes(self._extractor, pairs)} if pairs else scores
 
-    def _set_scores(
-        self, extractor: Extractor, reference: ReferenceSet | None, pictures: Sequence[Path]
-    ) -> dict[str, list[float]]:
+    def _set_scores(self, extractor: Extractor, pictures: Sequence[Path]) -> dict[str, list[float]]:
         """A set by itself: how far it is from the reference, and how well its pictures fit their prompts."""
-        features, texts = extractor.pictures(pictures), self._texts(extractor, pictures)
+        features, texts, reference = (
+            self._features(extractor, pictures),
+            self._texts(extractor, pictures),
+            self._reference,
+        )
         scores: dict[str, list[float]] = {}
         if reference is not None and len(pictures) >= _SMALLEST_SET:
             scores["fid"] = jackknife(reference.frechet_distance, features)
@@ -152,17 +165,15 @@ class PictureJudge:
             scores["clip"] = bootstrap_mean(clip_scores(features, texts))
         return scores
 
-    def _set_changes(
-        self, extractor: Extractor, reference: ReferenceSet | None, pairs: Sequence[tuple[Path, Path]]
-    ) -> dict[str, list[float]]:
+    def _set_changes(self, extractor: Extractor, pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
         """
         A set beside vanilla's pictures of the same seeds: how far it is from them; or, where there is a reference, how
         much farther from that. What such methods change is far less than what the choice of seeds does, so that the
         intervals of the two distances would say little about their difference.
         """
         files, others = zip(*pairs, strict=True)
-        own, vanilla = extractor.pictures(files), extractor.pictures(others)
-        texts = self._texts(extractor, files)
+        own, vanilla = self._features(extractor, files), self._features(extractor, others)
+        texts, reference = self._texts(extractor, files), self._reference
         scores: dict[str, list[float]] = {}
         if len(pairs) >= _SMALLEST_SET and reference is None:
             scores["fid"] = jackknife(frechet_distance, own, vanilla)
@@ -175,14 +186,26 @@ class PictureJudge:
             scores["clip_change"] = bootstrap_mean(changes.tolist())
         return scores
 
+    def _features(self, extractor: Extractor, pictures: Sequence[Path]) -> np.ndarray:
+        """Features of pictures, computed once for each."""
+        new = [file for file in pictures if file not in self._known]
+        if new:
+            self._known.update(zip(new, extractor.pictures(new), strict=True))
+        return np.stack([self._known[file] for file in pictures])
+
     def _texts(self, extractor: Extractor, pictures: Sequence[Path]) -> np.ndarray | None:
         """Features of what the pictures were to show."""
         return extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in pictures])
 
 
 def _read(file: Path) -> PIL.Image.Image:
-    with PIL.Image.open(file) as image:
-        return image.convert("RGB")
+    try:
+        with PIL.Image.open(file) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise BenchError(
+            f"The picture {file} cannot be read ({error}). Delete it and resume with --resume."
+        ) from error
 
 
 def _is_blank(file: Path) -> bool:

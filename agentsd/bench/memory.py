@@ -123,7 +123,10 @@ def _in_own_process(prepare: Callable[[], Callable[[], object]]) -> int | None:
         if child.exitcode == -signal.SIGKILL:
             answer = MemoryError()
         else:
-            answer = RuntimeError(f"the process that measures memory ended with exit code {child.exitcode}")
+            answer = RuntimeError(
+                f"the process that measures memory ended with exit code {child.exitcode}; if a script of yours calls "
+                'this, do it under `if __name__ == "__main__":`'
+            )
     child.join()
     if isinstance(answer, BaseException):
         raise answer

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from ..config import AgentSDConfig, PresetName
+from ..extras import how_to_install
 from ..patch import apply_patch
 from ..processor import AgentAttnProcessor
 from ..sites import Site, attended_models, find_sites, unsupported_reason
@@ -315,7 +316,7 @@ def _max_downsample(options: Mapping[str, Any]) -> int:
 
 
 def _not_installed(package: str) -> MethodUnavailable:
-    return MethodUnavailable(f"{package} is not installed: pip install 'agentsd[bench]'")
+    return MethodUnavailable(f"{package} is not installed: {how_to_install('bench')}")
 
 
 METHODS: dict[str, Method] = {

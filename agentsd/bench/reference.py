@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..loading import resolve_model
 from .features import Extractor, picture_files
-from .set_metrics import frechet_distance, frechet_distance_of_moments, kernel_distance
+from .set_metrics import frechet_distance_of_moments, kernel_distance
 from .store import BenchError
 
 
@@ -22,11 +22,13 @@ class ReferenceSet:
     Features of a set of pictures, or what of them FID and KID need.
 
     Args:
+        count (`int`): How many pictures there are.
         mean (`np.ndarray` of shape `(features,)`): Of all pictures.
         covariance (`np.ndarray` of shape `(features, features)`): Of all pictures.
         rows (`np.ndarray` of shape `(n, features)`): The features of some of them, or of all.
     """
 
+    count: int
     mean: np.ndarray
     covariance: np.ndarray
     rows: np.ndarray
@@ -54,7 +56,8 @@ class ReferenceSet:
         ```
         """
         features = np.asarray(features, dtype=np.float64)
-        return cls(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)), features[:rows])
+        covariance = np.atleast_2d(np.cov(features, rowvar=False))
+        return cls(len(features), features.mean(axis=0), covariance, features[:rows])
 
     @classmethod
     def load(cls, file: str | Path) -> "ReferenceSet":
@@ -62,7 +65,7 @@ class ReferenceSet:
         Read what [`ReferenceSet.save`] wrote.
 
         Args:
-            file (`str` or `Path`): A safetensors file with `mean`, `covariance` and `rows`.
+            file (`str` or `Path`): A safetensors file with `count`, `mean`, `covariance` and `rows`.
 
         Returns:
             `ReferenceSet`: The set.
@@ -74,9 +77,10 @@ class ReferenceSet:
             arrays = load_file(str(file))
         except (OSError, SafetensorError) as error:
             raise BenchError(f"Cannot read the reference set {file}: {error}.") from error
-        if set(arrays) != {"mean", "covariance", "rows"}:
+        if set(arrays) != {"count", "mean", "covariance", "rows"}:
             raise BenchError(f"{file} is no reference set: it holds {', '.join(sorted(arrays)) or 'nothing'}.")
-        return cls(**{name: array.astype(np.float64) for name, array in arrays.items()})
+        count = arrays.pop("count").item()
+        return cls(count, **{name: array.astype(np.float64) for name, array in arrays.items()})
 
     def save(self, file: str | Path) -> None:
         """
@@ -86,6 +90,7 @@ class ReferenceSet:
             file (`str` or `Path`): The safetensors file to write.
         """
         arrays = {
+            "count": np.array([self.count]),
             "mean": self.mean.astype(np.float32),
             "covariance": self.covariance.astype(np.float32),
             "rows": self.rows.astype(np.float16),
@@ -125,7 +130,7 @@ class ReferenceSet:
 
     def floor(self, count: int) -> list[float]:
         """
-        Fréchet distance of so many of the reference's rows to its others: what a set scores for being small.
+        Fréchet distance of so many of the reference's pictures to all its others: what a set scores for being small.
 
         Args:
             count (`int`): Pictures in a set, at least two.
@@ -133,15 +138,34 @@ class ReferenceSet:
         Returns:
             `list[float]`: Its mean over random choices, and the range of 95 % of them; nothing where there are not
             twice as many rows.
+
+        Examples:
+
+        ```python
+        >>> import numpy as np
+        >>> from agentsd.bench.reference import ReferenceSet
+        >>> points = np.random.default_rng(0).normal(size=(100, 3))
+        >>> len(ReferenceSet.of(points).floor(20)), ReferenceSet.of(points).floor(60)
+        (3, [])
+        ```
         """
         if 2 * count > len(self.rows):
             return []
         rng = np.random.default_rng(0)
         distances = []
         for _ in range(_FLOOR_SETS):
-            order = rng.permutation(len(self.rows))
-            distances.append(frechet_distance(self.rows[order[:count]], self.rows[order[count:]]))
+            chosen = rng.permutation(len(self.rows))[:count]
+            distances.append(self._without(self.rows[chosen]).frechet_distance(self.rows[chosen]))
         return [float(value) for value in (np.mean(distances), *np.percentile(distances, (2.5, 97.5)))]
+
+    def _without(self, rows: np.ndarray) -> "ReferenceSet":
+        """What is left of the moments without some of the pictures; no other picture's features are needed for it."""
+        count = self.count - len(rows)
+        mean = (self.count * self.mean - rows.sum(axis=0)) / count
+        # Sums of products about the mean of all, then about the new mean.
+        about = (self.count - 1) * self.covariance - (rows - self.mean).T @ (rows - self.mean)
+        shift = mean - self.mean
+        return ReferenceSet(count, mean, (about - count * np.outer(shift, shift)) / (count - 1), rows[:0])
 
     def _fitting(self, features: np.ndarray) -> np.ndarray:
         if features.shape[1] != len(self.mean):

@@ -22,7 +22,7 @@ from .store import BenchError, read_log, read_object
 _TEXT_COLUMNS = ("size", "method")
 _PICTURE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
 # A terminal has no room for these columns; they are in the reports.
-NOT_IN_TERMINAL = ("s a step", "launches a step", "Δ FID", "Δ KID", "Δ CLIP score")
+NOT_IN_TERMINAL = ("s/step", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,18 @@ class BenchResult:
             return f"UNet of the shape of {models}, random weights, single calls with guidance{compiled}"
         return f"{models}: generations of {self.settings['steps']} steps{compiled}"
 
-    def notes(self, without: Collection[str] = ()) -> list[str]:
+    def notes(self, intervals: bool = True, without: Collection[str] = ()) -> list[str]:
         """
         How to read the table.
 
         Args:
+            intervals (`bool`, defaults to `True`): Whether the table shows them.
             without (`Collection[str]`, *optional*): Headings of columns that the table leaves out.
 
         Returns:
             `list[str]`: A line each.
         """
-        return _notes(self, self.cells(without=without)[0])
+        return _notes(self, *self.cells(intervals, without))
 
     def table(self) -> Table:
         """
@@ -99,7 +100,7 @@ class BenchResult:
         header, *lines = self.cells(without=without)
         rule = [":--" if name in _TEXT_COLUMNS else "--:" for name in header]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
-        notes = "\n".join(f"- {note}" for note in [*self.notes(without), self.machine()])
+        notes = "\n".join(f"- {note}" for note in [*self.notes(without=without), self.machine()])
         return f"**{self.title}**\n\n{table}\n\n{notes}\n"
 
     def to_csv(self) -> str:
@@ -109,7 +110,7 @@ class BenchResult:
         Returns:
             `str`: CSV with a header.
         """
-        compared = ("of_tomesd", "of_free")
+        compared = ("of_vanilla", "of_tomesd", "of_free")
         metrics = sorted({name for row in self.rows for name in row.quality})
         plain = [item.name for item in fields(Row) if item.name not in ("quality", *compared)]
         spread = [f"{name}{end}" for name in (*compared, *metrics) for end in ("", "_low", "_high")]
@@ -120,8 +121,8 @@ class BenchResult:
             values = {name: getattr(row, name) for name in plain}
             intervals = {**{name: getattr(row, name) for name in compared}, **row.quality}
             for name in (*compared, *metrics):
-                ends = intervals.get(name) or [None, None, None]
-                values |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+                ends = intervals.get(name) or []
+                values |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=False))
             writer.writerow(values)
         return out.getvalue()
 
@@ -184,14 +185,7 @@ class BenchResult:
         Raises:
             BenchError: If there is no column of a heading that is to be left out.
         """
-        has_models = len({row.model for row in self.rows}) > 1
-        has_batches = any(row.batch != 1 for row in self.rows)
-
-        def size(row: Row) -> str:
-            before = f"{short_name(row.model)} " if has_models else ""
-            return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
-
-        columns = {"size": size, **COLUMNS}
+        columns = {"size": self.size_of, **COLUMNS}
         unknown = [name for name in without if name not in columns]
         if unknown:
             raise BenchError(f"There is no column {unknown[0]!r} to leave out. Known: {', '.join(columns)}.")
@@ -202,6 +196,21 @@ class BenchResult:
             texts["steps"] = [""]
         shown = [name for name in columns if any(texts[name]) and name not in without]
         return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
+
+    def size_of(self, row: Row) -> str:
+        """
+        What was run, as far as it differs from row to row.
+
+        Args:
+            row (`Row`): One of the rows.
+
+        Returns:
+            `str`: Width and height, with the model before and the batch behind where there are several.
+        """
+        has_models = len({row.model for row in self.rows}) > 1
+        has_batches = any(row.batch != 1 for row in self.rows)
+        before = f"{short_name(row.model)} " if has_models else ""
+        return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
 
     def machine(self) -> str:
         """
@@ -284,7 +293,7 @@ def load_result(folder: str | Path) -> BenchResult:
         raise BenchError(f"{folder} was written by another version of agentsd: {error}.") from error
 
 
-def _notes(result: BenchResult, shown: Collection[str]) -> list[str]:
+def _notes(result: BenchResult, shown: Collection[str], *lines: Sequence[str]) -> list[str]:
     settings, rows = result.settings, result.rows
     is_call = SUITES[settings["suite"]].kind == "call"
     unit = "UNet call" if is_call else "generation"
@@ -297,13 +306,15 @@ def _notes(result: BenchResult, shown: Collection[str]) -> list[str]:
         )
     times = "median and quartiles" if "quartiles" in shown else "median"
     notes += [
-        f"{times}: seconds per {unit}, over {settings['repeats']} interleaved rounds in one process.",
+        f"{times}: seconds per {unit}, over {_many(settings['repeats'], 'interleaved round')} in one process.",
         "speed-up: median over the rounds of vanilla's time divided by the method's in the same round.",
     ]
-    if {"× tomesd", "× free"} & set(shown):
+    others = {"× tomesd": "tomesd", "× free": "attention-free"}
+    compared = [name for name in others if name in shown]
+    if compared:
         notes.append(
-            "× tomesd, × free: the same with the time of tomesd and of attention-free instead of vanilla's, with 95 % "
-            "intervals (bootstrap over the rounds)."
+            f"{', '.join(compared)}: the same with the time of {' and of '.join(others[name] for name in compared)} "
+            "instead of vanilla's."
         )
     if any(row.method == "attention-free" for row in rows):
         notes.append(
@@ -314,13 +325,13 @@ def _notes(result: BenchResult, shown: Collection[str]) -> list[str]:
         notes.append("fewer-steps: vanilla with as many steps as fit in agentsd's time.")
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
-    if unit == "generation" and "launches a step" in shown:
-        notes.append("launches a step: of a short generation, encoders and VAE included, divided by its steps.")
+    if unit == "generation" and "launches/step" in shown:
+        notes.append("launches/step: of a short generation, encoders and VAE included, divided by its steps.")
     pairwise = ", ".join(name for name in _PICTURE_METRICS if name in shown)
     if pairwise:
         notes.append(
-            f"{pairwise}: mean over {settings['pictures']} pictures against vanilla's of the same seed and "
-            "prompt, with its 95 % interval (bootstrap); pixel-identical pictures have no PSNR."
+            f"{pairwise}: mean over {_many(settings['pictures'], 'picture')} against vanilla's of the same seed and "
+            "prompt; pixel-identical pictures have no PSNR."
         )
     distances = ", ".join(name for name in ("FID", "KID") if name in shown)
     if distances:
@@ -337,19 +348,23 @@ def _notes(result: BenchResult, shown: Collection[str]) -> list[str]:
                 f"As many pictures of the reference itself have FID {floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
                 for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
             )
-        notes.append(
-            f"{distances}: to {other}, in the features of {settings['features']}, with 95 % intervals (jackknife). "
-            f"{meaning}".strip()
-        )
+        notes.append(f"{distances}: to {other}, in the features of {settings['features']}. {meaning}".strip())
     if any(name.startswith("Δ") for name in shown):
         notes.append(
-            "Δ: by how much it differs from vanilla's pictures of the same seeds, with 95 % intervals. Where an "
-            "interval holds 0, the methods are not distinguishable by this many pictures."
+            "Δ: by how much it differs from vanilla's pictures of the same seeds. Where an interval holds 0, the "
+            "methods are not distinguishable by this many pictures."
         )
-    return [
-        *notes,
-        *(f"{row.name} at {row.width}×{row.height} did not run: {row.reason}." for row in rows if row.reason),
-    ]
+    if any("(" in cell for line in lines for cell in line):
+        notes.append(
+            "in brackets: 95 % intervals, by the bootstrap over rounds or pictures, for FID and KID by the jackknife; "
+            "none for fewer than five rounds or ten pictures."
+        )
+    failed = [(row, row.reason.rstrip(".")) for row in rows if row.reason]
+    return [*notes, *(f"{row.name} at {result.size_of(row)} did not run: {reason}." for row, reason in failed)]
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 _PAGE = """<!doctype html>

@@ -26,10 +26,10 @@ class Row:
         q1 (`float`, *optional*): Lower quartile of the seconds.
         q3 (`float`, *optional*): Upper quartile of the seconds.
         step_seconds (`float`, *optional*): Median seconds of a denoising step, where there is a generation.
-        speedup (`float`, *optional*): Median over the rounds of vanilla's seconds divided by this method's.
-        of_tomesd (`list[float]`, *optional*):
-            Median over the rounds of tomesd's seconds at the same ratio divided by this method's, and the ends of its
-            95 % interval.
+        of_vanilla (`list[float]`, *optional*):
+            Median over the rounds of vanilla's seconds divided by this method's and, where there are rounds enough,
+            the ends of its 95 % interval.
+        of_tomesd (`list[float]`, *optional*): The same for tomesd's seconds at the same ratio.
         of_free (`list[float]`, *optional*): The same for the attention-free model.
         peak_bytes (`int`, *optional*): Peak memory.
         launches (`float`, *optional*): Kernels launched in a step, on CUDA.
@@ -39,8 +39,9 @@ class Row:
             a picture is kept as a black one. No metric counts them.
         identical (`int`): How many are the same as vanilla's, pixel by pixel; they have no PSNR.
         quality (`dict[str, list[float]]`):
-            Metric to value and the ends of its 95 % interval; under `"fid_floor"` the FID of as many pictures of the
-            reference itself, and under `"…_change"` the difference to vanilla's value with pictures of the same seeds.
+            Metric to value and, of sets large enough, the ends of its 95 % interval; under `"fid_floor"` the FID of as
+            many pictures of the reference itself, and under `"…_change"` the difference to vanilla's value with
+            pictures of the same seeds.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
     """
@@ -57,7 +58,7 @@ class Row:
     q1: float | None = None
     q3: float | None = None
     step_seconds: float | None = None
-    speedup: float | None = None
+    of_vanilla: list[float] | None = None
     of_tomesd: list[float] | None = None
     of_free: list[float] | None = None
     peak_bytes: int | None = None
@@ -68,6 +69,11 @@ class Row:
     quality: dict[str, list[float]] = field(default_factory=dict)
     is_computed: bool = False
     reason: str | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as vanilla."""
+        return None if self.of_vanilla is None else self.of_vanilla[0]
 
     @property
     def name(self) -> str:
@@ -87,12 +93,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "steps": lambda row: _number(row.steps, "d"),
     "median": lambda row: _seconds(row.seconds, " s") or _not_run(row),
     "quartiles": lambda row: "" if row.q1 is None else f"{_seconds(row.q1)}–{_seconds(row.q3)}",
-    "s a step": lambda row: _seconds(row.step_seconds),
-    "speed-up": lambda row: _number(row.speedup, ".3f"),
-    "× tomesd": lambda row: _interval(row.of_tomesd, ".3f", ".2f"),
-    "× free": lambda row: _interval(row.of_free, ".3f", ".2f"),
+    "s/step": lambda row: _seconds(row.step_seconds),
+    "speed-up": lambda row: _interval(row.of_vanilla, ".3f"),
+    "× tomesd": lambda row: _interval(row.of_tomesd, ".3f"),
+    "× free": lambda row: _interval(row.of_free, ".3f"),
     "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
-    "launches a step": lambda row: _number(row.launches, ".0f"),
+    "launches/step": lambda row: _number(row.launches, ".0f"),
     "PSNR": lambda row: _interval(row.quality.get("psnr"), ".1f") or ("identical" if row.identical else ""),
     "SSIM": lambda row: _interval(row.quality.get("ssim"), ".3f"),
     "MS-SSIM": lambda row: _interval(row.quality.get("ms_ssim"), ".3f"),
@@ -123,10 +129,12 @@ def _seconds(value: float | None, unit: str = "") -> str:
     return f"{value:.3f}{unit}" if value < 10 else f"{value:.2f}{unit}"
 
 
-def _interval(ends: Sequence[float] | None, form: str, form_of_ends: str | None = None) -> str:
+def _interval(ends: Sequence[float] | None, form: str) -> str:
     if ends is None:
         return ""
     value, *interval = ends
-    low, high = (f"{end:{form_of_ends or form}}" for end in interval)
+    if not interval:
+        return f"{value:{form}}"
+    low, high = (f"{end:{form}}" for end in interval)
     # A dash between numbers with signs could be read as one of them.
     return f"{value:{form}} ({low}{' to ' if low[0] in '+-' else '–'}{high})"

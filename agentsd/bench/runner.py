@@ -29,7 +29,7 @@ from .report import BenchResult, result_of
 from .rows import OUT_OF_MEMORY
 from .settings import BenchSettings, Case, picture_folder
 from .store import BenchError, RunFolder
-from .subjects import Subject, subject_of, switch_on
+from .subjects import Subject, compiled_graphs, subject_of, switch_on
 from .timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
 from .workers import Workers
 
@@ -53,7 +53,9 @@ def run_bench(
     """
     Run a benchmark.
 
-    On a CPU, this process keeps the memory that it frees from then on: see [`keep_freed_memory`].
+    On a CPU, this process keeps the memory that it frees from then on: see [`keep_freed_memory`]. Memory is measured
+    in processes of their own, which import the script that calls this: there, call it under `if __name__ ==
+    "__main__":`.
 
     Args:
         settings (`BenchSettings`, *optional*): What to measure; by default the speed of the embedded model.
@@ -107,6 +109,7 @@ def run_bench(
         # Only one process writes; the others read its folder once it is there.
         with workers.main_first():
             folder = RunFolder(path, settings.to_dict(), facts, resume=resume or not workers.is_main)
+            _check_rows(folder, settings, facts)
             if workers.is_main:
                 folder.cases.remove(_is_left_out)
         total = sum(sum(numbers) for cases in settings.groups() for numbers in _work(cases, settings).values())
@@ -125,6 +128,17 @@ def run_bench(
         if failures and all(record.get("reason") for record in records):
             raise BenchError(f"None of the methods can run here: {'; '.join(dict.fromkeys(failures))}.")
         return result_of(records, settings.to_dict(), facts)
+
+
+def _check_rows(folder: RunFolder, settings: BenchSettings, facts: dict[str, Any]) -> None:
+    """Better now than after hours of measuring."""
+    try:
+        result_of(folder.cases.records, settings.to_dict(), facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BenchError(
+            f"{folder.cases.path} has rows that no run with these settings wrote ({error}). Delete them to resume, or "
+            "name another folder."
+        ) from error
 
 
 def _by_model(settings: BenchSettings) -> list[list[list[Case]]]:
@@ -147,10 +161,11 @@ class _ModelBench:
         prompts: tuple[str, ...],
     ) -> None:
         self.subject, self.settings, self.folder = subject, settings, folder
-        self.workers, self.counter, self.prompts = workers, counter, prompts
+        self.workers, self.counter = workers, counter
         self._model: Any = None
         self._model_bytes = 0
         self._twins: dict[str, Any] = {}
+        self._judge = PictureJudge(subject, settings, folder.images, workers, prompts, self._tell_of_pictures)
 
     def run_group(self, cases: list[Case], is_late: bool) -> None:
         """Measure the cases of one size and batch, and keep a row for each."""
@@ -249,9 +264,13 @@ class _ModelBench:
         return able
 
     def _warm_up(self, variant: Variant) -> None:
-        for _ in range(self.settings.warmup):
+        done, graphs = 0, -1
+        # DeepCache compiles one more graph in the second call.
+        while done < self.settings.warmup or (self.settings.compile and graphs != compiled_graphs()):
+            graphs = compiled_graphs()
             self.counter.step(variant.name)
             variant.call(Stopwatch(self.subject.device))
+            done += 1
 
     def _steps(self, case: Case) -> int:
         method = METHODS[case.method]
@@ -312,12 +331,9 @@ class _ModelBench:
         """Keep the row of a case that could run."""
         row = self.workers.agree(self._numbers(case, self._rounds(case)) if self.workers.is_main else {})
         if self.settings.has_pictures and row.get("reason") is None:
-            judge = PictureJudge(
-                self.subject, self.settings, self.folder.images, self.workers, self.prompts, self._tell_of_pictures
-            )
             baseline = replace(case, method=BASELINE, ratio=None)
             try:
-                row |= judge.judge(
+                row |= self._judge.judge(
                     case, baseline, row["steps"], partial(self._twin, case), partial(self._twin, baseline)
                 )
             except Exception as error:
@@ -336,19 +352,30 @@ class _ModelBench:
             if not rounds or not all(f"{phase} {case.ratio:g}" in rounds[-1] for phase in _PHASES):
                 return {"reason": f"computed from {' and '.join(_PHASES)}, which did not both run"}
             rounds = [{**samples, case.name: _whole_schedule(samples, case, self.settings)} for samples in rounds]
-        summary = summarize(rounds, case.name, BASELINE if BASELINE in rounds[-1] else None)
+        elif any(case.name not in samples for samples in rounds):
+            raise BenchError(
+                f"{self.folder.path} has no row of {case.name}, and its rounds were timed without it: rows were taken "
+                "away. Start again in another folder."
+            )
+        summary = summarize(rounds, case.name)
         key = {**_group(case), "name": case.name}
         kept: dict[str, Any] = {}
         for kind, value in (("memory", "peak_bytes"), ("launches", "launches")):
             for record in self.folder.rounds.find(kind=kind, **key):
                 kept[value] = record[value]
         steps = None if self.settings.kind == "call" else self._steps(case)
-        others = {"of_tomesd": f"tomesd {case.ratio:g}" if case.ratio is not None else "", "of_free": "attention-free"}
+        others = {
+            "of_vanilla": BASELINE,
+            "of_tomesd": f"tomesd {case.ratio:g}" if case.ratio is not None else "",
+            "of_free": "attention-free",
+        }
         compared = {
             key: paired_speedup(rounds, case.name, other)
             for key, other in others.items()
             if case.method != BASELINE and other != case.name and other in rounds[-1]
         }
+        if case.method == BASELINE:
+            compared["of_vanilla"] = [1.0]
         return {**asdict(summary), **compared, **kept, "steps": steps, "is_computed": is_computed}
 
     def _rounds(self, case: Case) -> list[dict[str, Sample]]:

@@ -18,6 +18,7 @@ Kind = Literal["generation", "call"]
 _SPEED_METHODS = ("vanilla", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
 _QUALITY_METHODS = ("vanilla", "agentsd", "tomesd", "fewer-steps")
 _CPU_METHODS = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
+_SMALLEST_JUDGED = 11  # the window of SSIM
 # Methods that show only over a whole generation are left out of calls by default, save agentsd, which is computed.
 _CALL_METHODS = tuple(name for name, method in METHODS.items() if not method.needs_generation or name == "agentsd")
 
@@ -227,7 +228,14 @@ class BenchSettings:
                 raise BenchError(
                     f"A ratio must lie between 0 and 1, but got {ratio}. For none at all there is `vanilla`."
                 )
+        for model in self.models:
+            if suite.kind == "generation" and model in SHAPES and not Path(model).exists():
+                raise BenchError(f"{model} is the shape of a UNet, with random weights: it takes the suite 'shapes'.")
+        if not 0 <= self.seed < 2**63:
+            raise BenchError(f"`seed` must lie between 0 and 2⁶³ − 1, but got {self.seed}.")
         for height, width in self.sizes:
+            if suite.has_pictures and min(height, width) < _SMALLEST_JUDGED:
+                raise BenchError(f"SSIM needs pictures of {_SMALLEST_JUDGED} pixels a side, but got {height}×{width}.")
             if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
                 raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
         for name in ("steps", "warmup", "repeats", "pictures"):
@@ -235,6 +243,16 @@ class BenchSettings:
                 raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
         if min(self.batches) < 1:
             raise BenchError(f"A batch must be at least 1, but got {min(self.batches)}.")
+        if not suite.has_pictures and (self.features, self.reference, self.lpips) != (None, None, False):
+            raise BenchError(
+                f"The suite {self.suite!r} judges no pictures, so it has no use for `features`, `reference` and "
+                "`lpips`: leave them out, or ask for the suite 'quality'."
+            )
+        if self.reference is not None and self.features is None:
+            raise BenchError(
+                "A `reference` is compared with in the features of an extractor: name one as `features` (--features), "
+                "'inception' or a CLIP model."
+            )
         if self.budget_minutes is not None and self.budget_minutes <= 0:
             raise BenchError(f"`budget_minutes` must be above 0, but got {self.budget_minutes}.")
         for name in self.options:

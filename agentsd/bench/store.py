@@ -41,7 +41,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     ```
     """
     records = []
-    lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
+    try:
+        lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
+    except UnicodeDecodeError as error:
+        raise BenchError(f"{path} is no text ({error}). Start again in another folder.") from error
     for number, line in enumerate(lines, start=1):
         try:
             records.append(read_object(line))
@@ -191,7 +194,9 @@ class RunFolder:
         try:
             if any(log.exists() for log in logs):
                 if not resume:
-                    raise BenchError(f"{path} holds the results of an earlier run. Resume it, or name another folder.")
+                    raise BenchError(
+                        f"{path} holds the results of an earlier run. Resume it with --resume, or name another folder."
+                    )
                 self._check(headers)
             elif self.images.exists():
                 raise BenchError(

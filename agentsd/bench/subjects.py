@@ -81,6 +81,23 @@ def _compile(unet: Any) -> Any:
     return torch.compile(unet, dynamic=False)
 
 
+def compiled_graphs() -> int:
+    """
+    How many graphs `torch.compile` has made in this process.
+
+    Returns:
+        `int`: Their number.
+
+    Examples:
+
+    ```python
+    >>> compiled_graphs() >= 0
+    True
+    ```
+    """
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @dataclass(frozen=True)
 class PipelineSubject:
     """

@@ -103,7 +103,6 @@ class Summary:
         q1 (`float`): Lower quartile in seconds.
         q3 (`float`): Upper quartile in seconds.
         step_seconds (`float`, *optional*): Median time of a step in seconds.
-        speedup (`float`, *optional*): Median over the rounds of the baseline's time divided by this one's.
     """
 
     rounds: int
@@ -111,7 +110,6 @@ class Summary:
     q1: float
     q3: float
     step_seconds: float | None
-    speedup: float | None
 
 
 def time_call(call: Call, device: torch.device) -> Sample:
@@ -196,7 +194,7 @@ def paired_speedup(rounds: Sequence[Mapping[str, Sample]], name: str, other: str
         other (`str`): The variant to compare with.
 
     Returns:
-        `list[float]`: The median and the ends of its 95 % interval.
+        `list[float]`: The median and, from five rounds on, the ends of its 95 % interval.
 
     Examples:
 
@@ -204,23 +202,22 @@ def paired_speedup(rounds: Sequence[Mapping[str, Sample]], name: str, other: str
     >>> from agentsd.bench.timing import Sample, paired_speedup
     >>> rounds = [{"a": Sample(4.0), "b": Sample(2.0)}, {"a": Sample(9.0), "b": Sample(3.0)}]
     >>> paired_speedup(rounds, "b", "a")
-    [2.5, 2.0, 3.0]
+    [2.5]
     ```
     """
     return bootstrap_median([samples[other].seconds / samples[name].seconds for samples in rounds])
 
 
-def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str | None = None) -> Summary:
+def summarize(rounds: Sequence[Mapping[str, Sample]], name: str) -> Summary:
     """
     Summarise one variant over all rounds.
 
     Args:
         rounds (`Sequence[Mapping[str, Sample]]`): What `time_round` returned, round by round.
         name (`str`): The variant.
-        baseline (`str`, *optional*): The variant to compare with, as [`paired_speedup`] does.
 
     Returns:
-        `Summary`: Median, quartiles and speed-up.
+        `Summary`: Median and quartiles.
 
     Raises:
         ValueError: If there is no round.
@@ -229,9 +226,8 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str |
 
     ```python
     >>> from agentsd.bench.timing import Sample, summarize
-    >>> rounds = [{"a": Sample(4.0), "b": Sample(2.0)}, {"a": Sample(9.0), "b": Sample(3.0)}]
-    >>> summarize(rounds, "b", baseline="a").speedup
-    2.5
+    >>> summarize([{"a": Sample(4.0)}, {"a": Sample(9.0)}], "a").seconds
+    6.5
     ```
     """
     if not rounds:
@@ -249,5 +245,4 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str, baseline: str |
         q1=q1,
         q3=q3,
         step_seconds=statistics.median(known) if known else None,
-        speedup=None if baseline is None else paired_speedup(rounds, name, baseline)[0],
     )

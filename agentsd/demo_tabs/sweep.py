@@ -108,7 +108,7 @@ def _sweep_plot(runs: Sequence[SweepRun], wish: Wish) -> PIL.Image.Image:
             each.ratio,
             wish.height,
             wish.width,
-            speedup=each.speed_up,
+            of_vanilla=None if each.speed_up is None else [each.speed_up],
             quality={"ssim": [each.ssim] * 3},
         )
         for each in runs
