@@ -167,6 +167,10 @@ def test_quality_is_plotted_and_pictures_are_laid_out(facts, tmp_path):
     assert lines == list(colours.values())
 
 
+def test_intervals_are_drawn_where_there_are_some():
+    assert plots._lengths([[0.75, 0.5, 1.0], [0.5]]) == [[0.25, 0.0], [0.25, 0.0]]
+
+
 def test_each_setting_has_a_plot_of_its_own_with_vanilla_in_it(facts, tmp_path, monkeypatch):
     """A method that is slower and different is on no front: vanilla is at 1 and 1."""
     fronts = []

@@ -90,10 +90,7 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     for method in dict.fromkeys(row.method for row in judged):
         mine = [row for row in judged if row.method == method]
         middle = [row.quality["ssim"][0] for row in mine]
-        ends = [
-            [row.quality["ssim"][0] - row.quality["ssim"][1] for row in mine],
-            [row.quality["ssim"][2] - row.quality["ssim"][0] for row in mine],
-        ]
+        ends = _lengths([row.quality["ssim"] for row in mine])
         speeds = [row.speedup for row in mine]
         axes.errorbar(speeds, middle, yerr=ends, fmt="o", capsize=3, label=method)
         for row, x, y in zip(mine, speeds, middle, strict=True):
@@ -104,10 +101,16 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", **ring, label="Pareto front")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("speed-up over vanilla")
-    has_intervals = any(low < high for row in judged for _, low, high in [row.quality["ssim"]])
+    has_intervals = any(len(row.quality["ssim"]) > 1 for row in judged)
     axes.set_ylabel("SSIM to vanilla's picture" + (" (95 % interval)" if has_intervals else ""))
     axes.legend()
     return _save(figure, file)
+
+
+def _lengths(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """How far intervals reach below and above their values; nowhere where there is none."""
+    below = [value - (ends[0] if ends else value) for value, *ends in values]
+    return [below, [(ends[1] if ends else value) - value for value, *ends in values]]
 
 
 def _number(value: float | None) -> str:

@@ -109,7 +109,7 @@ def _sweep_plot(runs: Sequence[SweepRun], wish: Wish) -> PIL.Image.Image:
             wish.height,
             wish.width,
             of_vanilla=None if each.speed_up is None else [each.speed_up],
-            quality={"ssim": [each.ssim] * 3},
+            quality={"ssim": [each.ssim]},
         )
         for each in runs
         if each.speed_up is not None and each.ssim is not None and math.isfinite(each.ssim)
