@@ -2,7 +2,7 @@
 
     python apps/train_emoji.py --stage all
 
-does everything in a little over two hours on two CPU cores: it fetches the drawings with npm (or takes them from
+does everything in less than two hours on two CPU cores: it fetches the drawings with npm (or takes them from
 ``--data-dir``), trains the VAE, then a text and an image encoder, then the UNet with its text encoder, and writes the
 model folder with its card. Each stage also runs on its own; ``--resume`` goes on from the last checkpoint.
 

@@ -50,7 +50,8 @@ def test_card_and_facts_agree() -> None:
     facts = json.loads((MODEL / "training.json").read_text())
     assert card.startswith("---\nlicense: apache-2.0")
     assert all(prompt in words for prompt in facts["prompts"])
-    assert f"{facts['vae']['psnr_trained']} dB" in card
+    assert f"{facts['vae']['psnr']} dB" in card
+    assert f"{facts['judged']['20']['clip']}" in card
     assert "samples.png" in card and "loss.png" in card
 
 
@@ -112,9 +113,9 @@ def widths(mask: torch.Tensor) -> list[float]:
 
 
 def test_the_encoder_beside_it_knows_what_its_pictures_show(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    """CLIP scores and distances between sets stand on it."""
+    """CLIP scores and distances between sets stand on it. The card has 98 % of all prompts among five."""
     prompts = json.loads((MODEL / "training.json").read_text())["prompts"]
-    drawn = ["a red apple", "a sunflower", "a fir tree", "a soccer ball"]
+    drawn = prompts[::8]
     files = [tmp_path / f"{number}.png" for number in range(len(drawn))]
     for file, prompt in zip(files, drawn, strict=True):
         to_image(draw(pipe, prompt, 15).permute(1, 2, 0).numpy()).save(file)
@@ -122,7 +123,8 @@ def test_the_encoder_beside_it_knows_what_its_pictures_show(pipe: StableDiffusio
     pictures, texts = extractor.pictures(files), extractor.texts(prompts)
     pictures, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (pictures, texts))
     ranked = (-pictures @ texts.T).argsort(axis=1)
-    assert all(prompts.index(prompt) in row[:5] for prompt, row in zip(drawn, ranked.tolist(), strict=True))
+    found = [prompts.index(prompt) in row[:5] for prompt, row in zip(drawn, ranked.tolist(), strict=True)]
+    assert len(found) == 16 and sum(found) >= 15
 
 
 @pytest.mark.parametrize("prompt", ["a red heart", "a blue heart", "a green heart"])

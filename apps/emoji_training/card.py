@@ -81,8 +81,8 @@ python apps/train_emoji.py --recipe {recipe} --stage all
   Its text encoder begins as the one above and learns on with it. All noise levels alike for the first
   {layout_from} % of the time; then {layout_samples} % of the samples from the noisiest {layout_noise} % of the range,
   where it is decided what is drawn where.
-- All: AdamW, cosine learning rate over the time budget, bf16 autocast, seed {seed}. {software}. As the learning rate
-  follows the clock, a second run gives a model alike, not the same weights.
+- All: AdamW, cosine learning rate over the time budget, bf16 autocast, seed {seed}. {software}.
+  As the learning rate follows the clock, a second run gives a model alike, not the same weights.
 
 ![Loss](loss.png)
 
@@ -98,8 +98,8 @@ is another one than the caption says, all else as it is.
 | --- | ---: | ---: | ---: | ---: | ---: |
 {judged}
 
-VAE reconstruction: {psnr} dB PSNR on these scenes{psnr_unseen}; the mean colour of 8×8 pixels is off by
-{colour_error} of 255 levels.
+VAE reconstruction: {psnr} dB PSNR on these scenes{psnr_unseen};
+the mean colour of 8×8 pixels is off by {colour_error} of 255 levels.
 
 The encoder has seen renders of these drawings and nothing else: its figures say something about pictures of this
 model and nothing about others, and they do not compare with FID or CLIP scores of other encoders.
@@ -111,7 +111,15 @@ model and nothing about others, and they do not compare with FID or CLIP scores 
 - Colours of things other than those it saw: nothing taught it "a purple apple".
 - Sizes other than {side}×{side} run, but the pictures fall apart the further one goes.
 - Stand for diverse pictures: whatever a method does to these drawings is weak evidence for photographs.
+{known}"""
+
+# Where they are few and each can be named: what a visitor may ask for.
+KNOWN = """
+## The prompts it knows
+
+{prompts}.
 """
+MOST_LISTED = 200
 
 # Said when fewer pictures than this find their own caption among the nearest five, as a part of what renders do.
 UNDERTRAINED = """
@@ -198,6 +206,9 @@ def text(facts: dict) -> str:
         psnr=facts["vae"]["psnr"],
         psnr_unseen=f", {unseen} dB on scenes of {facts['held_out']} drawings it never saw" if unseen else "",
         colour_error=facts["vae"]["colour_error"],
+        known=KNOWN.format(prompts=listed(sorted(facts["prompts"], key=without_article)))
+        if single and plain and len(facts["names"]) <= MOST_LISTED
+        else "",
         limits="Scenes, several objects, counting, backgrounds, styles, text. "
         '"A red apple and a cat" is not two things to it.'
         if single
@@ -215,6 +226,11 @@ def judged_row(label: str, row: dict[str, float]) -> str:
 def listed(items: list[str]) -> str:
     """Quoted, comma-separated, wrapped."""
     return WRAPPER.fill(", ".join(f"“{item}”" for item in items))
+
+
+def without_article(phrase: str) -> str:
+    """What to sort a prompt by."""
+    return phrase.removeprefix("a ").removeprefix("an ")
 
 
 def percent(share: float) -> str:
