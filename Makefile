@@ -37,11 +37,11 @@ lint: $(VENV)/.dev ## Check style, formatting and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.dev ## Format the code and mend what ruff can mend.
+format: $(VENV)/.dev ## Format the code and fix what ruff can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tables: $(VENV)/.dev ## Write the README's tables anew from the recorded results.
+tables: $(VENV)/.dev ## Rewrite the README's tables from the recorded results.
 	$(BIN)/python -m agentsd.bench.tables README.md
 
 notebooks: $(VENV)/.dev ## Run the notebooks and keep what they print.

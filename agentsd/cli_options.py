@@ -1,6 +1,8 @@
 """The options that the commands share, and how what they were given is read and checked."""
 
 import ast
+import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,9 +159,15 @@ def check_picture_file(file: Path) -> None:
 
     if file.is_dir():
         raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'picture.png'}.")
-    # Some kinds, such as .psd, can be read but not written.
-    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--out {file} does not end in a kind of picture, such as .png.")
+    try:
+        # Some kinds, such as .psd, can be read but not written, and some, such as .xbm, have no colours.
+        kind = Image.registered_extensions()[file.suffix.lower()]
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=kind)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"--out {file} does not end in a kind of picture that holds colours, such as .png."
+        ) from error
+    check_folder(file.parent)
 
 
 def check_folder(folder: Path) -> None:
@@ -170,10 +178,13 @@ def check_folder(folder: Path) -> None:
         folder (`Path`): What `--out` was given.
 
     Raises:
-        ValueError: If a file is there.
+        ValueError: If a file is there or on the way there, or nothing can be written there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file: name a folder.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out {existing} is a file: name a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {folder}: nothing can be written to {existing}.")
 
 
 def sizes(heights: list[int] | None, widths: list[int] | None) -> tuple[tuple[int, int], ...] | None:

@@ -1,9 +1,10 @@
 """The same picture with and without the patch: times, fidelity, and both side by side."""
 
+import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from rich.text import Text
 from .config import AgentSDConfig
 from .generation import Run, RunTime, generate_timed, pipeline_call
 from .metrics import decibels, fidelity, similarity
-from .patch import is_patched, patched, remove_patch
+from .patch import is_patched, patched, unpatched
 from .patch_report import PatchReport, report
 from .pictures import difference_map, side_by_side
+from .sites import attended_models
 
 
 # Variant ("vanilla" or "agentsd"), steps done, steps in all. Whatever it raises ends the comparison.
@@ -104,8 +106,8 @@ class Comparison:
         for heading in ("", "without agentsd", "with agentsd", "speed-up"):
             table.add_column(heading, justify="left" if not heading else "right")
         for name, before, after, gain in (
-            ("a step", self.vanilla_time.seconds_per_step, self.agentsd_time.seconds_per_step, self.speed_up),
-            ("in all", self.vanilla_time.total, self.agentsd_time.total, self.total_speed_up),
+            ("per step", self.vanilla_time.seconds_per_step, self.agentsd_time.seconds_per_step, self.speed_up),
+            ("total", self.vanilla_time.total, self.agentsd_time.total, self.total_speed_up),
         ):
             table.add_row(name, f"{before:.3f} s", f"{after:.3f} s", f"{gain:.2f}×")
         table.add_section()
@@ -177,7 +179,8 @@ def compare(
     Each variant is warmed up before it is timed. Afterwards the pipeline is patched, or not, as it was before.
 
     Args:
-        pipe (`DiffusionPipeline`): A pipeline with a UNet.
+        pipe (`DiffusionPipeline`):
+            A pipeline with a UNet that draws pictures, and takes `callback_on_step_end`, by which steps are timed.
         prompt (`str`): What to draw.
         config (`AgentSDConfig`, *optional*):
             The patch to compare with; by default the one that the pipeline has, or else `AgentSDConfig()`.
@@ -199,7 +202,8 @@ def compare(
 
     Raises:
         RuntimeError: If the run was interrupted (`pipe._interrupt`).
-        TypeError: If an argument has the wrong type, or an option is one that the comparison sets itself.
+        TypeError: If an argument has the wrong type, an option is one that the comparison sets itself, or the pipeline
+            takes no `callback_on_step_end`.
         ValueError: If an argument is out of range.
 
     Examples:
@@ -212,10 +216,11 @@ def compare(
     True
     ```
     """
-    _check(prompt, steps, seed, options)
+    pipe = getattr(pipe, "pipe", pipe)  # an AgentSDPipeline's own
+    _check(pipe, prompt, steps, seed, options)
     call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
     if vanilla is None:
-        with _unpatched(pipe):
+        with unpatched(pipe):
             vanilla = generate_timed(pipe, call, steps, seed, "without agentsd", _part(progress, "vanilla"))
     has_own_patch = config is None and is_patched(pipe)
     with nullcontext() if has_own_patch else patched(pipe, config=config):
@@ -229,8 +234,8 @@ def compare(
     difference, scale = difference_map(vanilla.image, agentsd.image)
     ratio, likeness = fidelity(agentsd.values, vanilla.values)
     labels = [
-        f"without agentsd: {vanilla.time.seconds_per_step:.3g} s a step",
-        f"with agentsd: {agentsd.time.seconds_per_step:.3g} s a step",
+        f"without agentsd: {vanilla.time.seconds_per_step:.3g} s per step",
+        f"with agentsd: {agentsd.time.seconds_per_step:.3g} s per step",
         f"difference, {scale} times as bright",  # Pillow's built-in font has no multiplication sign
     ]
     return Comparison(
@@ -247,7 +252,7 @@ def compare(
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "seed": seed,
-            "steps": steps,
+            "steps": len(vanilla.time.steps) if {"timesteps", "sigmas"} & options.keys() else steps,
             "guidance_scale": guidance_scale,
             "height": vanilla.image.height,
             "width": vanilla.image.width,
@@ -258,7 +263,13 @@ def compare(
     )
 
 
-def _check(prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
+def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
+    attended_models(pipe)  # raises what is wrong with another object
+    if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
+        raise TypeError(
+            f"{type(pipe).__name__} cannot be timed step by step, as it takes no `callback_on_step_end`: patch it "
+            "with `agentsd.apply_patch`, and compare what it draws before and after."
+        )
     if not isinstance(prompt, str):
         raise TypeError(f"`prompt` must be one string, but got {type(prompt).__name__}.")
     for name, value, low in (("steps", steps, 1), ("seed", seed, 0)):
@@ -276,17 +287,6 @@ def _check(prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
 
 def _part(progress: Progress | None, variant: str) -> Callable[[int, int], None] | None:
     return None if progress is None else partial(progress, variant)
-
-
-@contextmanager
-def _unpatched(pipe: Any) -> Iterator[None]:
-    if not is_patched(pipe):
-        yield
-        return
-    # When it ends, `patched` gives back whatever patch was there, with its choice of layers.
-    with patched(pipe, config=report(pipe).config):
-        remove_patch(pipe)
-        yield
 
 
 def _plain_run(run: Run) -> dict[str, Any]:

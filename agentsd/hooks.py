@@ -126,7 +126,8 @@ class ModelPatch:
             return
         if self.layers is None:
             self.layers = [site.attn for site in patched_sites(model)]
-        replaced = {type(attn.processor) for attn in self.layers} - {AgentAttnProcessor}
+        processors = [attn.processor for attn in self.layers]
+        replaced = {type(processor) for processor in processors if not isinstance(processor, AgentAttnProcessor)}
         if replaced:
             names = ", ".join(sorted(kind.__name__ for kind in replaced))
             self._warn_once(

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ _FILE_OPTIONS = {*_COMMON_OPTIONS, "config", "original_config"}
 _FOLDER_OPTIONS = {
     *_COMMON_OPTIONS,
     *("custom_pipeline", "custom_revision", "device_map", "low_cpu_mem_usage", "max_memory", "offload_folder"),
-    *("offload_state_dict", "quantization_config", "trust_remote_code", "variant"),
+    *("load_connected_pipeline", "offload_state_dict", "quantization_config", "trust_remote_code", "variant"),
 }
 
 
-def resolve_model(model: str | os.PathLike = "emoji") -> Path | str:
+def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] = ()) -> Path | str:
     """
     Find out what a model's name means.
 
@@ -46,7 +46,10 @@ def resolve_model(model: str | os.PathLike = "emoji") -> Path | str:
         model (`str` or `os.PathLike`, defaults to `"emoji"`):
             The built-in name `"emoji"`, a folder that a pipeline was saved in, a single `.safetensors` file, or the
             id of a model on the Hugging Face Hub, such as `"stable-diffusion-v1-5/stable-diffusion-v1-5"`. A folder
-            of that name goes before the Hub, and the built-in name goes before a folder: write `"./emoji"` for one.
+            of that name goes before the Hub, and the built-in name goes before a folder: write `"./emoji"`, or give a
+            `Path`, for one.
+        replaced (`Collection[str]`, *optional*):
+            Components that will not be loaded from there, so that it does not matter how they are kept.
 
     Returns:
         `Path` or `str`: An existing folder or file, or the id on the Hub (which is not looked up here).
@@ -68,9 +71,10 @@ def resolve_model(model: str | os.PathLike = "emoji") -> Path | str:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"`model` must be a name or a path, but got {type(model).__name__}.")
     name = os.fspath(model)
-    path = Path(__file__).parent / "models" / name if name in BUILTIN_MODELS else Path(name).expanduser()
+    is_builtin = isinstance(model, str) and name in BUILTIN_MODELS
+    path = Path(__file__).parent / "models" / name if is_builtin else Path(name).expanduser()
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, replaced)
         return path
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise ValueError(f"{name} is a pickle checkpoint, which can run code when it is loaded. {_CONVERT}")
@@ -127,7 +131,7 @@ def load_pipeline(
         if dtype is not None:
             raise TypeError("Give either `dtype` or `torch_dtype`, not both.")
         dtype = options.pop("torch_dtype")
-    source = resolve_model(model)
+    source = resolve_model(model, replaced=options.keys())
     target = pick_device(device)
     options["dtype"] = pick_dtype(dtype, target)
     if not options.pop("use_safetensors", True):
@@ -242,14 +246,25 @@ def _usable_devices() -> str:
     return f"Devices that work here: {', '.join(devices)}."
 
 
-def _check_folder(folder: Path) -> None:
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = folder / "model_index.json"
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index} cannot be read: {error}.") from error
+    if not isinstance(components, dict):
+        raise ValueError(f"{index} does not describe a pipeline.")
+    return components
+
+
+def _check_folder(folder: Path, replaced: Collection[str]) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
             f"{folder} is not a diffusers model, because it has no model_index.json. Name the folder that a pipeline "
             "was saved in, or a .safetensors file."
         )
-    for component in json.loads(index.read_text(encoding="utf-8")):
+    for component in (name for name in _read_index(folder) if name not in replaced):
         suffixes = {file.suffix.lower() for file in (folder / component).glob("*")}
         if not suffixes.isdisjoint(_PICKLE_SUFFIXES) and ".safetensors" not in suffixes:
             raise ValueError(f"{folder} has its {component} as a pickle, which can run code. {_CONVERT}")
@@ -309,8 +324,10 @@ def _pipeline_class_of_file(file: Path, config: str | os.PathLike | None) -> Any
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file, or is damaged: {error}") from error
     if config is not None and (Path(config) / "model_index.json").is_file():
-        index = json.loads((Path(config) / "model_index.json").read_text(encoding="utf-8"))
-        return getattr(diffusers, index["_class_name"])
+        name = str(_read_index(Path(config)).get("_class_name"))
+        if not hasattr(diffusers, name):
+            raise ValueError(f"{config} describes a {name}, which diffusers does not have.")
+        return getattr(diffusers, name)
     if in_channels is None:
         raise ValueError(
             f"{file} is not a whole Stable Diffusion model. Load its parts with diffusers, and patch the pipeline "

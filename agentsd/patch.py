@@ -167,6 +167,39 @@ def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any)
             snapshot.restore()
 
 
+@contextmanager
+def unpatched(pipe_or_unet: Patchable) -> Iterator[Patchable]:
+    """
+    Take patches off for as long as a `with` block runs, of ControlNets too, and put them back as they were.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model, patched or not.
+
+    Yields:
+        The same object.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> from agentsd.patch import unpatched
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> with unpatched(pipe):
+    ...     agentsd.is_patched(pipe)
+    False
+    >>> agentsd.is_patched(pipe)
+    True
+    ```
+    """
+    before = [_Snapshot(model) for _, model in attended_models(pipe_or_unet)]
+    remove_patch(pipe_or_unet)
+    try:
+        yield pipe_or_unet
+    finally:
+        for snapshot in before:
+            snapshot.restore()
+
+
 def current_patch(model: torch.nn.Module) -> ModelPatch | None:
     """
     The patch of a model.

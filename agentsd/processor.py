@@ -58,7 +58,9 @@ class AgentAttnProcessor:
         is_plain = encoder_hidden_states is None and attention_mask is None and not _is_perturbed(attn)
         plans = site.plans(hidden_states) if site is not None and site.config.merge_attn and is_plain else None
         if site is None or plans is None:
-            return original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            # Sliced attention knows no `temb`, which no transformer block passes to its self-attention.
+            more = () if temb is None else (temb,)
+            return original(attn, hidden_states, encoder_hidden_states, attention_mask, *more)
         outputs = []
         for plan in plans:
             x = plan.take(hidden_states)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 
@@ -83,6 +85,8 @@ def attended_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
     ['unet']
     ```
     """
+    if isinstance(pipe_or_unet, MultiControlNetModel):
+        return _controlnets(pipe_or_unet)
     if isinstance(pipe_or_unet, torch.nn.Module):
         return [("unet", unwrap(pipe_or_unet))]
     unet = unwrap(getattr(pipe_or_unet, "unet", None))
@@ -96,11 +100,16 @@ def attended_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
         raise TypeError(f"Expected a diffusers pipeline with a UNet, or a UNet, but got {kind}.")
     models = [("unet", unet)]
     controlnet = unwrap(getattr(pipe_or_unet, "controlnet", None))
-    if isinstance(controlnet, torch.nn.Module):
-        # A MultiControlNetModel holds its models in `nets`.
-        nets = [unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
-        models += [("controlnet" if len(nets) == 1 else f"controlnet.{i}", net) for i, net in enumerate(nets)]
+    # ControlNet-XS has its layers in the UNet, and the adapter that they were made from does not run.
+    if isinstance(controlnet, torch.nn.Module) and not isinstance(controlnet, ControlNetXSAdapter):
+        models += _controlnets(controlnet)
     return models
+
+
+def _controlnets(controlnet: Any) -> list[tuple[str, torch.nn.Module]]:
+    """One model, or those that a MultiControlNetModel holds."""
+    nets = [unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
+    return [("controlnet" if len(nets) == 1 else f"controlnet.{i}", net) for i, net in enumerate(nets)]
 
 
 def find_sites(model: torch.nn.Module) -> list[Site]:
@@ -218,23 +227,25 @@ def inner_hooks(module: torch.nn.Module) -> list[Any]:
 
 def unsupported_reason(attn: Attention, processor: Any) -> str | None:
     """
-    Why a self-attention layer has to be left alone.
+        Why a self-attention layer has to be left alone.
 
-    Args:
-        attn (`Attention`): The layer.
-        processor: Its processor before patching.
+        Args:
+            attn (`Attention`): The layer.
+            processor: Its processor before patching.
 
-    Returns:
-        `str`, *optional*: The reason, or `None` if the layer can be patched.
+        Returns:
+            `str`, *optional*: The reason, or `None` if the layer can be patched.
 
-    Examples:
+        Examples:
 
-    ```python
-    >>> from diffusers.models.attention_processor import Attention
-    >>> attn = Attention(query_dim=8)
-    >>> unsupported_reason(attn, attn.processor) is None
-    True
-    ```
+        ```python
+        >>> from diffusers.models.attention_processor import Attention
+    from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
+    from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+        >>> attn = Attention(query_dim=8)
+        >>> unsupported_reason(attn, attn.processor) is None
+        True
+        ```
     """
     if type(processor).__name__ not in _STANDARD_PROCESSORS:
         return f"its processor {type(processor).__name__} does more than plain attention"

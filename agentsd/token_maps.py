@@ -85,8 +85,9 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): Patched, and not compiled.
 
     Yields:
-        `dict[tuple[str, int], TokenMap]`: Filled as it runs, by the name of the layer and the number of the step,
-        counted from 0; without the layers and steps at which nothing is merged.
+        `dict[tuple[str, int], TokenMap]`: Filled as it runs, by the name of the layer and the number of the UNet's
+        call, counted from 0 (most schedulers make one call for each step); without the layers and calls in which
+        nothing is merged.
 
     Examples:
 
@@ -114,7 +115,8 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
             site = getattr(module, "agentsd_site", None)
             if site is None or not site.current:
                 return
-            plan = site.current[-1].tokens
+            # The last sample's plan: of samples in several phases, each phase has its own.
+            plan = max(site.current, key=lambda plan: 0 if plan.rows is None else int(plan.rows[-1])).tokens
             if plan is not None:
                 maps[name, step] = map_of(plan, site.size)
 

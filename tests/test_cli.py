@@ -96,7 +96,7 @@ def test_compare_writes_pictures_and_table(model, tmp_path):
     patched = draw(agentsd.apply_patch(tiny_sd()))
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(out / "agentsd.png")), patched)
     assert json.loads((out / "comparison.json").read_text())["settings"]["seed"] == 3
-    for word in ("speed-up", "a step", "PSNR", "SSIM", "side_by_side.png"):
+    for word in ("speed-up", "per step", "PSNR", "SSIM", "side_by_side.png"):
         assert word in result.stdout
 
 
@@ -167,6 +167,9 @@ def test_version():
         (["generate", PROMPT, "--ratio", "0.5", "--set", "ratio=0.4"], "ratio is given twice."),
         (["generate", PROMPT, "--ratio", "0.5", "--no-patch"], "--no-patch leaves nothing"),
         (["generate", PROMPT, "--out", "picture.doc"], "does not end in a kind of picture"),
+        (["generate", PROMPT, "--out", "picture.xbm"], "does not end in a kind of picture that holds colours"),
+        (["generate", PROMPT, "--out", "file.txt/picture.png"], "is a file: name a folder."),
+        (["compare", PROMPT, "--out", "file.txt/below"], "is a file: name a folder."),
         (["generate", PROMPT, "--out", "picture.psd"], "does not end in a kind of picture"),
         (["generate", PROMPT, "--out", "."], "is a folder: name a file"),
         (["generate", PROMPT, "--model", "./nothing"], "There is no model './nothing'"),

@@ -8,8 +8,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from compat_models import picture, tiny_gligen, with_unet
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from models import tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl
+from models import tiny_controlnet, tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl
 from rich.console import Console
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -86,6 +93,36 @@ def test_unpatched_pipeline_stays_unpatched():
     compare(pipe, PROMPT, steps=1)
     assert not agentsd.is_patched(pipe)
     assert processors(pipe) == before
+
+
+def test_a_patch_that_only_a_controlnet_has_is_off_for_the_plain_run():
+    pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=tiny_controlnet())
+    options = {"steps": 2, "image": picture()}
+    plain = compare(pipe, "a", **options).vanilla_run
+    agentsd.apply_patch(pipe, max_downsample=4)
+    agentsd.remove_patch(pipe.unet)
+    again = compare(pipe, "a", **options).vanilla_run
+    assert np.array_equal(again.values, plain.values)
+    assert agentsd.is_patched(pipe.controlnet) and not agentsd.is_patched(pipe.unet)
+
+
+def test_the_wrapper_is_compared_as_its_pipeline():
+    """A few steps of a picture are warmed up with enough of them."""
+    pipe = with_unet(StableDiffusionImg2ImgPipeline)
+    options = {"steps": 20, "image": picture(), "strength": 0.2}
+    comparison = compare(agentsd.AgentSDPipeline(pipe), "a", **options)
+    assert comparison.settings["pipeline"] == type(pipe).__name__
+
+
+def test_a_pipeline_that_does_not_tell_of_its_steps_is_refused():
+    with pytest.raises(TypeError, match=r"GLIGENPipeline .* takes no `callback_on_step_end`"):
+        compare(tiny_gligen(), "a")
+
+
+def test_steps_of_ones_own_are_counted():
+    pipe = with_unet(StableDiffusionPipeline)
+    pipe.scheduler = EulerDiscreteScheduler()
+    assert compare(pipe, "a", timesteps=[900, 500, 100]).settings["steps"] == 3
 
 
 @pytest.mark.parametrize("config", [None, agentsd.AgentSDConfig(ratio=0.2)])

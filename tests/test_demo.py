@@ -83,7 +83,7 @@ def table(page, name):
 
 def compare(page):
     page.locator("#compare-start").click()
-    expect(page.locator("#compare-status")).to_contain_text("Speed-up of a step", timeout=SLOW)
+    expect(page.locator("#compare-status")).to_contain_text("Speed-up per step", timeout=SLOW)
     return table(page, "compare-numbers")
 
 
@@ -96,7 +96,7 @@ def test_compare_shows_both_pictures_and_true_numbers(open_page):
     page.get_by_label("Prompt", exact=True).fill("a red heart")
     set_number(page, "Steps", 3)
     numbers = compare(page)
-    for row in ("a step", "in all"):
+    for row in ("per step", "total"):
         before, after, gain = numbers[row]
         ratio = number(before) / number(after)
         assert abs(number(gain) - ratio) < 0.02 * ratio + 0.01
@@ -112,12 +112,12 @@ def test_compare_shows_both_pictures_and_true_numbers(open_page):
     expect(page.locator("#compare-report")).to_contain_text("1024")
 
     # The same again with another ratio: the plain run is not repeated, and says so.
-    plain = numbers["a step"][0]
+    plain = numbers["per step"][0]
     set_number(page, "Ratio", 0.8)
     page.locator("#compare-start").click()
     expect(page.locator("#compare-numbers")).to_contain_text("(cached)", timeout=SLOW)
     expect(page.locator("#compare-status")).to_contain_text("earlier run")
-    assert table(page, "compare-numbers")["a step"][0] == plain
+    assert table(page, "compare-numbers")["per step"][0] == plain
 
 
 def test_every_picture_and_field_has_a_name(open_page):
@@ -227,7 +227,7 @@ def test_two_visitors_do_not_see_each_other(open_page):
     yours.locator("#compare-start").click()
     expect(yours.get_by_text(re.compile("waiting for another generation, 1 before yours"))).to_be_visible()
     mine.locator("#compare-stop").click()
-    expect(yours.locator("#compare-status")).to_contain_text("Speed-up of a step", timeout=SLOW)
+    expect(yours.locator("#compare-status")).to_contain_text("Speed-up per step", timeout=SLOW)
     expect(mine.locator("#compare-status")).to_contain_text("Stopped")
     assert mine.locator("#compare-slider img").count() == 0
 
@@ -288,7 +288,7 @@ def test_programs_get_messages_too(address):
     asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
     patch = [0.4, 0.4, 1, 0.3, 0.075, True, False, False]
     status, pictures, *_ = client.predict(*asked, *patch, api_name="/compare")
-    assert "Speed-up of a step" in status
+    assert "Speed-up per step" in status
     assert PIL.Image.open(pictures[0]).size == (256, 256)
     for values, message in (
         ([*asked[:4], 201, *asked[5:], *patch], "201 is greater"),

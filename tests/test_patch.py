@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from models import tiny_controlnet, tiny_sd
 from runs import EARLY, LATE, hook_count, image, inputs, run
 
@@ -81,6 +83,22 @@ def test_a_pipelines_controlnet_is_patched_with_it():
     assert agentsd.is_patched(pipe.controlnet)
     assert {row.model for row in agentsd.report(pipe).rows} == {"unet", "controlnet"}
     assert not agentsd.is_patched(agentsd.remove_patch(pipe).controlnet)
+
+
+def test_several_controlnets_are_patched_and_unpatched_together():
+    nets = [tiny_controlnet(seed=seed) for seed in (0, 1)]
+    together = MultiControlNetModel(nets)
+    agentsd.apply_patch(together)
+    assert agentsd.is_patched(together) and all(agentsd.is_patched(net) for net in nets)
+    agentsd.remove_patch(together)
+    assert not any(agentsd.is_patched(net) for net in nets)
+
+
+def test_layers_of_a_controlnet_xs_are_those_of_its_unet():
+    """The adapter that they were made from does not run: the report must not list its layers."""
+    pipe = tiny_sd()
+    pipe.controlnet = ControlNetXSAdapter.from_unet(pipe.unet, size_ratio=1.0)
+    assert {row.model for row in agentsd.report(agentsd.apply_patch(pipe)).rows} == {"unet"}
 
 
 def test_copies_do_not_share_the_patch(unet):

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from runs import hook_count, run
 
 import agentsd
-from agentsd.sites import find_sites
+from agentsd import AgentAttnProcessor
+from agentsd.sites import find_sites, patched_sites
 
 
 class Other:
@@ -124,6 +125,18 @@ def test_a_replaced_processor_means_vanilla_and_one_warning(unet):
         run(unet)
     agentsd.remove_patch(unet)
     assert all(type(p) is AttnProcessor2_0 for p in unet.attn_processors.values())
+
+
+def test_a_processor_derived_from_ours_is_ours(unet):
+    class Derived(AgentAttnProcessor):
+        pass
+
+    agentsd.apply_patch(unet)
+    for site in patched_sites(unet):
+        site.attn.set_processor(Derived())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(unet)
 
 
 def test_the_original_processor_comes_back(unet):

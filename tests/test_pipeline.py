@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,29 @@ def test_folder_with_a_pickle_is_refused(folder, tmp_path):
     torch.save({}, copied / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="has its unet as a pickle"):
         load_pipeline(copied)
+
+
+def test_a_pickle_that_is_not_loaded_is_no_obstacle(folder, tmp_path):
+    """Such as the safety checker of Stable Diffusion 1.5, when it is left out."""
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    file = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    unet = tiny_sd().unet
+    file.unlink()
+    torch.save({}, file.with_suffix(".bin"))
+    assert load_pipeline(copied, unet=unet).unet is unet
+
+
+@pytest.mark.parametrize(("text", "message"), [("{oops", "cannot be read"), ("[]", "does not describe a pipeline")])
+def test_a_damaged_description_is_named(tmp_path, text, message):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"model_index\.json {message}"):
+        load_pipeline(tmp_path)
+
+
+def test_a_path_is_never_the_built_in_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        resolve_model(Path("emoji"))
 
 
 def test_asking_for_pickles_is_refused(folder):

@@ -71,7 +71,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
 def _summary(comparison: Comparison, is_cached: bool) -> str:
     earlier = " The time without agentsd is that of an earlier run." if is_cached else ""
-    return f"Speed-up of a step: {gain(comparison.speed_up)}.{earlier}"
+    return f"Speed-up per step: {gain(comparison.speed_up)}.{earlier}"
 
 
 def _numbers(comparison: Comparison, is_cached: bool) -> str:
@@ -81,8 +81,8 @@ def _numbers(comparison: Comparison, is_cached: bool) -> str:
     return markdown_table(
         [
             ("", "without (cached)" if is_cached else "without", "with agentsd", "speed-up"),
-            ("a step", *steps, gain(comparison.speed_up)),
-            ("in all", *totals, gain(comparison.total_speed_up)),
+            ("per step", *steps, gain(comparison.speed_up)),
+            ("total", *totals, gain(comparison.total_speed_up)),
             ("peak memory", plain.peak, patched.peak, ""),
             ("PSNR", "", decibels(comparison.psnr), ""),
             ("SSIM", "", similarity(comparison.ssim), ""),

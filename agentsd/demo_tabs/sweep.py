@@ -91,7 +91,7 @@ def _caption(each: SweepRun) -> str:
 
 
 def _sweep_numbers(runs: Sequence[SweepRun]) -> str:
-    lines: list[tuple[str, ...]] = [("method", "a step", "speed-up", "PSNR", "SSIM")]
+    lines: list[tuple[str, ...]] = [("method", "per step", "speed-up", "PSNR", "SSIM")]
     for each in runs:
         if each.run is not None and each.speed_up is not None:
             judged = ("", "") if each.method == "vanilla" else (decibels(each.psnr), similarity(each.ssim))

@@ -50,10 +50,10 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     Examples:
 
     ```python
-    >>> print(markdown_table([("", "time"), ("a step", "1 s")]))
+    >>> print(markdown_table([("", "time"), ("per step", "1 s")]))
     |  | time |
     | :-- | --: |
-    | a step | 1 s |
+    | per step | 1 s |
     ```
     """
     rule = [":--", *["--:"] * (len(lines[0]) - 1)]

@@ -156,6 +156,22 @@ def test_processors_kept_from_a_patched_model():
     assert_no_trace(unet)
 
 
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [({"ratio": 0}, {}), ({"merge_attn": False, "merge_mlp": True}, {}), ({}, {"height": 128, "width": 16})],
+    ids=["nothing", "mlp", "narrow"],
+)
+def test_sliced_attention_that_is_left_alone(options, size):
+    """Its processor takes fewer arguments than the others."""
+    pipe = tiny_sd()
+    pipe.enable_attention_slicing(1)
+    plain = generate(pipe, **size)
+    agentsd.apply_patch(pipe, **options)
+    patched = generate(pipe, **size)
+    # the narrow picture holds no cell of the agent phase
+    assert torch.equal(patched, plain) == (options == {"ratio": 0})
+
+
 def test_patched_while_fused_then_unfused():
     """A model patched while fused: unfusing replaces the processors, so vanilla and one warning."""
     pipe = tiny_sd()
