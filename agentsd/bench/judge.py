@@ -150,11 +150,8 @@ class PictureJudge:
 
     def _set_scores(self, extractor: Extractor, pictures: Sequence[Path]) -> dict[str, list[float]]:
         """A set by itself: how far it is from the reference, and how well its pictures fit their prompts."""
-        features, texts, reference = (
-            self._features(extractor, pictures),
-            self._texts(extractor, pictures),
-            self._reference,
-        )
+        features, texts = self._features(extractor, pictures), self._texts(extractor, pictures)
+        reference = self._reference
         scores: dict[str, list[float]] = {}
         if reference is not None and len(pictures) >= _SMALLEST_SET:
             scores["fid"] = jackknife(reference.frechet_distance, features)
