@@ -227,25 +227,23 @@ def inner_hooks(module: torch.nn.Module) -> list[Any]:
 
 def unsupported_reason(attn: Attention, processor: Any) -> str | None:
     """
-        Why a self-attention layer has to be left alone.
+    Why a self-attention layer has to be left alone.
 
-        Args:
-            attn (`Attention`): The layer.
-            processor: Its processor before patching.
+    Args:
+        attn (`Attention`): The layer.
+        processor: Its processor before patching.
 
-        Returns:
-            `str`, *optional*: The reason, or `None` if the layer can be patched.
+    Returns:
+        `str`, *optional*: The reason, or `None` if the layer can be patched.
 
-        Examples:
+    Examples:
 
-        ```python
-        >>> from diffusers.models.attention_processor import Attention
-    from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
-    from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
-        >>> attn = Attention(query_dim=8)
-        >>> unsupported_reason(attn, attn.processor) is None
-        True
-        ```
+    ```python
+    >>> from diffusers.models.attention_processor import Attention
+    >>> attn = Attention(query_dim=8)
+    >>> unsupported_reason(attn, attn.processor) is None
+    True
+    ```
     """
     if type(processor).__name__ not in _STANDARD_PROCESSORS:
         return f"its processor {type(processor).__name__} does more than plain attention"
