@@ -124,7 +124,7 @@ def test_the_encoder_beside_it_knows_what_its_pictures_show(pipe: StableDiffusio
     pictures, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (pictures, texts))
     ranked = (-pictures @ texts.T).argsort(axis=1)
     found = [prompts.index(prompt) in row[:5] for prompt, row in zip(drawn, ranked.tolist(), strict=True)]
-    assert len(found) == 16 and sum(found) >= 15
+    assert len(found) == 16 and all(found)
 
 
 @pytest.mark.parametrize("prompt", ["a red heart", "a blue heart", "a green heart"])
