@@ -50,7 +50,7 @@ notebooks: $(VENV)/.dev ## Run the notebooks and keep what they print.
 wheel: $(VENV)/.dev ## Build the source archive and the wheel into dist/.
 	$(BIN)/python -m build --no-isolation
 
-space: wheel ## Put the web page as a Hugging Face Space into dist/space.
+space: wheel ## Build the web page as a Hugging Face Space in dist/space.
 	rm -rf dist/space
 	mkdir -p dist/space/results
 	cp apps/web_demo.py apps/README.md apps/requirements.txt dist/*.whl dist/space

@@ -35,17 +35,17 @@ def agent_attention(
         k (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): Keys.
         v (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): Values.
         agents (`torch.Tensor` of shape `(batch, heads, agents, head_dim)`):
-            Agent tokens, projected as queries are. All four are of one floating-point dtype and device.
+            Agent tokens, projected like the queries. All four tensors share one floating-point dtype and device.
         k_scale2 (`float`, defaults to `0.3`): Exponent on the softmax scale where the queries read the agents.
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut.
         attend (`Callable`, defaults to `torch.nn.functional.scaled_dot_product_attention`):
-            Softmax attention `attend(q, k, v, scale=...)` that does both products.
+            Softmax attention `attend(q, k, v, scale=...)`, used for both products.
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, tokens, head_dim)`: In the dtype of the inputs.
 
     Raises:
-        ValueError: If the shapes do not fit each other. The value shortcut needs one value a query.
+        ValueError: If the shapes do not match. The value shortcut needs one value per query.
 
     Examples:
 

@@ -37,7 +37,7 @@ from .cli_options import (
     sizes,
 )
 from .extras import how_to_install
-from .terminal import calm_libraries, errors_as_messages, messages, print_table, progress_bars, warn
+from .terminal import at_work, calm_libraries, errors_as_messages, messages, print_table, progress_bars, warn
 
 
 app = typer.Typer(
@@ -94,9 +94,11 @@ def generate(
     with errors_as_messages(debug):
         import torch
 
+        from .generation import check_draws_from_text
         from .patch import apply_patch
         from .pictures import picture_warnings, to_image
 
+        check_draws_from_text(pipe)
         if not no_patch:
             apply_patch(pipe, config=config)
         # No bar where nobody watches.
@@ -120,7 +122,7 @@ def generate(
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
         how = "without agentsd" if no_patch else f"with agentsd, ratio {config.ratio:g}"
-        warn(picture_warnings(output, how.split(",")[0], pipe.unet.dtype))
+        warn(picture_warnings(output, how.split(",")[0], pipe.dtype))
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
 
 
@@ -149,7 +151,9 @@ def compare(
     pipe = load_model(model, device, dtype, debug)
     with errors_as_messages(debug):
         from .compare import compare as run_comparison
+        from .generation import check_draws_from_text
 
+        check_draws_from_text(pipe)
         with progress_bars() as bars:
             names = {"vanilla": "without agentsd", "agentsd": "with agentsd"}
             tasks = {variant: bars.add_task(name, total=steps) for variant, name in names.items()}
@@ -177,8 +181,8 @@ def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="What `--model` of the other commands takes; for the suites of UNet calls `sd15`, `sd21` or `sdxl`. "
-            "[default: emoji, or all shapes]"
+            help="A model, as for `--model` of the other commands; for suites of UNet calls, `sd15`, `sd21` or "
+            "`sdxl`. [default: emoji, or all shapes]"
         ),
     ] = None,
     suite: Annotated[
@@ -188,7 +192,7 @@ def bench(
             "`shapes` times UNets of real models with random weights, `cpu` those of Stable Diffusion 1.5 on the CPU."
         ),
     ] = "speed",
-    methods: Annotated[str | None, typer.Option(help="Methods, with commas. [default: the suite's]")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas. [default: the suite's]")] = None,
     ratio: Annotated[
         list[float] | None,
         typer.Option(help="Share of tokens to merge; may be given several times. [default: 0.4]"),
@@ -209,8 +213,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="FILE|N",
-            help="Pictures in a set: a file of prompts, one on each line, or a number of built-in ones. For any model "
-            "but emoji, `paper` needs a file of ImageNet's classes, such as `a photo of a goldfish`.",
+            help="The pictures in a set: a file with one prompt per line, or how many of the built-in ones. For "
+            "any model but emoji, `paper` needs a prompt for each ImageNet class, such as `a photo of a goldfish`.",
         ),
     ] = None,
     guidance: Guidance = None,
@@ -237,16 +241,17 @@ def bench(
         bool, typer.Option("--compile", help="Run every method, vanilla too, through torch.compile.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory: on a CPU one more run of each case.")
+        bool,
+        typer.Option("--memory/--no-memory", help="Measure peak memory; on a CPU, this runs each case once more."),
     ] = True,
     budget_minutes: Annotated[
         float | None,
-        typer.Option(help="Leave out the sizes and batches that begin after this time; --resume measures them."),
+        typer.Option(help="Start no further size or batch after this many minutes; --resume measures the rest."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for rows, pictures, plots and reports.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
     debug: Debug = False,
 ) -> None:
     """
@@ -255,7 +260,7 @@ def bench(
     Several GPUs, or several processes on a CPU, share the drawing of pictures when started by
     `accelerate launch --multi_gpu --num_processes 2 -m agentsd bench`.
     """
-    with errors_as_messages(debug, exit_code=2), messages.status("Starting"):
+    with errors_as_messages(debug, exit_code=2), at_work("Starting"):
         calm_libraries(debug)
         from .bench import BenchSettings, run_bench
         from .bench.prompts import read_prompts
@@ -316,7 +321,7 @@ def bench(
         for file in result.save(out):
             print(file)
         if importlib.util.find_spec("matplotlib") is None:
-            warn([f"There are no plots, since matplotlib is not installed: {how_to_install('bench')}"])
+            warn([f"No plots were drawn, as matplotlib is not installed: {how_to_install('bench')}"])
 
 
 @app.command()
@@ -349,40 +354,41 @@ def report(
 def demo(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="As of the other commands; may be given several times. [default: emoji]"),
+        typer.Option("--model", "-m", help="As for the other commands; may be given several times. [default: emoji]"),
     ] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder written by `agentsd bench`, to look at; may be given several times."),
+        typer.Option(help="A folder written by `agentsd bench --out`, to show; may be given several times."),
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen at; 0.0.0.0 for the whole network. [default: this machine]")
+        str | None, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network. [default: this machine]")
     ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port. [default: the first free one from 7860]")
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's servers.")] = False,
     max_side: Annotated[int, typer.Option(help="Longest side of a picture in pixels.")] = 1024,
-    max_steps: Annotated[int, typer.Option(help="Most denoising steps.")] = 100,
+    max_steps: Annotated[int, typer.Option(help="Largest number of denoising steps.")] = 100,
     max_waiting: Annotated[int, typer.Option(help="How many generations may wait for their turn.")] = 8,
     device: Device = None,
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
     """Serve a web page that compares speed and pictures side by side."""
-    with errors_as_messages(debug, exit_code=2), messages.status("Starting"):
+    with errors_as_messages(debug, exit_code=2), at_work("Starting"):
         calm_libraries(debug)
         missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"The web page needs {' and '.join(missing)}: {how_to_install('demo')}")
         from .demo import build_demo, launch_demo
-        from .engine import Engine, Limits
+        from .engine import Engine
+        from .wish import Limits
 
         limits = Limits(side=max_side, steps=max_steps, waiting=max_waiting)
         engine = Engine(model or ("emoji",), device=device, dtype=dtype, limits=limits)
         page = build_demo(engine, results or ())
     with errors_as_messages(debug):
-        print("Ctrl+C ends the page.")
+        print("Press Ctrl+C to stop.")
         launch_demo(page, host=host or "127.0.0.1", port=port, share=share)
 
 
@@ -390,16 +396,16 @@ def demo(
 def env(debug: Debug = False) -> None:
     """Show versions, device and precision: what a bug report needs."""
     with errors_as_messages(debug):
-        with messages.status("Looking around"):
+        with at_work("Collecting versions"):
             calm_libraries(debug)
-            from .bench import environment
+            from .environment import environment
             from .loading import pick_device, pick_dtype
 
             device = pick_device()
             facts = environment(device, pick_dtype(device=device))
         table = Table(box=None, show_header=False)
         for name, value in facts.items():
-            table.add_row(name, "not there" if value is None else str(value))
+            table.add_row(name, "none" if value is None else str(value))
         print_table(table)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import calm_libraries, errors_as_messages, messages
+from .terminal import at_work, calm_libraries, errors_as_messages
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Any other field of AgentSDConfig; may be given several times."),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Strength of the prompt. [default: the model's]")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. [default: the model's]")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels. [default: the model's]")]
 Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels. [default: the model's]")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
@@ -55,10 +55,10 @@ def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -
     Raises:
         typer.Exit: Instead of an error.
     """
-    with errors_as_messages(debug, exit_code=2), messages.status(f"Starting {model}"):
+    with errors_as_messages(debug, exit_code=2), at_work(f"Starting {model}"):
         calm_libraries(debug)
         check_model(model, device, dtype)
-    with errors_as_messages(debug), messages.status(f"Loading {model}"):
+    with errors_as_messages(debug), at_work(f"Loading {model}"):
         from .loading import load_pipeline
 
         return load_pipeline(model, device=device, dtype=dtype)
@@ -165,7 +165,7 @@ def check_picture_file(file: Path) -> None:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), format=kind)
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(
-            f"--out {file} does not end in a kind of picture that holds colours, such as .png."
+            f"--out {file} does not end in the suffix of a colour picture format, such as .png."
         ) from error
     check_folder(file.parent)
 
@@ -202,7 +202,7 @@ def sizes(heights: list[int] | None, widths: list[int] | None) -> tuple[tuple[in
         ValueError: If one is missing.
     """
     if len(heights or ()) != len(widths or ()):
-        raise ValueError("Give --height and --width equally often, or neither.")
+        raise ValueError("Give --height and --width the same number of times, or neither.")
     return tuple(zip(heights, widths, strict=True)) if heights and widths else None
 
 

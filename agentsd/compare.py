@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import AgentSDConfig
-from .generation import Run, RunTime, generate_timed, pipeline_call
+from .environment import environment
+from .generation import Run, RunTime, check_draws_pictures, generate_timed, pipeline_call
 from .metrics import decibels, fidelity, similarity
 from .patch import is_patched, patched, unpatched
 from .patch_report import PatchReport, report
@@ -44,9 +45,12 @@ class Comparison:
         difference_scale (`int`): How much the difference is brightened.
         side_by_side (`PIL.Image.Image`): All three with labels.
         psnr (`float`, *optional*): Peak signal-to-noise ratio in decibels, infinite for identical pictures.
-        ssim (`float`, *optional*): Structural similarity. Both are `None` if a picture has values that are not finite.
+        ssim (`float`, *optional*):
+            Structural similarity, `None` for pictures of less than 11 pixels. Both are `None` if a picture has values
+            that are not finite.
         report (`PatchReport`): What the patch did to each layer.
         settings (`dict[str, Any]`): What was generated, and how.
+        environment (`dict[str, Any]`): Machine and versions that it ran on.
     """
 
     vanilla_run: Run
@@ -58,6 +62,7 @@ class Comparison:
     ssim: float | None
     report: PatchReport
     settings: dict[str, Any]
+    environment: dict[str, Any]
 
     @property
     def vanilla(self) -> PIL.Image.Image:
@@ -121,11 +126,12 @@ class Comparison:
         Everything but the pictures as plain values.
 
         Returns:
-            `dict[str, Any]`: Ready for JSON, so an infinite PSNR is `None`, as one that is not known; `is_identical`
-            tells them apart.
+            `dict[str, Any]`: Ready for JSON: an infinite PSNR is `None`, as is an unknown one; `is_identical` tells
+            the two apart.
         """
         return {
             "settings": self.settings,
+            "environment": self.environment,
             "vanilla": _plain_run(self.vanilla_run),
             "agentsd": _plain_run(self.agentsd_run),
             "speed_up": self.speed_up,
@@ -143,7 +149,7 @@ class Comparison:
         Write the pictures and `comparison.json`.
 
         Args:
-            folder (`str` or `Path`): Made if it is not there; files of these names in it are replaced.
+            folder (`str` or `Path`): Created if it does not exist; files of these names in it are overwritten.
 
         Returns:
             `dict[str, Path]`: The files, under `"vanilla"`, `"agentsd"`, `"side_by_side"` and `"comparison"`.
@@ -180,21 +186,21 @@ def compare(
 
     Args:
         pipe (`DiffusionPipeline`):
-            A pipeline with a UNet that draws pictures, and takes `callback_on_step_end`, by which steps are timed.
+            A pipeline with a UNet that draws pictures and takes `callback_on_step_end`, which is used to time steps.
         prompt (`str`): What to draw.
         config (`AgentSDConfig`, *optional*):
             The patch to compare with; by default the one that the pipeline has, or else `AgentSDConfig()`.
         steps (`int`, defaults to `25`): Denoising steps.
         guidance_scale (`float`, *optional*): Strength of the prompt; by default the pipeline's own.
-        height (`int`, *optional*): Height in pixels; by default, as the width, the pipeline's own.
+        height (`int`, *optional*): Height in pixels; by default, like the width, the pipeline's own.
         width (`int`, *optional*): Width in pixels.
         seed (`int`, defaults to `0`): Seed of the noise.
         negative_prompt (`str`, *optional*): What not to draw.
         progress (`Callable[[str, int, int], None]`, *optional*):
-            Told the variant, the steps done and the steps in all, at each step; during the warm-up no step is done
-            yet. An exception that it raises ends the comparison. It takes the place of the pipeline's progress bar.
+            Called at each step with the variant, the steps done and the total of steps; during the warm-up, no step is
+            done yet. An exception that it raises ends the comparison. It replaces the pipeline's progress bar.
         vanilla (`Run`, *optional*):
-            The run without the patch, if it is known already from [`generate_timed`] with the same arguments.
+            The run without the patch, if [`generate_timed`] has made it before with the same arguments.
         options: Passed to the pipeline, such as `image` and `strength`.
 
     Returns:
@@ -203,7 +209,7 @@ def compare(
     Raises:
         RuntimeError: If the run was interrupted (`pipe._interrupt`).
         TypeError: If an argument has the wrong type, an option is one that the comparison sets itself, or the pipeline
-            takes no `callback_on_step_end`.
+            draws videos or takes no `callback_on_step_end`.
         ValueError: If an argument is out of range.
 
     Examples:
@@ -219,10 +225,13 @@ def compare(
     pipe = getattr(pipe, "pipe", pipe)  # an AgentSDPipeline's own
     _check(pipe, prompt, steps, seed, options)
     call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
+    has_own_patch = config is None and is_patched(pipe)
+    if not has_own_patch:
+        with patched(pipe, config=config):
+            pass  # what is wrong with it is better known before the picture without it than after
     if vanilla is None:
         with unpatched(pipe):
             vanilla = generate_timed(pipe, call, steps, seed, "without agentsd", _part(progress, "vanilla"))
-    has_own_patch = config is None and is_patched(pipe)
     with nullcontext() if has_own_patch else patched(pipe, config=config):
         agentsd = generate_timed(pipe, call, steps, seed, "with agentsd", _part(progress, "agentsd"))
         patch_report = report(pipe)
@@ -256,15 +265,15 @@ def compare(
             "guidance_scale": guidance_scale,
             "height": vanilla.image.height,
             "width": vanilla.image.width,
-            "device": str(pipe._execution_device),
-            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
             "patch": patch_report.config.to_dict(),
         },
+        environment=environment(pipe._execution_device, pipe.unet.dtype),
     )
 
 
 def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
     attended_models(pipe)  # raises what is wrong with another object
+    check_draws_pictures(pipe)
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
         raise TypeError(
             f"{type(pipe).__name__} cannot be timed step by step, as it takes no `callback_on_step_end`: patch it "
@@ -280,8 +289,8 @@ def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any
     taken = sorted(_OWN_OPTIONS & options.keys())
     if taken:
         raise TypeError(
-            f"A comparison sets {', '.join(taken)} itself. For the number of steps and noise, there are "
-            "`steps` and `seed`."
+            f"A comparison sets {', '.join(taken)} itself. Use `steps` for the number of steps, and "
+            "`seed` for the noise."
         )
 
 

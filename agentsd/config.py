@@ -83,17 +83,17 @@ class AgentSDConfig:
     """
     Configuration of the agentsd patch.
 
-    With none of `sx`, `sy` and `agent_ratio` given, the schedule of the agent attention paper applies: the first
+    If `sx`, `sy` and `agent_ratio` are all left out, the schedule of the agent attention paper applies: the first
     `agent_until` of the noise range merges in 4×4 cells and attends through agents, the rest is ToMe in 2×2 cells.
-    Naming any of the three fixes one phase for all steps, with the defaults of the original code (2, 2 and 0.8) for
-    those not named; `agent_until` then has no effect.
+    Setting any of the three gives a single phase for all steps, with the defaults of the original code (2, 2 and 0.8)
+    for those left out; `agent_until` then has no effect.
 
     Args:
         ratio (`float`, defaults to `0.4`):
             Share of tokens to merge, in `[0, 1)`. `0` leaves every layer as it is.
         max_downsample (`int`, defaults to `1`):
-            Patch layers with at most this down-sampling (1, 2, 4 or 8), counted from the highest resolution that has
-            attention, so that `1` finds layers in SDXL too.
+            Patch layers down-sampled by at most this factor (1, 2, 4 or 8), counted from the highest resolution that
+            has attention, so that `1` finds layers in SDXL too.
         sx (`int`, *optional*): Cell width in tokens.
         sy (`int`, *optional*): Cell height in tokens.
         agent_ratio (`float`, *optional*): Share of tokens, in `[0, 1]`, merged away to form the agent tokens.
@@ -101,7 +101,7 @@ class AgentSDConfig:
             Fraction of the noise range that runs agents: they run while `t >= (1 - agent_until) * T`, with `T` the
             scheduler's number of training timesteps. With a scheduler whose timesteps are logarithms of noise levels
             (`EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`, `EulerDiscreteScheduler` with `"v_prediction"` and
-            `timestep_type="continuous"`) no step does, which a warning says; take the preset `"agent"` or `"tome"`.
+            `timestep_type="continuous"`) no step does, and a warning says so; use the preset `"agent"` or `"tome"`.
         k_scale2 (`float`, defaults to `0.3`):
             Exponent on the softmax scale of the query–agent product (`s` becomes `s ** k_scale2`).
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut added to agent attention.

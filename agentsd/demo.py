@@ -1,5 +1,6 @@
 """The web page: compare, see what is merged, sweep over methods, look at benchmarks. Needs the extra `demo`."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,17 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
     'agentsd'
     ```
     """
-    recorded = {f"{Path(folder).name}: {load_result(folder).title}": Path(folder) for folder in results}
+    recorded: dict[str, Path] = {}
+    times: Counter[str] = Counter()
+    for folder in map(Path, results):
+        name = f"{folder.name}: {load_result(folder).title}"
+        times[name] += 1
+        # Numbered where they are the same: visitors do not learn where they lie.
+        recorded[name if times[name] == 1 else f"{name} ({times[name]})"] = folder
     with gr.Blocks(title="agentsd", analytics_enabled=False, delete_cache=_DELETE_CACHE) as demo:
         gr.Markdown(
-            "# agentsd\nStable Diffusion with agent attention: the same picture with and without, its time and what "
-            "changed."
+            "# agentsd\nStable Diffusion with agent attention: the same picture with and without it, how long each "
+            "takes, and what changes."
         )
         prompts = prompt_inputs(engine)
         with gr.Row():
@@ -98,7 +105,7 @@ def launch_demo(
     Args:
         demo (`gradio.Blocks`): From [`build_demo`].
         host (`str`, *optional*):
-            Address to listen at; by default `GRADIO_SERVER_NAME` of the environment, or else only this machine.
+            Address to listen on; by default `GRADIO_SERVER_NAME` of the environment, or else only this machine.
         port (`int`, *optional*): Port; by default the first free one from 7860.
         share (`bool`, defaults to `False`): Open a public link through Gradio's servers.
         options: Passed to `gradio.Blocks.launch`.

@@ -1,106 +1,35 @@
 """What the web page asks for: generations one at a time, within limits, each of which its owner can stop."""
 
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import PIL.Image
 import torch
 
-from .bench.methods import METHODS, MethodUnavailable, reseed
+from .bench.methods import METHODS, reseed
 from .bench.settings import short_name
 from .bench.subjects import twin_pipeline
 from .compare import Comparison, compare
 from .config import AgentSDConfig
-from .generation import Run, generate_timed, pipeline_call
+from .generation import Run, check_draws_from_text, generate_timed
 from .loading import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from .metrics import fidelity
 from .patch import patched
+from .pictures import picture_warnings, to_image
 from .token_maps import TokenMap, recorded_maps
+from .waiting_line import Progress, WaitingLine
+from .wish import Limits, Wish
 
 
-# Told what goes on, the steps done and the steps in all.
-Progress = Callable[[str, int, int], None]
-
-# Sides of pictures are multiples of what the VAE shrinks them by.
-_SIDE_UNIT = 8
-_SMALLEST_SIDE = 64
 # Plain runs kept for the next comparison; one is 12 MB at 1024×1024.
 _KEPT_RUNS = 16
-# Each that waits keeps one of the web server's 40 threads, and others are needed to stop them.
-_MOST_WAITING = 24
-# How often a generation that waits looks whether it was stopped.
-_WAIT_SECONDS = 0.2
 # The embedded model tints its backgrounds at the guidance that Stable Diffusion is used with.
 _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
 SWEEP_METHODS = ("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache")
-
-
-class Stopped(Exception):
-    """A generation was stopped by its owner."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """
-    What a visitor may ask for.
-
-    Args:
-        side (`int`): Longest side of a picture in pixels.
-        steps (`int`): Denoising steps.
-        sweep (`int`): Runs in a sweep.
-        waiting (`int`): Generations that may wait for their turn.
-        prompt (`int`): Characters of a prompt.
-    """
-
-    side: int = 1024
-    steps: int = 100
-    sweep: int = 16
-    waiting: int = 8
-    prompt: int = 2000
-
-    def __post_init__(self) -> None:
-        for name, low in (("side", _SMALLEST_SIDE), ("steps", 1), ("sweep", 1), ("waiting", 0), ("prompt", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"The limit on {name} must be at least {low}, but got {getattr(self, name)}.")
-        if self.waiting > _MOST_WAITING:
-            raise ValueError(f"The limit on waiting must be at most {_MOST_WAITING}, but got {self.waiting}.")
-        if self.side % _SIDE_UNIT:
-            raise ValueError(f"The limit on side must be a multiple of {_SIDE_UNIT}, but got {self.side}.")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """
-    The picture that a visitor asks for: everything that determines it, apart from the patch.
-
-    Args:
-        prompt (`str`): What to draw.
-        negative_prompt (`str`): What not to draw; may be empty.
-        model (`str`): One of the engine's models.
-        seed (`int`): Seed of the noise.
-        steps (`int`): Denoising steps.
-        guidance_scale (`float`): Strength of the prompt.
-        height (`int`): Height in pixels.
-        width (`int`): Width in pixels.
-    """
-
-    prompt: str
-    negative_prompt: str
-    model: str
-    seed: int
-    steps: int
-    guidance_scale: float
-    height: int
-    width: int
-
-    @property
-    def call(self) -> dict[str, Any]:
-        """The arguments that the pipeline is called with."""
-        return pipeline_call(self.prompt, self.guidance_scale, self.height, self.width, self.negative_prompt or None)
 
 
 @dataclass(frozen=True)
@@ -134,6 +63,23 @@ class SweepRun:
         return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
 
 
+@dataclass(frozen=True)
+class TokensRun:
+    """
+    One picture, and what was merged on the way.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        maps (`dict[tuple[str, int], TokenMap]`):
+            A map for each layer and step (counted from 0) at which something is merged.
+        warnings (`list[str]`): What is wrong with the picture.
+    """
+
+    image: PIL.Image.Image
+    maps: dict[tuple[str, int], TokenMap]
+    warnings: list[str]
+
+
 class Engine:
     """
     Models, and the generations that visitors of the web page ask for.
@@ -150,13 +96,15 @@ class Engine:
 
     Raises:
         FileNotFoundError: If a model is a path where nothing is.
+        TypeError: If a model cannot draw pictures from text alone.
         ValueError: If a model cannot be used, two have the same short name, or device or dtype cannot be used.
 
     Examples:
 
     ```python
     >>> from agentsd import AgentSDConfig
-    >>> from agentsd.engine import Engine, Wish
+    >>> from agentsd.engine import Engine
+    >>> from agentsd.wish import Wish
     >>> engine = Engine()
     >>> wish = Wish("red apple", "", "emoji", seed=0, steps=2, guidance_scale=4.0, height=256, width=256)
     >>> comparison, is_cached = engine.compare("one visitor", wish, AgentSDConfig(), lambda *step: None)
@@ -183,9 +131,9 @@ class Engine:
             resolve_model(model)
         self._pipes = {name: self._load(model) for name, model in self._sources.items()}
         self._plain_runs: OrderedDict[tuple[str, Wish], Run] = OrderedDict()
-        self._line: deque[threading.Event] = deque()
-        self._stops: dict[str, set[threading.Event]] = {}
-        self._changed = threading.Condition()
+        self._line = WaitingLine(self.limits.waiting)
+        # Visitors leave, and have their runs dropped, while another's is being kept.
+        self._keeping = threading.Lock()
 
     @property
     def models(self) -> list[str]:
@@ -226,7 +174,7 @@ class Engine:
             ValueError: If an argument is out of range.
         """
         self._check(wish)
-        with self._turn(visitor, progress) as told:
+        with self._line.turn(visitor, progress) as told:
             is_cached = (visitor, wish) in self._plain_runs
             plain = self._plain_run(visitor, wish, told)
             comparison = compare(
@@ -240,9 +188,7 @@ class Engine:
             )
         return comparison, is_cached
 
-    def tokens(
-        self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress
-    ) -> tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]]:
+    def tokens(self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> TokensRun:
         """
         Draw a picture with the patch, and record what is merged on the way.
 
@@ -253,8 +199,7 @@ class Engine:
             progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
 
         Returns:
-            `tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]]`: The picture, and a map for each layer and step
-            (counted from 0) at which something is merged.
+            `TokensRun`: The picture, and what was merged.
 
         Raises:
             RuntimeError: If too many generations wait already.
@@ -263,7 +208,7 @@ class Engine:
             ValueError: If an argument is out of range.
         """
         self._check(wish)
-        with self._turn(visitor, progress) as told:
+        with self._line.turn(visitor, progress) as told:
             pipe = self._pipes[wish.model]
 
             def end_of_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -276,9 +221,10 @@ class Engine:
                     **wish.call,
                     num_inference_steps=wish.steps,
                     generator=torch.Generator().manual_seed(wish.seed),
+                    output_type="np",
                     callback_on_step_end=end_of_step,
                 )
-        return output.images[0], maps
+        return TokensRun(to_image(output.images[0]), maps, picture_warnings(output, "with agentsd", self.dtype))
 
     def sweep(
         self, visitor: str, wish: Wish, methods: Sequence[str], ratios: Sequence[float], progress: Progress
@@ -303,7 +249,7 @@ class Engine:
         """
         self._check(wish)
         cases = self._sweep_cases(methods, ratios)
-        with self._turn(visitor, progress) as told:
+        with self._line.turn(visitor, progress) as told:
             is_cached = (visitor, wish) in self._plain_runs
             plain = self._plain_run(visitor, wish, told)
             runs = [SweepRun("vanilla", None, plain, 1.0, is_cached=is_cached)]
@@ -312,9 +258,9 @@ class Engine:
                 twin = twin_pipeline(self._pipes[wish.model])
                 try:
                     METHODS[method].apply(twin, ratio, {})
-                    reseed(twin, wish.seed)
-                    run = generate_timed(twin, wish.call, wish.steps, wish.seed, name, _named(told, name))
-                except (MethodUnavailable, RuntimeError, TypeError, ValueError) as error:
+                    prepare = partial(reseed, twin, wish.seed)
+                    run = generate_timed(twin, wish.call, wish.steps, wish.seed, name, _named(told, name), prepare)
+                except (RuntimeError, TypeError, ValueError) as error:
                     runs.append(SweepRun(method, ratio, reason=str(error)))
                     continue
                 speed_up = plain.time.seconds_per_step / run.time.seconds_per_step
@@ -331,11 +277,7 @@ class Engine:
         Returns:
             `int`: How many there were.
         """
-        with self._changed:
-            stops = self._stops.get(visitor, set())
-            for stop in stops:
-                stop.set()
-            return len(stops)
+        return self._line.stop(visitor)
 
     def forget(self, visitor: str) -> None:
         """
@@ -345,39 +287,14 @@ class Engine:
             visitor (`str`): Whose.
         """
         self.stop(visitor)
-        with self._changed:
+        with self._keeping:
             for key in [key for key in self._plain_runs if key[0] == visitor]:
                 del self._plain_runs[key]
 
-    @contextmanager
-    def _turn(self, visitor: str, progress: Progress) -> Iterator[Progress]:
-        """Wait in line; hands out a `progress` that raises `Stopped` once the visitor has asked for it."""
-        stop = threading.Event()
-
-        def told(what: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise Stopped("The generation was stopped.")
-            progress(what, done, total)
-
-        with self._changed:
-            if len(self._line) > self.limits.waiting:
-                raise RuntimeError("Too many generations are waiting already. Please try again later.")
-            self._line.append(stop)
-            self._stops.setdefault(visitor, set()).add(stop)
-        try:
-            with self._changed:
-                while self._line[0] is not stop:
-                    told("waiting for another generation", 0, self._line.index(stop))
-                    self._changed.wait(_WAIT_SECONDS)
-            told("starting", 0, 1)
-            yield told
-        finally:
-            with self._changed:
-                self._line.remove(stop)
-                self._stops[visitor].discard(stop)
-                if not self._stops[visitor]:
-                    del self._stops[visitor]
-                self._changed.notify_all()
+    def _check(self, wish: Wish) -> None:
+        if wish.model not in self._sources:
+            raise ValueError(f"There is no model {wish.model!r} here. Choose one of {', '.join(self._sources)}.")
+        wish.check(self.limits)
 
     def _plain_run(self, visitor: str, wish: Wish, told: Progress) -> Run:
         key = (visitor, wish)
@@ -386,7 +303,9 @@ class Engine:
             what = "without agentsd"
             pipe = self._pipes[wish.model]
             kept = generate_timed(pipe, wish.call, wish.steps, wish.seed, what, _named(told, what))
-        with self._changed:
+        with self._keeping:
+            if key not in self._plain_runs:
+                told("without agentsd", wish.steps, wish.steps)  # raises if the visitor has left: nothing is kept then
             self._plain_runs[key] = kept
             self._plain_runs.move_to_end(key)
             while len(self._plain_runs) > _KEPT_RUNS:
@@ -395,30 +314,9 @@ class Engine:
 
     def _load(self, model: str) -> Any:
         pipe = load_pipeline(model, device=self.device, dtype=self.dtype)
+        check_draws_from_text(pipe)
         pipe.set_progress_bar_config(disable=True)
         return pipe
-
-    def _check(self, wish: Wish) -> None:
-        if wish.model not in self._sources:
-            raise ValueError(f"There is no model {wish.model!r} here, but {', '.join(self._sources)}.")
-        if not isinstance(wish.prompt, str) or not isinstance(wish.negative_prompt, str):
-            raise TypeError("Prompts must be text.")
-        if max(len(wish.prompt), len(wish.negative_prompt)) > self.limits.prompt:
-            raise ValueError(f"Prompts may have {self.limits.prompt} characters at most.")
-        for name, value, low, high in (
-            ("seed", wish.seed, 0, 2**63 - 1),
-            ("number of steps", wish.steps, 1, self.limits.steps),
-            ("height", wish.height, _SMALLEST_SIDE, self.limits.side),
-            ("width", wish.width, _SMALLEST_SIDE, self.limits.side),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"The {name} must be a whole number, but got {value!r}.")
-            if not low <= value <= high:
-                raise ValueError(f"The {name} must be from {low} to {high}, but got {value}.")
-        if wish.height % _SIDE_UNIT or wish.width % _SIDE_UNIT:
-            raise ValueError(f"Height and width must be multiples of {_SIDE_UNIT}.")
-        if not 0 <= wish.guidance_scale <= 100:
-            raise ValueError(f"The guidance must be from 0 to 100, but got {wish.guidance_scale}.")
 
     def _sweep_cases(self, methods: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, float | None]]:
         if len(ratios) > self.limits.sweep:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
@@ -117,6 +118,59 @@ def pipeline_call(
     return {name: value for name, value in given.items() if value is not None}
 
 
+def check_draws_pictures(pipe: Any) -> None:
+    """
+    Refuse a pipeline that draws something else than pictures.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+
+    Raises:
+        TypeError: If it draws videos.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.generation import check_draws_pictures
+    >>> from agentsd.loading import load_pipeline
+    >>> check_draws_pictures(load_pipeline("emoji"))
+    ```
+    """
+    if "num_videos_per_prompt" in inspect.signature(pipe.__call__).parameters:
+        raise TypeError(
+            f"{type(pipe).__name__} draws videos, not pictures: patch it with `agentsd.apply_patch`, and call it "
+            "yourself."
+        )
+
+
+def check_draws_from_text(pipe: Any) -> None:
+    """
+    Refuse a pipeline that cannot draw pictures from nothing but text.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+
+    Raises:
+        TypeError: If it starts from a picture, or draws videos.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.generation import check_draws_from_text
+    >>> from agentsd.loading import load_pipeline
+    >>> check_draws_from_text(load_pipeline("emoji"))
+    ```
+    """
+    check_draws_pictures(pipe)
+    kind = type(pipe).__name__
+    # Pipelines from elsewhere may take a picture or leave it; those of diffusers that know the name need one.
+    if hasattr(diffusers, kind) and "image" in inspect.signature(pipe.__call__).parameters:
+        raise TypeError(
+            f"{kind} starts from a picture, but gets only a prompt here: load and call it in Python, with "
+            "`agentsd.AgentSDPipeline`."
+        )
+
+
 def generate_timed(
     pipe: Any,
     call: Mapping[str, Any],
@@ -124,6 +178,7 @@ def generate_timed(
     seed: int,
     name: str,
     progress: Callable[[int, int], None] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Run:
     """
     Warm a pipeline up, then generate one picture and time it.
@@ -135,8 +190,9 @@ def generate_timed(
         seed (`int`): Seed of the noise.
         name (`str`): What to call the picture in warnings.
         progress (`Callable[[int, int], None]`, *optional*):
-            Told the steps done and the steps in all, at each step; during the warm-up no step is done yet. An
-            exception that it raises ends the generation. It takes the place of the pipeline's progress bar.
+            Called at each step with the steps done and the total of steps; during the warm-up, no step is done yet. An
+            exception that it raises ends the generation. It replaces the pipeline's progress bar.
+        prepare (`Callable[[], None]`, *optional*): Called between the warm-up and the picture.
 
     Returns:
         `Run`: Picture and times.
@@ -162,6 +218,8 @@ def generate_timed(
 
     with _without_progress_bar(pipe):
         _run(pipe, call, _warmup_steps(pipe, call, steps), seed, lambda _done: tell(0))
+    if prepare is not None:
+        prepare()
     device = torch.device(pipe._execution_device)
     is_watched = start_peak(device)
     with nullcontext() if progress is None else _without_progress_bar(pipe):

@@ -141,8 +141,8 @@ class ModelPatch:
         if self.config.is_scheduled and self.config.agent_until > 0 and min(timesteps) < 0:
             self._warn_once(
                 "unreadable",
-                "The scheduler's timesteps are logarithms of noise levels, not places in its range of timesteps "
-                f"(just now {min(timesteps):.3g}), so that no step runs agents. For agents at every step, call "
+                "The scheduler's timesteps are logarithms of noise levels, not positions in its range of timesteps "
+                f"(this one is {min(timesteps):.3g}), so no step runs agents. For agents at every step, call "
                 '`agentsd.apply_patch` with `config=AgentSDConfig.preset("agent")`; for none, without this warning, '
                 "with `agent_until=0`.",
             )
@@ -288,7 +288,9 @@ class SitePatch:
         partition = partition_tokens(cells, leftover, member)
         matches = match_tokens(metric, partition)
         merging = plan_merging(partition, matches, counts.tokens - counts.merged)
-        agent_count = None if counts.agents is None else counts.tokens - counts.agents
+        # Agents are for self-attention alone.
+        agents = counts.agents if self.config.merge_attn else None
+        agent_count = None if agents is None else counts.tokens - agents
         return RowPlan(rows, TokenPlan(partition, matches, merging, agent_count))
 
     @staticmethod
@@ -328,7 +330,7 @@ class MergedLayer:
             return None
         if kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(
-                "`merge_crossattn` cannot be combined with IP-Adapter masks, which are laid over unmerged tokens. "
+                "`merge_crossattn` cannot be combined with IP-Adapter masks, which apply to unmerged tokens. "
                 "Call `agentsd.apply_patch` with `merge_crossattn=False`."
             )
         self.plans = plans

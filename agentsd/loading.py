@@ -1,4 +1,4 @@
-"""Loading a model from wherever it lies, on a device that works."""
+"""Loads a model from a folder, a file or the Hub, onto a device that works."""
 
 import inspect
 import json
@@ -36,6 +36,17 @@ _FOLDER_OPTIONS = {
     *("custom_pipeline", "custom_revision", "device_map", "low_cpu_mem_usage", "max_memory", "offload_folder"),
     *("load_connected_pipeline", "offload_state_dict", "quantization_config", "trust_remote_code", "variant"),
 }
+# By the kind of model and the channels that its UNet takes: the latents' own 4, and those of what else it is given.
+_PIPELINES_OF_FILES = {
+    ("sd", 4): "StableDiffusionPipeline",
+    ("sd", 7): "StableDiffusionUpscalePipeline",
+    ("sd", 8): "StableDiffusionInstructPix2PixPipeline",
+    ("sd", 9): "StableDiffusionInpaintPipeline",
+    ("sdxl", 4): "StableDiffusionXLPipeline",
+    ("sdxl", 8): "StableDiffusionXLInstructPix2PixPipeline",
+    ("sdxl", 9): "StableDiffusionXLInpaintPipeline",
+    ("sdxl refiner", 4): "StableDiffusionXLImg2ImgPipeline",
+}
 
 
 def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] = ()) -> Path | str:
@@ -46,8 +57,8 @@ def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] 
         model (`str` or `os.PathLike`, defaults to `"emoji"`):
             The built-in name `"emoji"`, a folder that a pipeline was saved in, a single `.safetensors` file, or the
             id of a model on the Hugging Face Hub, such as `"stable-diffusion-v1-5/stable-diffusion-v1-5"`. A folder
-            of that name goes before the Hub, and the built-in name goes before a folder: write `"./emoji"`, or give a
-            `Path`, for one.
+            of that name takes precedence over the Hub, and the built-in name over a folder: for a folder called
+            `emoji`, write `"./emoji"` or pass a `Path`.
         replaced (`Collection[str]`, *optional*):
             Components that will not be loaded from there, so that it does not matter how they are kept.
 
@@ -85,7 +96,7 @@ def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] 
     is_path = isinstance(model, os.PathLike) or path.suffix == ".safetensors" or not _HUB_ID.fullmatch(name)
     if is_path or name.startswith("."):
         raise FileNotFoundError(
-            f"There is no model {name!r}: no such file or folder, and neither a built-in model "
+            f"There is no model {name!r}: there is no such file or folder, and it is neither a built-in model "
             f"({', '.join(BUILTIN_MODELS)}) nor an id on the Hugging Face Hub (owner/name)."
         )
     return name
@@ -138,7 +149,7 @@ def load_pipeline(
         raise ValueError(f"`use_safetensors=False` would load a pickle, which can run code. {_CONVERT}")
     is_file = isinstance(source, Path) and source.is_file()
     pipe = _load_file(Path(source), options) if is_file else _load_folder_or_id(source, options)
-    return pipe if "device_map" in options else pipe.to(target)
+    return pipe if options.get("device_map") is not None else pipe.to(target)
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -296,8 +307,8 @@ def _load_folder_or_id(source: Path | str, options: dict[str, Any]) -> diffusers
         if isinstance(source, Path):
             raise OSError(f"Cannot load the model in {source}: {error}") from error
         raise OSError(
-            f"Cannot load {source!r}: there is no such folder here, and the Hugging Face Hub did not give it. Check "
-            f"the name, the connection and, for a gated model, that you are logged in. The Hub's answer: {error}"
+            f"Cannot load {source!r}: there is no such folder here, and the Hugging Face Hub did not provide it. "
+            f"Check the name, the connection and, for a gated model, that you are logged in. The Hub's answer: {error}"
         ) from error
 
 
@@ -308,9 +319,10 @@ def _load_file(file: Path, options: dict[str, Any]) -> diffusers.DiffusionPipeli
         return pipeline_class.from_single_file(str(file), **options)
     except OSError as error:
         raise OSError(
-            f"Cannot load {file}. A single file has no description of the model in it, so diffusers fetches one from "
-            "the Hugging Face Hub; without a connection, give `config`, a folder that has the model's "
-            f"model_index.json and configs. diffusers says: {error}"
+            f"Cannot load {file}. A single file does not describe the model, so diffusers fetches a description from "
+            "the Hugging Face Hub; without a connection, load it in Python and give `config`, a folder that has the "
+            "model's model_index.json and configs. `save_pretrained` then makes a folder of it, for which none is "
+            f"needed. diffusers says: {error}"
         ) from error
 
 
@@ -330,12 +342,15 @@ def _pipeline_class_of_file(file: Path, config: str | os.PathLike | None) -> Any
         return getattr(diffusers, name)
     if in_channels is None:
         raise ValueError(
-            f"{file} is not a whole Stable Diffusion model. Load its parts with diffusers, and patch the pipeline "
+            f"{file} is not a complete Stable Diffusion model. Load its parts with diffusers, and patch the pipeline "
             "with `agentsd.apply_patch`."
         )
-    if any(name.startswith("conditioner.embedders.1.") for name in names):
-        is_inpaint = in_channels == 9
-        return diffusers.StableDiffusionXLInpaintPipeline if is_inpaint else diffusers.StableDiffusionXLPipeline
+    kind = "sd"
     if any(name.startswith("conditioner.") for name in names):
-        return diffusers.StableDiffusionXLImg2ImgPipeline  # the refiner
-    return diffusers.StableDiffusionInpaintPipeline if in_channels == 9 else diffusers.StableDiffusionPipeline
+        kind = "sdxl" if any(name.startswith("conditioner.embedders.1.") for name in names) else "sdxl refiner"
+    if (kind, in_channels) not in _PIPELINES_OF_FILES:
+        raise ValueError(
+            f"{file} has a UNet with {in_channels} input channels, and no diffusers pipeline loads such a model from "
+            "a single file. Name a folder that has it in diffusers' layout."
+        )
+    return getattr(diffusers, _PIPELINES_OF_FILES[kind, in_channels])

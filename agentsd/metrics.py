@@ -1,4 +1,4 @@
-"""How close one picture is to another: peak signal-to-noise ratio and structural similarity, and as text."""
+"""How close one picture is to another: PSNR, SSIM and MS-SSIM, and how they are written."""
 
 import math
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 Picture: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
 
 # Structural similarity looks through a Gaussian window of this many pixels.
-_SSIM_WINDOW = 11
+SSIM_SIDE = 11
 # Its multi-scale form halves the picture four times, and then looks through the same window.
-MS_SSIM_SIDE = _SSIM_WINDOW * 2**4
+MS_SSIM_SIDE = SSIM_SIDE * 2**4
 
 
 def psnr(image: Picture, reference: Picture) -> float:
@@ -79,7 +79,7 @@ def ssim(image: Picture, reference: Picture) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     first, second = _pair(image, reference)
-    _check_side("Structural similarity", first, _SSIM_WINDOW)
+    _check_side("Structural similarity", first, SSIM_SIDE)
     similarity = structural_similarity_index_measure(first, second, data_range=1.0)
     assert not isinstance(similarity, tuple)  # only with `return_full_image` or `return_contrast_sensitivity`
     return float(similarity)
@@ -240,7 +240,8 @@ def fidelity(picture: "np.ndarray", reference: "np.ndarray") -> tuple[float | No
         reference (`np.ndarray` of shape `(height, width, 3)`): The same.
 
     Returns:
-        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite.
+        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite, and SSIM
+            if the pictures are smaller than its window of 11 pixels.
 
     Examples:
 
@@ -255,4 +256,5 @@ def fidelity(picture: "np.ndarray", reference: "np.ndarray") -> tuple[float | No
 
     if not (np.isfinite(picture).all() and np.isfinite(reference).all()):
         return None, None
-    return psnr(reference, picture), ssim(reference, picture)
+    is_large = min(picture.shape[:2]) >= SSIM_SIDE
+    return psnr(picture, reference), ssim(picture, reference) if is_large else None

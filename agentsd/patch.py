@@ -11,7 +11,15 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from .config import AgentSDConfig
 from .hooks import ModelPatch, SitePatch
 from .processor import AgentAttnProcessor
-from .sites import Site, attended_models, find_sites, patched_sites, plain_name, unsupported_reason
+from .sites import (
+    Site,
+    attended_models,
+    current_patch,
+    find_sites,
+    patched_sites,
+    plain_name,
+    unsupported_reason,
+)
 
 
 Patchable = TypeVar("Patchable")
@@ -32,12 +40,12 @@ def apply_patch(
     A patch that is already there is replaced; an attention backend set on its layers stays. If the call fails, nothing
     has changed.
 
-    A patched model serves one thread at a time, whichever pipelines share it: what belongs to a call lies on the
-    model, so that two calls at once would merge by each other's tokens, without an error.
+    Only one thread at a time may run a patched model, whichever pipelines share it: the state of a call is kept on the
+    model, so two calls at once would merge by each other's tokens, without an error.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
-            What to patch. Of a pipeline the UNet is patched, and the ControlNets if it has some.
+            What to patch. In a pipeline, the UNet is patched, together with the ControlNets if there are any.
         ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
         config (`AgentSDConfig`, *optional*): All options as one object, instead of `ratio` and keywords.
         filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*):
@@ -65,8 +73,7 @@ def apply_patch(
     ```
     """
     config = _resolve_config(ratio, config, options)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
+    check_filter(filter_fn)
     models = attended_models(pipe_or_unet)
     timesteps = _num_train_timesteps(pipe_or_unet)
     planned: list[tuple[torch.nn.Module, ModelPatch, dict[int, Site]]] = []
@@ -82,18 +89,19 @@ def apply_patch(
 
 def remove_patch(pipe_or_unet: Patchable) -> Patchable:
     """
-    Undo [`apply_patch`]. What is not patched is left as it is.
+    Undo [`apply_patch`]. A model that is not patched is left as it is.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
-            A pipeline or model. A ControlNet that was patched with another pipeline, and is not on this one, stays
-            patched: pass that pipeline, or the ControlNet itself.
+            A pipeline or model. A ControlNet that was patched through another pipeline, and is not part of this one,
+            stays patched: pass that pipeline, or the ControlNet itself.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
 
     Examples:
 
@@ -121,6 +129,7 @@ def is_patched(pipe_or_unet: Any) -> bool:
 
     Raises:
         TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
 
     Examples:
 
@@ -136,7 +145,7 @@ def is_patched(pipe_or_unet: Any) -> bool:
 @contextmanager
 def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any) -> Iterator[Patchable]:
     """
-    Patch for the length of a `with` block; afterwards everything is as it was before, patched or not.
+    Patch for the duration of a `with` block; afterwards everything is as it was before, patched or not.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): What to patch.
@@ -170,7 +179,7 @@ def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any)
 @contextmanager
 def unpatched(pipe_or_unet: Patchable) -> Iterator[Patchable]:
     """
-    Take patches off for as long as a `with` block runs, of ControlNets too, and put them back as they were.
+    Remove all patches, also of ControlNets, for the duration of a `with` block, and put them back as they were.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model, patched or not.
@@ -200,25 +209,24 @@ def unpatched(pipe_or_unet: Patchable) -> Iterator[Patchable]:
             snapshot.restore()
 
 
-def current_patch(model: torch.nn.Module) -> ModelPatch | None:
+def check_filter(filter_fn: Any) -> None:
     """
-    The patch of a model.
+    Refuse what cannot choose layers.
 
     Args:
-        model (`torch.nn.Module`): An unwrapped model.
+        filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*): See [`apply_patch`].
 
-    Returns:
-        `ModelPatch`, *optional*: Its patch, or `None`.
+    Raises:
+        TypeError: If it is no function.
 
     Examples:
 
     ```python
-    >>> import torch
-    >>> current_patch(torch.nn.Linear(2, 2)) is None
-    True
+    >>> check_filter(lambda name, module: name.startswith("up_blocks"))
     ```
     """
-    return getattr(model, "agentsd_patch", None)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
 
 
 def _resolve_config(ratio: float | None, config: AgentSDConfig | None, options: dict[str, Any]) -> AgentSDConfig:
@@ -271,13 +279,13 @@ def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDC
         if isinstance(model, torch.nn.DataParallel):
             return (
                 "DataParallel runs copies of a model in several threads, whose calls a patch cannot tell apart. Use "
-                "DistributedDataParallel, with one process a GPU, and patch the model inside."
+                "DistributedDataParallel, with one process per GPU, and patch the model inside."
             )
         inner = next((name for name, module in model.named_modules() if name and find_sites(module)), None)
         if inner is not None:
             return f"{kind} wraps the model that agentsd can patch: patch its `{inner}`, before or after wrapping."
         return (
-            f"{kind} has no self-attention that agentsd can patch: it looks for the transformer blocks of a Stable "
+            f"{kind} has no self-attention that agentsd can patch, which is in the transformer blocks of a Stable "
             "Diffusion UNet. Transformer models such as Stable Diffusion 3 and Flux are not supported yet."
         )
     return f"`filter_fn` and `max_downsample={config.max_downsample}` leave no self-attention of {kind} to patch."

@@ -1,11 +1,10 @@
 """What a patch does to each layer: tokens, agents and attention operations, before and after."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .config import AgentSDConfig, Phase, TokenCounts
-from .patch import current_patch
-from .sites import attended_models, find_sites, plain_name
+from .sites import attended_models, current_patch, find_sites, plain_name
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class PatchReport:
 
     Args:
         config (`AgentSDConfig`): The configuration of the patch: the UNet's, if its ControlNets have others.
-        rows (`list[SiteReport]`): One row a layer.
+        rows (`list[SiteReport]`): One row per layer.
 
     Examples:
 
@@ -111,13 +110,13 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
     Report what the patch of a pipeline or model does to each layer.
 
     Args:
-        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): What is patched.
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A patched pipeline or model.
         height (`int`, *optional*):
             Height of the picture in pixels. Without height and width, the size of the last run is reported, if any.
         width (`int`, *optional*): Width of the picture in pixels.
 
     Returns:
-        `PatchReport`: One row a layer that the patch covers or had to skip.
+        `PatchReport`: One row for each layer that the patch covers or had to skip.
 
     Raises:
         TypeError: If it is neither a pipeline with a UNet nor a model.
@@ -181,7 +180,7 @@ def _with_counts(row: SiteReport, height: int, width: int, config: AgentSDConfig
             if not config.merge_attn:
                 counts = TokenCounts(tokens, 0, tokens, None)
             phases[name] = PhaseReport(counts.merged, counts.agents, _attention_flops(counts, row.channels))
-    return SiteReport(**{**row.__dict__, "tokens": tokens, "attention_flops": before, "phases": phases})
+    return replace(row, tokens=tokens, attention_flops=before, phases=phases)
 
 
 def _attention_flops(counts: TokenCounts, channels: int) -> int:

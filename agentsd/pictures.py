@@ -106,7 +106,7 @@ def picture_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
     """
     picture = output.images[0]
     if any(getattr(output, "nsfw_content_detected", None) or ()):
-        return [f"The safety checker replaced the picture {name} by a black one."]
+        return [f"The safety checker replaced the picture {name} with a black one."]
     cure = "" if dtype == torch.float32 else f" {dtype} may be too coarse for this model: try float32."
     if not np.isfinite(picture).all():
         return [f"The picture {name} has values that are not finite (NaN), shown as black.{cure}"]

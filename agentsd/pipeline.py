@@ -7,7 +7,7 @@ import torch
 
 from .config import AgentSDConfig
 from .loading import load_pipeline
-from .patch import FilterFn, apply_patch, is_patched
+from .patch import FilterFn, apply_patch, check_filter, is_patched
 from .patch_report import report
 
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class AgentSDPipeline:
     """
-    A diffusers pipeline with the agentsd patch. It is called, read and changed like the pipeline itself.
+    A diffusers pipeline with the agentsd patch. It is called like the pipeline, and has all of its attributes.
 
     Args:
         pipe (`DiffusionPipeline`): A pipeline with a UNet; patched in place unless it is patched already.
@@ -95,6 +95,7 @@ class AgentSDPipeline:
                 options["config"] = config
             # Before the model, which may take long to load.
             config = AgentSDConfig.from_dict(patch)
+        check_filter(filter_fn)
         pipe = load_pipeline(model, device=device, dtype=dtype, **options)
         return cls(apply_patch(pipe, config=config, filter_fn=filter_fn))
 

@@ -22,8 +22,8 @@ class AgentAttnProcessor:
     """
     Attention processor of a patched layer: attends over merged tokens, through agents where they pay.
 
-    It holds no state, so that it can be made anew without arguments, as `load_ip_adapter` does: all it needs lies on
-    the attention module, put there by [`apply_patch`]. On a module that is not patched, or where keys come from
+    It holds no state, so it can be created again without arguments, as `load_ip_adapter` does: all it needs is kept on
+    the attention module, where [`apply_patch`] puts it. On a module that is not patched, or where keys come from
     elsewhere or an attention mask is given, it is standard attention.
 
     Examples:

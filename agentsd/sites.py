@@ -2,15 +2,19 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+
+if TYPE_CHECKING:
+    from .hooks import ModelPatch
 
 # Where `torch.compile` and AnimateDiff's split inference keep the module that they wrap.
 _WRAPPERS = re.compile(r"\.(?:_orig_mod|module)(?=\.)")
@@ -73,6 +77,7 @@ def attended_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
 
     Raises:
         TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
 
     Examples:
 
@@ -85,7 +90,14 @@ def attended_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
     ['unet']
     ```
     """
-    if isinstance(pipe_or_unet, MultiControlNetModel):
+    models = _models_of(pipe_or_unet)
+    for _, model in models:
+        _refuse_wrapper(model)
+    return models
+
+
+def _models_of(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
+    if isinstance(pipe_or_unet, (MultiControlNetModel, MultiControlNetUnionModel)):
         return _controlnets(pipe_or_unet)
     if isinstance(pipe_or_unet, torch.nn.Module):
         return [("unet", unwrap(pipe_or_unet))]
@@ -110,6 +122,36 @@ def _controlnets(controlnet: Any) -> list[tuple[str, torch.nn.Module]]:
     """One model, or those that a MultiControlNetModel holds."""
     nets = [unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
     return [("controlnet" if len(nets) == 1 else f"controlnet.{i}", net) for i, net in enumerate(nets)]
+
+
+def _refuse_wrapper(model: torch.nn.Module) -> None:
+    """Say so where a patch lies deeper than it is looked for, instead of finding none."""
+    if current_patch(model) is not None:
+        return
+    for name, inner in model.named_modules():
+        if current_patch(inner) is not None:
+            raise ValueError(f"{type(model).__name__} wraps a patched model: pass its `{name}` instead.")
+
+
+def current_patch(model: torch.nn.Module) -> "ModelPatch | None":
+    """
+    The patch of a model.
+
+    Args:
+        model (`torch.nn.Module`): An unwrapped model.
+
+    Returns:
+        `ModelPatch`, *optional*: Its patch, or `None`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> current_patch(torch.nn.Linear(2, 2)) is None
+    True
+    ```
+    """
+    return getattr(model, "agentsd_patch", None)
 
 
 def find_sites(model: torch.nn.Module) -> list[Site]:
@@ -250,7 +292,7 @@ def unsupported_reason(attn: Attention, processor: Any) -> str | None:
     if any(getattr(attn, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "norm_k")):
         return "it normalises its input or its queries and keys"
     if attn.residual_connection or attn.rescale_output_factor != 1:
-        return "it adds or rescales its output itself"
+        return "it adds its input to its output, or rescales its output"
     return None
 
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 
 # Results go to standard output; progress, warnings and errors do not mix with them.
@@ -63,6 +65,19 @@ def calm_libraries(debug: bool) -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
+def at_work(what: str) -> Status:
+    """
+    Show that something goes on, away from the results.
+
+    Args:
+        what (`str`): What.
+
+    Returns:
+        `rich.status.Status`: A context manager.
+    """
+    return messages.status(Text(what))
+
+
 def progress_bars() -> Progress:
     """
     Progress bars with the time that is left, away from the results.
@@ -70,9 +85,8 @@ def progress_bars() -> Progress:
     Returns:
         `rich.progress.Progress`: A context manager.
     """
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=messages
-    )
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=messages)
 
 
 def print_table(table: Table) -> None:

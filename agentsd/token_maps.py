@@ -27,7 +27,7 @@ class TokenMap:
     What was merged in one layer at one step, for one sample of the batch.
 
     Args:
-        groups (`np.ndarray` of shape `(height, width)`): Number of the merged token that stands for each token.
+        groups (`np.ndarray` of shape `(height, width)`): Index of the merged token that stands for each token.
         agents (`np.ndarray` of shape `(agents, 2)`, *optional*):
             Row and column of the token that each agent grew from; `None` where no agents were used.
     """
@@ -82,12 +82,12 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
     Record what a patched model merges while it runs in a `with` block.
 
     Args:
-        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): Patched, and not compiled.
+        pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A patched pipeline or model, not compiled.
 
     Yields:
-        `dict[tuple[str, int], TokenMap]`: Filled as it runs, by the name of the layer and the number of the UNet's
-        call, counted from 0 (most schedulers make one call for each step); without the layers and calls in which
-        nothing is merged.
+        `dict[tuple[str, int], TokenMap]`: Filled while it runs. The keys are the name of the layer and the number
+        of the UNet call, counted from 0 (most schedulers make one call per step). Layers and calls in which nothing is
+        merged are left out.
 
     Examples:
 
@@ -111,8 +111,8 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
         step += 1
 
     def record(name: str) -> Callable[..., None]:
-        def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            site = getattr(module, "agentsd_site", None)
+        def after(block: Any, args: tuple[Any, ...], output: Any) -> None:
+            site = getattr(block.attn1, "agentsd_site", None)
             if site is None or not site.current:
                 return
             # The last sample's plan: of samples in several phases, each phase has its own.
@@ -123,7 +123,8 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
         return after
 
     handles = [unet.register_forward_pre_hook(count)]
-    handles += [site.attn.register_forward_hook(record(site.name)) for site in find_sites(unet)]
+    # Before the patch's own hook, which lets go of the plans at the end of a block.
+    handles += [site.block.register_forward_hook(record(site.name), prepend=True) for site in find_sites(unet)]
     try:
         yield maps
     finally:
@@ -133,16 +134,16 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
 
 def draw_map(token_map: TokenMap, image: PIL.Image.Image, side: int = 768) -> PIL.Image.Image:
     """
-    Draw a map over its picture: tokens that were merged with others in one colour a group, all others as they are, and
-    a dot on each agent.
+    Draw a map over its picture: one colour for each group of merged tokens, all other tokens as they are, and a dot on
+    each agent.
 
     Args:
         token_map (`TokenMap`): What was merged.
         image (`PIL.Image.Image`): The picture.
-        side (`int`, defaults to `768`): About how long the longer side becomes, in pixels.
+        side (`int`, defaults to `768`): Approximate length of the longer side in pixels.
 
     Returns:
-        `PIL.Image.Image`: The drawing, a whole number of pixels a token.
+        `PIL.Image.Image`: The drawing, with a whole number of pixels per token.
 
     Examples:
 

@@ -19,3 +19,35 @@ def unet():
     from models import tiny_unet
 
     return tiny_unet().eval()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A small pipeline in a folder, as `save_pretrained` leaves it."""
+    from models import tiny_sd
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_sd().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """The same model as one file in the original layout of Stable Diffusion."""
+    from models import tiny_sd
+    from original_layout import original_layout
+    from safetensors.torch import save_file
+
+    file = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_file(original_layout(tiny_sd()), file)
+    return file
+
+
+@pytest.fixture
+def shape(monkeypatch):
+    """Benchmarks of the UNet of Stable Diffusion 1.5 get a small one."""
+    from bench_runs import TINY_SHAPE
+
+    from agentsd.bench.shapes import SHAPES
+
+    monkeypatch.setitem(SHAPES, "sd15", TINY_SHAPE)

@@ -16,6 +16,11 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -223,3 +228,33 @@ def tiny_refiner(seed: int = 0, **unet_overrides: Any) -> StableDiffusionXLImg2I
 def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_sd3() -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3's transformer, without encoders."""
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+    )
+    encoders = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), None, **encoders)
+
+
+def tiny_flux() -> FluxPipeline:
+    """Flux's transformer, without encoders."""
+    transformer = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer)

@@ -9,8 +9,8 @@ from models import tiny_sd, tiny_sdxl, tiny_unet
 
 import agentsd
 from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
+from agentsd.bench.attention_free import AttentionFreeProcessor
 from agentsd.bench.methods import patchable_sites
-from agentsd.bench.processors import AttentionFreeProcessor
 from agentsd.bench.settings import Case
 from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
 from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
@@ -203,14 +203,6 @@ def test_a_model_without_self_attention_is_not_timed_as_if_it_had_some():
     ):
         with pytest.raises(error):
             on(unet, name)
-
-
-def test_processors_taken_away_while_patching_are_noticed(unet, monkeypatch):
-    from agentsd.bench import methods
-
-    monkeypatch.setattr(methods, "AgentAttnProcessor", type("Another", (), {}))
-    with pytest.raises(MethodUnavailable, match="patched no self-attention"):
-        on(unet, "agentsd")
 
 
 @pytest.mark.parametrize(

@@ -11,23 +11,18 @@ import pytest
 import safetensors.numpy
 import torch
 from diffusers import PNDMScheduler
-from models import tiny_sd, tiny_tokenizer
+from models import tiny_tokenizer
 
 from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
 from agentsd.bench import judge as judge_module
-from agentsd.bench import runner as runner_module
+from agentsd.bench.case_timer import CaseTimer
 from agentsd.bench.features import ClipFeatures, InceptionFeatures, picture_files
 from agentsd.bench.prompts import read_prompts
 from agentsd.bench.reference import ReferenceSet, check_reference
 from agentsd.bench.set_metrics import frechet_distance, kernel_distance
-from agentsd.bench.subjects import PipelineSubject, subject_of
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_sd().save_pretrained(folder)
-    return str(folder)
+from agentsd.bench.subjects import PipelineSubject, plms, subject_of
+from agentsd.loading import load_pipeline
+from agentsd.metrics import psnr
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,7 @@ def test_pictures_are_drawn_and_judged_in_pairs(model, tmp_path):
 
 def test_the_paper_suite_runs_on_a_model_of_ones_own(model, tmp_path):
     prompts = ("a photo of a goldfish", "a photo of a tench")
-    with pytest.raises(BenchError, match=r"classes of ImageNet .* --prompts FILE"):
+    with pytest.raises(BenchError, match=r"classes of ImageNet, .*--prompts FILE"):
         BenchSettings.of_suite("paper", models=(model,))
     given = {"ratios": (0.3,), "sizes": ((64, 64),), "steps": 3, "repeats": 1, "memory": False, "device": "cpu"}
     settings = BenchSettings.of_suite("paper", models=(model,), prompts=prompts, pictures=2, **given)
@@ -88,9 +83,25 @@ def test_the_paper_suite_runs_on_a_model_of_ones_own(model, tmp_path):
     assert isinstance(subject.load().scheduler, PNDMScheduler)
 
 
+def test_plms_draws_what_the_embedded_model_was_taught():
+    """Its noise ends in no signal at all, which PLMS cannot start from and does not know of by itself."""
+    pipe = load_pipeline("emoji", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red apple", num_inference_steps=50, guidance_scale=4.0, generator=generator).images[0]
+
+    own = draw()
+    levels = pipe.scheduler.alphas_cumprod
+    pipe.scheduler = plms(pipe.scheduler)
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, levels)
+    assert psnr(draw(), own) > 28
+
+
 def test_pictures_that_are_the_same_are_counted(model, tmp_path, monkeypatch):
     """`fewer-steps` is vanilla where agentsd is no faster."""
-    monkeypatch.setattr(runner_module._ModelBench, "_fitting_steps", lambda *arguments: 2)
+    monkeypatch.setattr(CaseTimer, "_fitting_steps", lambda *arguments: 2)
     result = run_bench(quality(model, methods=("vanilla", "fewer-steps")), out=tmp_path)
     row = result.rows[1]
     assert (row.steps, row.identical, row.quality) == (2, 3, {"ssim": [1.0]})
@@ -269,7 +280,7 @@ def test_the_embedded_model_brings_its_own_features(tmp_path):
     ("values", "message"),
     [
         ({"reference": "somewhere"}, r"name one as `features`"),
-        ({"sizes": ((8, 64),)}, "SSIM needs pictures of 11 pixels"),
+        ({"sizes": ((8, 64),)}, "SSIM needs at least 11 pixels per side"),
         ({"seed": -1}, "`seed` must lie between"),
         ({"models": ("sd15",)}, "suite 'shapes'"),
         ({"suite": "speed", "features": "emoji"}, "judges no pictures"),
@@ -331,19 +342,19 @@ def test_a_kept_reference_is_as_good_as_its_pictures(model, clip, tmp_path):
 def test_a_reference_that_does_not_fit_is_explained(clip, tmp_path):
     file = tmp_path / "kept.safetensors"
     ReferenceSet.of(np.eye(4, 3)).save(file)
-    with pytest.raises(BenchError, match="3 features a picture, these pictures have 5"):
+    with pytest.raises(BenchError, match="3 features per picture, but these pictures have 5"):
         ReferenceSet.load(file).frechet_distance(np.eye(5))
-    with pytest.raises(BenchError, match="3 features a picture, these pictures have 5"):
+    with pytest.raises(BenchError, match="3 features per picture, but these pictures have 5"):
         ReferenceSet.load(file).kernel_distance(np.eye(5))
     with pytest.raises(BenchError, match="Cannot read the reference set"):
         check_reference(str(tmp_path / "none.safetensors"))
     safetensors.numpy.save_file({"mean": np.ones(2)}, str(file))
-    with pytest.raises(BenchError, match="is no reference set: it holds mean"):
+    with pytest.raises(BenchError, match="is not a reference set: it holds mean"):
         check_reference(str(file))
 
 
 def test_features_that_cannot_be_had_are_an_error_before_anything_is_drawn(model, clip, tmp_path):
-    with pytest.raises(BenchError, match=r"features of '.*nowhere' cannot be had"):
+    with pytest.raises(BenchError, match=r"features of '.*nowhere' are not available"):
         run_bench(quality(model, features=str(tmp_path / "nowhere")), out=tmp_path / "out")
     with pytest.raises(BenchError, match="holds 0 pictures"):
         run_bench(quality(model, features=clip, reference=str(tmp_path)), out=tmp_path / "out")
@@ -355,9 +366,34 @@ def test_learned_metrics_say_what_they_need(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     for values in ({"lpips": True}, {"features": "inception"}):
-        with pytest.raises(BenchError, match=r"cannot be had: .*\.\[quality\]"):
+        with pytest.raises(BenchError, match=r"(are not available|is unavailable): .*\.\[quality\]"):
             run_bench(quality(model, **values), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_lpips_is_a_column_like_the_others(model, tmp_path, monkeypatch):
+    """With a stand-in for its network, whose weights would have to be fetched."""
+    built = []
+
+    class Difference(torch.nn.Module):
+        def __init__(self, net_type, normalize):
+            super().__init__()
+            built.append((net_type, normalize))
+
+        def forward(self, first, second):
+            assert first.shape == second.shape == (1, 3, 64, 64)
+            return (first - second).abs().mean()
+
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Difference)
+    result = run_bench(quality(model, lpips=True), out=tmp_path)
+    drawn = pictures(tmp_path / "images")
+    names = [name for name in drawn if "vanilla" in name]
+    pairs = [(drawn[name.replace("vanilla", "agentsd-0.4")], drawn[name]) for name in names]
+    expected = np.mean([np.abs(first / 255 - second / 255).mean() for first, second in pairs])
+    assert result.rows[1].quality["lpips"] == [pytest.approx(expected, abs=1e-6)]
+    assert "| LPIPS |" in result.to_markdown()
+    assert set(built) == {("alex", True)}
+    assert len(built) == 2, "once to see whether it can be had, and once for all cases"
 
 
 def test_prompts_of_a_file(tmp_path):

@@ -1,9 +1,11 @@
 """Reports of a benchmark: the same numbers as table, Markdown, CSV, page and plots."""
 
 import csv
+import importlib.util
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import PIL.Image
@@ -11,11 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from agentsd.bench import BenchError, BenchSettings, environment, load_result, plots
+from agentsd.bench import BenchError, BenchSettings, load_result, plots
 from agentsd.bench.plots import pareto_front
 from agentsd.bench.report import result_of
 from agentsd.bench.store import RunFolder
 from agentsd.bench.tables import fill_tables
+from agentsd.environment import environment
 
 
 @pytest.fixture
@@ -89,7 +92,10 @@ def test_a_table_of_quality_fits_a_terminal(facts):
             q1=1.8,
             q3=2.0,
             step_seconds=0.09,
+            step_q1=0.08,
+            step_q3=0.095,
             of_vanilla=[1.05],
+            step_of_vanilla=[1.11, 1.1, 1.12],
             quality=quality,
             pictures=64,
         ),
@@ -101,7 +107,14 @@ def test_a_table_of_quality_fits_a_terminal(facts):
     assert "…" not in console.export_text()
     assert "21.5 (20.0–23.0)" in result.to_markdown()
     assert "| -0.50 (-0.90 to -0.10) |" in result.to_markdown()
+    assert "| 1.050 | 0.090 | 0.080–0.095 | 1.110 (1.100–1.120) |" in result.to_markdown()
+    assert "s/step, step quartiles, step speed-up: of a denoising step" in result.to_markdown()
+    assert "1.11,1.1,1.12" in result.to_csv()
     assert "mean over 64 pictures" in result.to_markdown()
+    without_features = result_of(rows, {**settings, "features": None, "reference": None}, facts)
+    assert any(
+        note.startswith("no FID, KID and CLIP score: for them, --features") for note in without_features.notes()
+    )
     assert "95 % intervals" in result.to_markdown()
     assert not any("95 %" in note for note in result.notes(intervals=False)), "the terminal has no room for them"
 
@@ -135,6 +148,27 @@ def test_every_report_is_written(facts, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
     with PIL.Image.open(files["speed-size-sd15.png"]) as plot:
         assert np.ptp(np.asarray(plot)) > 100
+
+
+def test_without_matplotlib_there_are_no_plots_but_all_else(facts, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    files = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts).save(tmp_path)
+    assert [file.name for file in files] == ["report.md", "report.csv", "report.html"]
+
+
+def test_brackets_in_the_name_of_a_model_are_no_markup_in_the_terminal(facts):
+    """Nor is what stands in brackets an interval."""
+    rows = [{**record("vanilla", seconds=1.0, of_vanilla=[1.0]), "model": name} for name in ("a [b] (2)", "c [fp16]")]
+    settings = {**BenchSettings().to_dict(), "models": ("a [b] (2)", "c [fp16]")}
+    result = result_of(rows, settings, facts)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result.table())
+    text = console.export_text()
+    assert "a [b] (2) 768×768" in text
+    assert "c [fp16] 768×768" in text
+    assert not any("95 %" in note for note in result.notes())
 
 
 def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
@@ -195,7 +229,7 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_a_folder_that_holds_no_results(facts, tmp_path):
-    with pytest.raises(BenchError, match="no folder of results"):
+    with pytest.raises(BenchError, match="not a results folder"):
         load_result(tmp_path)
     folder = RunFolder(tmp_path, BenchSettings().to_dict(), facts)
     folder.cases.append({"method": "vanilla", "speed": 3})
@@ -232,5 +266,5 @@ def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
     with pytest.raises(BenchError, match="no column 'FOD'"):
         fill_tables(document)
     document.write_text("No table.")
-    with pytest.raises(BenchError, match="no table of results"):
+    with pytest.raises(BenchError, match="no results table"):
         fill_tables(document)

@@ -101,9 +101,15 @@ def test_speedup_is_the_median_of_paired_ratios():
     assert paired_speedup(rounds, "fast", "vanilla") == [2.0]
     summary = summarize(rounds, "fast")
     assert (summary.q1, summary.seconds, summary.q3) == (0.75, 1.0, 2.75)
-    assert summary.step_seconds == 0.2
+    assert (summary.step_q1, summary.step_seconds, summary.step_q3) == pytest.approx((0.15, 0.2, 0.25))
+    assert summarize(rounds, "vanilla").step_q1 is None
     assert summary.rounds == 3
     assert summarize(rounds[:1], "fast").q1 == summarize(rounds[:1], "fast").q3 == 0.5
+
+
+def test_steps_are_compared_round_by_round_too():
+    rounds = [{"vanilla": Sample(9.0, step), "fast": Sample(9.0, step / 2)} for step in (1.0, 7.0, 2.0)]
+    assert paired_speedup(rounds, "fast", "vanilla", lambda sample: sample.step_seconds) == [2.0]
 
 
 def test_a_summary_needs_a_round():

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from models import tiny_sd
+from models import tiny_refiner, tiny_sd
 from typer.testing import CliRunner
 
 import agentsd
@@ -20,14 +20,6 @@ from agentsd.cli import app
 
 PROMPT = "a red apple"
 COMMAND = [sys.executable, "-c", "from agentsd.cli import main; main()"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A small model in a folder."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_sd().save_pretrained(path)
-    return str(path)
 
 
 def run(*arguments):
@@ -166,11 +158,11 @@ def test_version():
         (["generate", PROMPT, "--set", "sx=wide"], "`sx` must be an integer, but got 'wide'."),
         (["generate", PROMPT, "--ratio", "0.5", "--set", "ratio=0.4"], "ratio is given twice."),
         (["generate", PROMPT, "--ratio", "0.5", "--no-patch"], "--no-patch leaves nothing"),
-        (["generate", PROMPT, "--out", "picture.doc"], "does not end in a kind of picture"),
-        (["generate", PROMPT, "--out", "picture.xbm"], "does not end in a kind of picture that holds colours"),
+        (["generate", PROMPT, "--out", "picture.doc"], "does not end in the suffix of a colour picture format"),
+        (["generate", PROMPT, "--out", "picture.xbm"], "does not end in the suffix of a colour picture format"),
         (["generate", PROMPT, "--out", "file.txt/picture.png"], "is a file: name a folder."),
         (["compare", PROMPT, "--out", "file.txt/below"], "is a file: name a folder."),
-        (["generate", PROMPT, "--out", "picture.psd"], "does not end in a kind of picture"),
+        (["generate", PROMPT, "--out", "picture.psd"], "does not end in the suffix of a colour picture format"),
         (["generate", PROMPT, "--out", "."], "is a folder: name a file"),
         (["generate", PROMPT, "--model", "./nothing"], "There is no model './nothing'"),
         (["generate", PROMPT, "--model", "nothing"], "There is no model 'nothing'"),
@@ -184,8 +176,8 @@ def test_version():
         (["report", "--model", "MODEL", "--height", "64"], "Give both --height and --width"),
         (["bench", "MODEL", "--ratio", "2"], "2"),
         (["bench", "--suite", "gpu"], "There is no suite 'gpu'"),
-        (["bench", "MODEL", "--suite", "cpu"], "The suite 'cpu' settles models itself"),
-        (["bench", "--suite", "cpu", "--height", "64"], "Give --height and --width equally often"),
+        (["bench", "MODEL", "--suite", "cpu"], "The suite 'cpu' is about models="),
+        (["bench", "--suite", "cpu", "--height", "64"], "Give --height and --width the same number of times"),
         (["bench", "MODEL", "--resume"], "--resume needs the folder of the run: name it with --out."),
         (["bench", "MODEL", "--methods", "vanilla,magic"], "There is no method 'magic'"),
         (["bench", "MODEL", "--set", "speed=2"], "Unknown option 'speed'"),
@@ -226,6 +218,18 @@ def test_failure_is_one_line_and_exit_code_1(tmp_path):
     assert "no self-attention that agentsd can patch" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "apple.png").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "bench"])
+def test_a_model_that_needs_a_picture_is_named(command, tmp_path):
+    """A command has only a prompt; the model's own error would ask for an `image` that no option gives."""
+    tiny_refiner().save_pretrained(tmp_path / "refiner")
+    model = [tmp_path / "refiner"] if command == "bench" else [PROMPT, "--model", tmp_path / "refiner"]
+    result = run(command, *model, "--steps", 1)
+    assert result.exit_code == 1
+    *bar, message = result.stderr.splitlines()
+    assert message.startswith("Error: StableDiffusionXLImg2ImgPipeline starts from a picture")
+    assert len(bar) == (command == "bench")
 
 
 def test_debug_shows_the_traceback(model):

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from compat_models import picture, tiny_gligen, with_unet
+from compat_models import picture, tiny_animatediff, tiny_gligen, with_unet
 from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
@@ -190,6 +190,12 @@ def test_seconds_per_step_leave_out_the_first():
     assert RunTime(steps=[9.0], total=10.0).seconds_per_step == 9.0
 
 
+def test_a_picture_smaller_than_the_window_of_the_similarity():
+    comparison = compare(tiny_sd(), PROMPT, steps=1, height=8, width=8)
+    assert comparison.psnr is not None
+    assert comparison.ssim is None
+
+
 # --- pictures that are no result --------------------------------------------------------------------------------
 
 
@@ -231,7 +237,7 @@ def test_safety_checker_is_named():
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     )
     comparison = compare(pipe, PROMPT, steps=1)
-    assert comparison.warnings[0] == "The safety checker replaced the picture without agentsd by a black one."
+    assert comparison.warnings[0] == "The safety checker replaced the picture without agentsd with a black one."
 
 
 # --- what is shown and saved ------------------------------------------------------------------------------------
@@ -314,6 +320,12 @@ def test_bad_input(options, error, message):
     with pytest.raises(error, match=message):
         compare(pipe, **{"prompt": PROMPT, "steps": 1, **options})
     assert not agentsd.is_patched(pipe)
+
+
+def test_pipeline_that_draws_videos():
+    """Found out before anything is drawn."""
+    with pytest.raises(TypeError, match="AnimateDiffPipeline draws videos"):
+        compare(tiny_animatediff(), PROMPT)
 
 
 def test_pipeline_without_a_unet():

@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 import agentsd
 from agentsd.cli import app
 from agentsd.demo import build_demo, launch_demo
-from agentsd.engine import Engine, Limits
+from agentsd.engine import Engine
+from agentsd.wish import Limits
 
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +147,7 @@ def test_a_click_stops_a_run(open_page):
     set_number(page, "Steps", 1)
     compare(page)
     page.locator("#compare-stop").click()
-    expect(page.locator("#compare-status")).to_have_text("Nothing of yours is running.")
+    expect(page.locator("#compare-status")).to_have_text("You have nothing running.")
 
 
 def test_tokens_shows_what_was_merged_at_each_step(open_page):
@@ -178,7 +179,7 @@ def test_sweep_compares_methods(open_page):
     assert page.locator("#sweep-plot img").evaluate("image => image.naturalWidth") > 500
     page.get_by_label("Ratios").fill("0.3; 0.6")
     page.locator("#sweep-start").click()
-    expect(page.get_by_text("numbers with commas between them")).to_be_visible()
+    expect(page.get_by_text("must be numbers separated by commas")).to_be_visible()
 
 
 def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
@@ -225,7 +226,7 @@ def test_two_visitors_do_not_see_each_other(open_page):
     expect(mine.get_by_text(re.compile(r"\d+/200"))).to_be_visible(timeout=SLOW)
     set_number(yours, "Steps", 1)
     yours.locator("#compare-start").click()
-    expect(yours.get_by_text(re.compile("waiting for another generation, 1 before yours"))).to_be_visible()
+    expect(yours.get_by_text(re.compile("waiting for another generation, 1 ahead of yours"))).to_be_visible()
     mine.locator("#compare-stop").click()
     expect(yours.locator("#compare-status")).to_contain_text("Speed-up per step", timeout=SLOW)
     expect(mine.locator("#compare-status")).to_contain_text("Stopped")
@@ -339,7 +340,7 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--results", "nowhere"], "nowhere is no folder of results"),
+        (["--results", "nowhere"], "nowhere is not a results folder"),
         (["--model", "nowhere"], "There is no model 'nowhere'"),
         (["--max-side", "8"], "limit on side must be at least 64"),
         (["--model", "emoji", "--model", "emoji"], "same name"),

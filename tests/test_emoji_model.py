@@ -44,17 +44,6 @@ def test_folder_is_small_and_safe() -> None:
     assert all(path.stat().st_size < 500_000 for path in FILES if path.suffix == ".png")
 
 
-def test_card_and_facts_agree() -> None:
-    card = (MODEL / "README.md").read_text(encoding="utf-8")
-    words = " ".join(card.split())
-    facts = json.loads((MODEL / "training.json").read_text())
-    assert card.startswith("---\nlicense: apache-2.0")
-    assert all(prompt in words for prompt in facts["prompts"])
-    assert f"{facts['vae']['psnr']} dB" in card
-    assert f"{facts['judged']['20']['clip']}" in card
-    assert "samples.png" in card and "loss.png" in card
-
-
 def test_parts_are_plain_stable_diffusion(pipe: StableDiffusionPipeline) -> None:
     names = [type(part).__name__ for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.scheduler)]
     assert names == ["AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel", "DDIMScheduler"]

@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PNDMScheduler
-from models import tiny_sd
+from models import tiny_refiner, tiny_sd
 
 import agentsd
+from agentsd.bench import METHODS
 from agentsd.bench import methods as methods_module
-from agentsd.engine import Engine, Limits, Stopped, Wish
+from agentsd.bench.methods import reseed
+from agentsd.bench.subjects import twin_pipeline
+from agentsd.engine import Engine
+from agentsd.waiting_line import Stopped
+from agentsd.wish import Limits, Wish
 
 
 CONFIG = agentsd.AgentSDConfig()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_sd().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +29,8 @@ def wish():
 
 
 @pytest.fixture
-def engine(folder):
-    return Engine([folder], device="cpu", limits=Limits(side=256, steps=50, sweep=4, waiting=1))
+def engine(model):
+    return Engine([model], device="cpu", limits=Limits(side=256, steps=50, sweep=4, waiting=1))
 
 
 def ignore(what, done, total):
@@ -155,9 +153,11 @@ def test_what_waits_can_be_stopped(engine, wish):
 
 
 def test_tokens_are_those_that_were_merged(engine, wish):
-    image, maps = engine.tokens("me", wish, agentsd.AgentSDConfig(ratio=0.5), ignore)
-    np.testing.assert_array_equal(np.asarray(image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), wish))
+    drawn = engine.tokens("me", wish, agentsd.AgentSDConfig(ratio=0.5), ignore)
+    np.testing.assert_array_equal(np.asarray(drawn.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), wish))
+    assert drawn.warnings == []
     rows = agentsd.report(agentsd.apply_patch(tiny_sd(), ratio=0.5), height=128, width=64).rows
+    maps = drawn.maps
     assert {name for name, _ in maps} == {row.name for row in rows}
     assert {step for _, step in maps} == {0, 1, 2}
     agents, merging_only = maps[rows[0].name, 0], maps[rows[0].name, 2]
@@ -166,13 +166,47 @@ def test_tokens_are_those_that_were_merged(engine, wish):
     assert merging_only.caption == "128 tokens merged to 64, no agents (token merging only)"
 
 
+def test_a_black_picture_is_no_result_anywhere(engine, wish):
+    """Half precision overflows on some models: every tab must say so."""
+    decoder = engine._pipes["tiny"].vae.decoder
+    torch.nn.init.constant_(decoder.conv_out.bias, float("nan"))
+    assert "not finite" in engine.tokens("me", wish, CONFIG, ignore).warnings[0]
+    plain, todo = engine.sweep("me", wish, ["todo"], [], ignore)
+    assert "not finite" in plain.run.warnings[0]
+    assert "not finite" in todo.run.warnings[0]
+
+
+def test_nothing_is_kept_for_a_visitor_who_leaves_in_the_last_moment(engine, wish):
+    """While the picture is decoded, no step is left at which the generation could end."""
+    vae = engine._pipes["tiny"].vae
+    decode = vae.decode
+
+    def leave(*args, **options):
+        engine.forget("me")
+        return decode(*args, **options)
+
+    vae.decode = leave
+    with pytest.raises(Stopped):
+        engine.compare("me", wish, CONFIG, ignore)
+    assert not engine._plain_runs
+
+
+def test_a_sweep_draws_what_a_benchmark_draws(engine, wish):
+    """tomesd goes on with one generator: the warm-up must not change the picture."""
+    tome = engine.sweep("me", wish, ["tomesd"], [0.5], ignore)[1]
+    twin = twin_pipeline(tiny_sd())
+    METHODS["tomesd"].apply(twin, 0.5, {})
+    reseed(twin, wish.seed)
+    np.testing.assert_array_equal(np.asarray(tome.run.image), draw(twin, wish))
+
+
 def test_all_steps_of_the_scheduler_are_recorded(engine, wish, monkeypatch):
     """PLMS calls the model once more than it was asked for steps."""
     monkeypatch.setattr(
         engine._pipes["tiny"], "scheduler", PNDMScheduler.from_config(tiny_sd().scheduler.config, skip_prk_steps=True)
     )
     told = []
-    _, maps = engine.tokens("me", wish, CONFIG, lambda *step: told.append(step))
+    maps = engine.tokens("me", wish, CONFIG, lambda *step: told.append(step)).maps
     assert {step for _, step in maps} == {0, 1, 2, 3}
     assert told[-1] == ("with agentsd", 4, 4)
 
@@ -258,11 +292,14 @@ def test_bad_sweeps(engine, wish, methods, ratios, message):
         engine.sweep("me", wish, methods, ratios, ignore)
 
 
-def test_models_are_looked_for_at_the_start(folder, tmp_path):
+def test_models_are_looked_for_at_the_start(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         Engine([str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="same name"):
-        Engine([folder, folder])
+        Engine([model, model])
+    tiny_refiner().save_pretrained(tmp_path / "refiner")
+    with pytest.raises(TypeError, match="starts from a picture"):
+        Engine([str(tmp_path / "refiner")])
 
 
 @pytest.mark.parametrize("values", [{"side": 8}, {"side": 500}, {"steps": 0}, {"waiting": 25}, {"waiting": -1}])

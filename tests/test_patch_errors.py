@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, CustomDiffusionAttnProcessor2_0
+from models import tiny_flux, tiny_sd3
 from peft import LoraConfig, get_peft_model
 from runs import hook_count, run
 
@@ -25,11 +26,13 @@ def test_a_wrong_object_is_named(thing, call):
         call(thing)
 
 
-def test_a_pipeline_with_a_transformer_is_not_supported_yet():
-    pipe = Other()
-    pipe.transformer = torch.nn.Linear(1, 1)
-    with pytest.raises(TypeError, match="transformer models"):
+@pytest.mark.parametrize("build", [tiny_sd3, tiny_flux])
+def test_transformer_models_are_not_supported_yet(build):
+    pipe = build()
+    with pytest.raises(TypeError, match=f"{type(pipe).__name__} has a transformer instead of a UNet"):
         agentsd.apply_patch(pipe)
+    with pytest.raises(ValueError, match="Stable Diffusion 3 and Flux are not supported yet"):
+        agentsd.apply_patch(pipe.transformer)
 
 
 def test_a_wrapped_model_is_named(unet):
@@ -37,6 +40,15 @@ def test_a_wrapped_model_is_named(unet):
     with pytest.raises(ValueError, match=r"PeftModel wraps .* patch its `base_model\.model`"):
         agentsd.apply_patch(wrapped)
     assert agentsd.is_patched(agentsd.apply_patch(wrapped.base_model.model))
+
+
+@pytest.mark.parametrize("call", [agentsd.remove_patch, agentsd.is_patched])
+def test_a_patch_inside_a_wrapper_is_not_overlooked(unet, call):
+    """Wrapping is what `DistributedDataParallel` and accelerate do: nothing to remove would be found, in silence."""
+    wrapped = torch.nn.Sequential(agentsd.apply_patch(unet))
+    with pytest.raises(ValueError, match="Sequential wraps a patched model: pass its `0` instead"):
+        call(wrapped)
+    assert agentsd.is_patched(unet)
 
 
 def test_a_model_that_runs_in_threads_is_refused(unet):

@@ -34,6 +34,20 @@ def test_operations_of_attention_and_matching_are_counted(unet):
     assert row.phases["tome"].attention_flops / before == pytest.approx(0.36 + 0.09375, rel=2e-3)
 
 
+def test_it_prints_as_a_table(unet):
+    """A header, and a line for each phase of each layer, of which the first names the layer."""
+    report = agentsd.report(agentsd.apply_patch(unet, ratio=0.4, max_downsample=1), 512, 512)
+    header, agent, tome, *_ = lines = str(report).splitlines()
+    assert header.split() == "layer level channels heads tokens phase merged agents attention GFLOPs".split()
+    assert len(lines) == 1 + 2 * len(report.rows)
+    first = report.rows[0]
+    cells = [f"unet.{first.name}", "0", str(first.channels), str(first.heads), "4096", "agent", "2458", "256"]
+    before = f"{first.attention_flops / 1e9:.3g}"
+    after = [f"{first.phases[name].attention_flops / 1e9:.3g}" for name in ("agent", "tome")]
+    assert agent.split() == [*cells, before, "->", after[0]]
+    assert tome.split() == ["tome", "2458", "-", before, "->", after[1]]
+
+
 def test_merging_elsewhere_leaves_attention_as_it_is(unet):
     row = agentsd.report(agentsd.apply_patch(unet, merge_attn=False, merge_mlp=True), 512, 512).rows[0]
     assert {phase.attention_flops for phase in row.phases.values()} == {row.attention_flops}

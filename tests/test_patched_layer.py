@@ -119,6 +119,57 @@ def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
     torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("part, flag", [("ff", "merge_mlp"), ("attn2", "merge_crossattn")])
+@pytest.mark.parametrize("timestep, cell", [(EARLY, 4), (LATE, 2)])
+def test_a_merged_layer_is_the_layer_itself_on_merged_tokens(unet, part, flag, timestep, cell):
+    """Cross-attention merges its queries only; in the agent phase, too, it stays plain softmax."""
+    site = find_sites(unet)[0]
+    layer, seen = getattr(site.block, part), {}
+    # Before the patch's own hook, which merges, and behind the other one, which unmerges.
+    layer.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    site.block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
+    agentsd.apply_patch(unet, use_rand=False, ratio=0.3, merge_attn=False, **{flag: True})
+    layer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.update(kwargs=kwargs, output=output), with_kwargs=True
+    )
+    run(unet, timestep, height=12, width=20)
+
+    partition = partition_tokens(*cell_grid(12, 20, cell, cell, torch.device("cpu")))
+    merging = plan_merging(partition, match_tokens(seen["metric"], partition), int(240 * 0.3))
+    text = {name: value for name, value in seen["kwargs"].items() if name == "encoder_hidden_states"}
+    assert bool(text) == (part == "attn2")
+    output = seen["output"]
+    with torch.no_grad():
+        # Outside its block, the layer is as without agentsd.
+        expected = unmerge_tokens(layer(merge_tokens(seen["x"], merging), **text), merging)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["attention_mask", "encoder_hidden_states"])
+def test_a_layer_given_a_mask_or_other_keys_is_standard_attention(unet, given):
+    site = find_sites(unet)[0]
+    x, text = torch.randn(2, site.transformer.in_channels, 16, 16), torch.randn(2, 77, 32)
+    more = {}
+    if given == "attention_mask":
+        more["attention_mask"] = torch.rand(2, 256) < 0.5
+    else:
+        keys = torch.randn(2, 7, site.attn.inner_dim)
+        site.attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "encoder_hidden_states": keys}), with_kwargs=True
+        )
+
+    @torch.no_grad()
+    def call(**options):
+        return site.transformer(x, encoder_hidden_states=text, return_dict=False, **options)[0]
+
+    plain, unmasked = call(**more), call()
+    agentsd.apply_patch(unet)
+    run(unet)  # tells the phase
+    assert torch.equal(call(**more), plain)
+    if given == "attention_mask":
+        assert not torch.equal(call(), unmasked), "without the mask it is patched"
+
+
 @pytest.mark.parametrize("option", ["k_scale2", "k_shortcut"])
 def test_options_of_agent_attention_reach_it(unet, option):
     default = {timestep: run(agentsd.apply_patch(unet), timestep) for timestep in (EARLY, LATE)}

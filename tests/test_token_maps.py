@@ -2,8 +2,10 @@
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 from models import tiny_sd
+from runs import EARLY, LATE, run
 
 import agentsd
 from agentsd.token_maps import TokenMap, draw_map, recorded_maps
@@ -48,6 +50,25 @@ def test_recording_changes_nothing_and_leaves_no_hook():
     assert count == 2 * len(agentsd.report(pipe).rows)
     draw()
     assert len(maps) == count
+
+
+def test_what_is_merged_beside_attention_is_recorded_too():
+    """Without merged self-attention there are no agents."""
+    pipe = agentsd.apply_patch(tiny_sd(), ratio=0.5, merge_attn=False, merge_mlp=True)
+    with recorded_maps(pipe) as maps:
+        pipe("red", num_inference_steps=1)
+    assert len(maps) == len(agentsd.report(pipe).rows)
+    assert all(len(np.unique(token_map.groups)) < token_map.groups.size for token_map in maps.values())
+    assert all(token_map.agents is None for token_map in maps.values())
+
+
+@pytest.mark.parametrize(("timesteps", "has_agents"), [((EARLY, LATE), False), ((LATE, EARLY), True)])
+def test_the_last_sample_is_drawn_where_samples_are_at_different_steps(unet, timesteps, has_agents):
+    unet = agentsd.apply_patch(unet, ratio=0.5)
+    with recorded_maps(unet) as maps:
+        run(unet, torch.tensor(timesteps))
+    assert maps
+    assert {token_map.agents is not None for token_map in maps.values()} == {has_agents}
 
 
 def test_an_unpatched_model_has_no_maps():

@@ -1,6 +1,5 @@
 """The benchmark: speed, memory and picture quality against every peer, in one process and interleaved."""
 
-from .environment import environment
 from .methods import METHODS, Method, MethodUnavailable
 from .report import BenchResult, load_result
 from .rows import Row
@@ -18,7 +17,6 @@ __all__ = [
     "Method",
     "MethodUnavailable",
     "Row",
-    "environment",
     "load_result",
     "run_bench",
 ]

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import PIL.Image
 import torch
 
 from ..extras import how_to_install
 from ..loading import resolve_model
-from ..metrics import to_tensor
+from ..pictures import opened
 from .store import BenchError
 
 
@@ -51,34 +50,9 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BenchError(
-            f"The features of {name!r} cannot be had: {reason.rstrip('.')}. Inception fetches its weights, and needs "
-            f"more packages ({how_to_install('quality')}); a CLIP model is a folder, or an id on the Hugging Face Hub."
+            f"The features of {name!r} are not available: {reason.rstrip('.')}. Inception downloads its weights, and "
+            f"needs extra packages ({how_to_install('quality')}); a CLIP model is a folder or an id on the Hub."
         ) from error
-
-
-class PerceptualDistance:
-    """
-    LPIPS (R. Zhang et al., CVPR 2018) with AlexNet, whose weights are fetched on first use.
-
-    Raises:
-        BenchError: If a package or the weights cannot be had.
-    """
-
-    def __init__(self) -> None:
-        try:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-            self._metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise BenchError(
-                f"LPIPS cannot be had: {' '.join(str(error).split())[:300].rstrip('.')}. It fetches its weights, and "
-                f"needs more packages ({how_to_install('quality')})."
-            ) from error
-
-    @torch.no_grad()
-    def __call__(self, first: PIL.Image.Image, second: PIL.Image.Image) -> float:
-        """The distance of two pictures; 0 for the same."""
-        return float(self._metric(to_tensor(first).float(), to_tensor(second).float()))
 
 
 class InceptionFeatures:
@@ -102,7 +76,7 @@ class InceptionFeatures:
         """See [`Extractor.pictures`]."""
         rows = []
         for start in range(0, len(files), _BATCH):
-            arrays = [np.array(_read(file)) for file in files[start : start + _BATCH]]
+            arrays = [np.array(opened(file)) for file in files[start : start + _BATCH]]
             sizes = {array.shape for array in arrays}
             # Pictures of several sizes do not fit into one batch; the network scales each to its own size.
             for batch in [np.stack(arrays)] if len(sizes) == 1 else [array[None] for array in arrays]:
@@ -138,7 +112,7 @@ class ClipFeatures:
         """See [`Extractor.pictures`]."""
         rows = []
         for start in range(0, len(files), _BATCH):
-            batch = [_read(file) for file in files[start : start + _BATCH]]
+            batch = [opened(file) for file in files[start : start + _BATCH]]
             pixels = self._processor(images=batch, return_tensors="pt").pixel_values
             states = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
             rows.append(_rows(self._model.visual_projection(states)))
@@ -177,14 +151,9 @@ def picture_files(folder: str | Path) -> list[Path]:
     """
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
-        raise BenchError(f"{folder} holds {len(files)} pictures ({', '.join(_SUFFIXES)}): name a folder of many.")
+        raise BenchError(f"{folder} holds {len(files)} pictures ({', '.join(_SUFFIXES)}): name a folder with more.")
     return files
 
 
 def _rows(features: torch.Tensor) -> np.ndarray:
     return features.cpu().double().numpy()
-
-
-def _read(file: Path) -> PIL.Image.Image:
-    with PIL.Image.open(file) as image:
-        return image.convert("RGB")

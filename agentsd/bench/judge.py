@@ -12,8 +12,9 @@ import PIL.Image
 
 from ..metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from ..pictures import to_image
-from .features import Extractor, PerceptualDistance, load_extractor
+from .features import Extractor, load_extractor
 from .intervals import bootstrap_mean, jackknife
+from .lpips import PerceptualDistance
 from .reference import ReferenceSet, load_reference
 from .set_metrics import clip_scores, frechet_distance, kernel_distance
 from .settings import BenchSettings, Case, picture_folder
@@ -54,6 +55,10 @@ class PictureJudge:
         return None if name is None else load_extractor(name, self.subject.device)
 
     @cached_property
+    def _perceptual(self) -> PerceptualDistance | None:
+        return PerceptualDistance(self.subject.device) if self.settings.lpips else None
+
+    @cached_property
     def _reference(self) -> ReferenceSet | None:
         name = self.settings.reference
         return None if name is None or self._extractor is None else load_reference(name, self._extractor)
@@ -92,11 +97,13 @@ class PictureJudge:
             for file, other, bad in zip(pictures, reference, is_bad, strict=True)
             if case != baseline and not bad and not _is_blank(other)
         ]
-        quality = {} if case == baseline else self._pairs(pairs)
-        numbers = {"pictures": len(pictures), "blank": sum(is_bad)}
-        sets = self._sets(good, pairs)
-        scores = {**quality.pop("scores", {}), **sets}
-        return {**numbers, **quality, "quality": scores}
+        identical, fidelity = self._pairs(pairs)
+        return {
+            "pictures": len(pictures),
+            "blank": sum(is_bad),
+            "identical": identical,
+            "quality": {**fidelity, **self._sets(good, pairs)},
+        }
 
     def _draw(self, case: Case, steps: int, model: Callable[[], Any]) -> list[Path]:
         """The files of a case's pictures, drawn by all processes together where they are not there yet."""
@@ -121,10 +128,9 @@ class PictureJudge:
                 unfinished.replace(files[index])
         return files
 
-    def _pairs(self, pairs: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
-        """Fidelity to the same seed's vanilla picture, over pairs of which neither is blank."""
+    def _pairs(self, pairs: Sequence[tuple[Path, Path]]) -> tuple[int, dict[str, list[float]]]:
+        """How many pairs are identical, and fidelity to vanilla's picture of the same seed; neither is blank."""
         scores: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": [], "lpips": []}
-        perceptual = PerceptualDistance() if self.settings.lpips else None
         identical = 0
         for file, other in pairs:
             first, second = _read(file), _read(other)
@@ -136,10 +142,9 @@ class PictureJudge:
             scores["ssim"].append(ssim(first, second))
             if min(first.size) >= MS_SSIM_SIDE:
                 scores["ms_ssim"].append(ms_ssim(first, second))
-            if perceptual is not None:
-                scores["lpips"].append(perceptual(first, second))
-        means = {name: bootstrap_mean(values) for name, values in scores.items() if values}
-        return {"identical": identical, "scores": means}
+            if self._perceptual is not None:
+                scores["lpips"].append(self._perceptual(first, second))
+        return identical, {name: bootstrap_mean(values) for name, values in scores.items() if values}
 
     def _sets(self, pictures: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
         """What needs the features of whole sets, where an extractor was named."""

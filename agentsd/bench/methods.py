@@ -12,7 +12,8 @@ from ..extras import how_to_install
 from ..patch import apply_patch
 from ..processor import AgentAttnProcessor
 from ..sites import Site, attended_models, find_sites, unsupported_reason
-from .processors import AttentionFreeProcessor, DownsampledProcessor
+from .attention_free import AttentionFreeProcessor
+from .todo import DownsampledProcessor
 
 
 BASELINE = "vanilla"
@@ -111,9 +112,6 @@ class AgentSD:
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
         apply_patch(model, config=AgentSDConfig.preset(self.preset, ratio=ratio, **options))
-        # apply_patch refuses a model without sites; this is about processors that something else took away again.
-        if not any(isinstance(site.attn.processor, AgentAttnProcessor) for site in patchable_sites(model, options)):
-            raise MethodUnavailable("agentsd patched no self-attention of this model")
 
 
 @dataclass(frozen=True)
@@ -274,9 +272,9 @@ class NaiveAttention:
 
 def reseed(model: Any, seed: int) -> None:
     """
-    Start anew what a method draws at random, so that a picture does not depend on those drawn before it.
+    Restart the random numbers of a method, so that a picture does not depend on those drawn before it.
 
-    tomesd goes on with one generator from picture to picture; all other methods have no random state.
+    tomesd uses one generator from picture to picture; no other method has random state.
 
     Args:
         model (`DiffusionPipeline` or `UNet2DConditionModel`): A model with a method on.

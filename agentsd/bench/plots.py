@@ -133,7 +133,7 @@ def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
         )
     axes.set_xlabel("side of the picture in pixels")
     axes.set_ylabel("speed-up over vanilla")
-    axes.legend(title=model)
+    axes.legend(title=short_name(model))
     return _save(figure, folder / f"speed-size-{short_name(model)}.png")
 
 

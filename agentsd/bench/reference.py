@@ -78,7 +78,7 @@ class ReferenceSet:
         except (OSError, SafetensorError) as error:
             raise BenchError(f"Cannot read the reference set {file}: {error}.") from error
         if set(arrays) != {"count", "mean", "covariance", "rows"}:
-            raise BenchError(f"{file} is no reference set: it holds {', '.join(sorted(arrays)) or 'nothing'}.")
+            raise BenchError(f"{file} is not a reference set: it holds {', '.join(sorted(arrays)) or 'nothing'}.")
         count = arrays.pop("count").item()
         return cls(count, **{name: array.astype(np.float64) for name, array in arrays.items()})
 
@@ -170,7 +170,8 @@ class ReferenceSet:
     def _fitting(self, features: np.ndarray) -> np.ndarray:
         if features.shape[1] != len(self.mean):
             raise BenchError(
-                f"The reference set has {len(self.mean)} features a picture, these pictures have {features.shape[1]}: "
+                f"The reference set has {len(self.mean)} features per picture, but these pictures have "
+                f"{features.shape[1]}: "
                 "name the extractor that the reference was made with."
             )
         return features

@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from ..config import AgentSDConfig
 from .methods import METHODS
-from .rows import COLUMNS, Row
+from .rows import COLUMNS, COMPARED, Row
 from .settings import SUITES, short_name
 from .store import BenchError, read_log, read_object
 
@@ -22,7 +23,7 @@ from .store import BenchError, read_log, read_object
 _TEXT_COLUMNS = ("size", "method")
 _PICTURE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
 # A terminal has no room for these columns; they are in the reports.
-NOT_IN_TERMINAL = ("s/step", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
+NOT_IN_TERMINAL = ("s/step", "step quartiles", "step speed-up", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class BenchResult:
         Returns:
             `list[str]`: A line each.
         """
-        return _notes(self, *self.cells(intervals, without))
+        shown = self.cells(intervals, without)
+        return _notes(self, shown[0], has_intervals=shown != self.cells(False, without))
 
     def table(self) -> Table:
         """
@@ -69,7 +71,7 @@ class BenchResult:
         Returns:
             `rich.table.Table`: For `rich.print`. The notes are not part of it.
         """
-        table = Table(title=self.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(title=Text(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         header, *lines = self.cells(intervals=False, without=NOT_IN_TERMINAL)
         for number, name in enumerate(header[1:]):
             # Headings break, so that the table fits a terminal of 80 columns.
@@ -80,8 +82,8 @@ class BenchResult:
             if line[0] != size:
                 size = line[0]
                 table.add_section()
-                table.add_row(f"[bold]{size}")
-            table.add_row(*line[1:])
+                table.add_row(Text(size, style="bold"))
+            table.add_row(*map(Text, line[1:]))
         return table
 
     def to_markdown(self, without: Collection[str] = ()) -> str:
@@ -110,17 +112,16 @@ class BenchResult:
         Returns:
             `str`: CSV with a header.
         """
-        compared = ("of_vanilla", "of_tomesd", "of_free")
         metrics = sorted({name for row in self.rows for name in row.quality})
-        plain = [item.name for item in fields(Row) if item.name not in ("quality", *compared)]
-        spread = [f"{name}{end}" for name in (*compared, *metrics) for end in ("", "_low", "_high")]
+        plain = [item.name for item in fields(Row) if item.name not in ("quality", *COMPARED)]
+        spread = [f"{name}{end}" for name in (*COMPARED, *metrics) for end in ("", "_low", "_high")]
         out = io.StringIO()
         writer = csv.DictWriter(out, [*plain, *spread], lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
             values = {name: getattr(row, name) for name in plain}
-            intervals = {**{name: getattr(row, name) for name in compared}, **row.quality}
-            for name in (*compared, *metrics):
+            intervals = {**{name: getattr(row, name) for name in COMPARED}, **row.quality}
+            for name in (*COMPARED, *metrics):
                 ends = intervals.get(name) or []
                 values |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=False))
             writer.writerow(values)
@@ -152,7 +153,7 @@ class BenchResult:
         Write `report.md`, `report.csv` and `report.html`, and plots where matplotlib is installed.
 
         Args:
-            folder (`str` or `Path`): Made if it is not there; files of these names in it are replaced.
+            folder (`str` or `Path`): Created if it does not exist; files of these names in it are overwritten.
 
         Returns:
             `list[Path]`: The files written.
@@ -185,13 +186,12 @@ class BenchResult:
         Raises:
             BenchError: If there is no column of a heading that is to be left out.
         """
+        rows = self.rows if intervals else [row.without_intervals() for row in self.rows]
         columns = {"size": self.size_of, **COLUMNS}
         unknown = [name for name in without if name not in columns]
         if unknown:
             raise BenchError(f"There is no column {unknown[0]!r} to leave out. Known: {', '.join(columns)}.")
-        texts = {name: [text(row) for row in self.rows] for name, text in columns.items()}
-        if not intervals:
-            texts = {name: [cell.partition(" (")[0] for cell in column] for name, column in texts.items()}
+        texts = {name: [text(row) for row in rows] for name, text in columns.items()}
         if len(set(texts["steps"])) == 1:
             texts["steps"] = [""]
         shown = [name for name in columns if any(texts[name]) and name not in without]
@@ -278,7 +278,7 @@ def load_result(folder: str | Path) -> BenchResult:
     """
     folder = Path(folder)
     if not (folder / "cases.jsonl").is_file():
-        raise BenchError(f"{folder} is no folder of results: it has no cases.jsonl.")
+        raise BenchError(f"{folder} is not a results folder: it has no cases.jsonl.")
     values = []
     for name in ("settings.json", "environment.json"):
         try:
@@ -293,7 +293,7 @@ def load_result(folder: str | Path) -> BenchResult:
         raise BenchError(f"{folder} was written by another version of agentsd: {error}.") from error
 
 
-def _notes(result: BenchResult, shown: Collection[str], *lines: Sequence[str]) -> list[str]:
+def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> list[str]:
     settings, rows = result.settings, result.rows
     is_call = SUITES[settings["suite"]].kind == "call"
     unit = "UNet call" if is_call else "generation"
@@ -305,28 +305,32 @@ def _notes(result: BenchResult, shown: Collection[str], *lines: Sequence[str]) -
             "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
         )
     times = "median and quartiles" if "quartiles" in shown else "median"
-    notes += [
-        f"{times}: seconds per {unit}, over {_many(settings['repeats'], 'interleaved round')} in one process.",
-        "speed-up: median over the rounds of vanilla's time divided by the method's in the same round.",
-    ]
+    notes.append(
+        f"{times}: seconds per {unit}, over {_many(settings['repeats'], 'interleaved round')} in one process."
+    )
+    if "speed-up" in shown:
+        notes.append("speed-up: vanilla's time divided by the method's in the same round; the median over the rounds.")
+    per_step = [name for name in ("s/step", "step quartiles", "step speed-up") if name in shown]
+    if per_step:
+        notes.append(f"{', '.join(per_step)}: of a denoising step, averaged over all; the first encodes the text too.")
     others = {"× tomesd": "tomesd", "× free": "attention-free"}
     compared = [name for name in others if name in shown]
     if compared:
         notes.append(
-            f"{', '.join(compared)}: the same with the time of {' and of '.join(others[name] for name in compared)} "
-            "instead of vanilla's."
+            f"{', '.join(compared)}: the same, with the time of {' or '.join(others[name] for name in compared)} "
+            "in place of vanilla's."
         )
     if any(row.method == "attention-free" for row in rows):
         notes.append(
-            "attention-free: the patched layers' self-attention answered by `to_out(to_v(x))`, the reference for what "
-            "faster attention can give; its pictures are worthless."
+            "attention-free: `to_out(to_v(x))` in place of self-attention in the patched layers, the reference for "
+            "what faster attention can gain; its pictures are worthless."
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
         notes.append("fewer-steps: vanilla with as many steps as fit in agentsd's time.")
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
     if unit == "generation" and "launches/step" in shown:
-        notes.append("launches/step: of a short generation, encoders and VAE included, divided by its steps.")
+        notes.append("launches/step: GPU kernels of a short generation, with encoders and VAE, divided by its steps.")
     pairwise = ", ".join(name for name in _PICTURE_METRICS if name in shown)
     if pairwise:
         notes.append(
@@ -337,26 +341,32 @@ def _notes(result: BenchResult, shown: Collection[str], *lines: Sequence[str]) -
     if distances:
         if settings["reference"] is None:
             other = "vanilla's pictures of the same seeds"
-            meaning = "Where an interval of KID holds 0, the sets are not distinguishable by this many pictures."
+            meaning = "Where the interval of KID contains 0, this many pictures cannot tell the sets apart."
         else:
             other = (
-                "fresh renders of what the model was taught"
+                "fresh renders of what the model was trained on"
                 if settings["reference"] == "emoji"
-                else "the pictures of --reference"
+                else "the pictures given as --reference"
             )
             meaning = "".join(
-                f"As many pictures of the reference itself have FID {floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
+                "For scale, as many pictures of the reference itself have FID "
+                f"{floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
                 for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
             )
-        notes.append(f"{distances}: to {other}, in the features of {settings['features']}. {meaning}".strip())
+        notes.append(f"{distances}: distance to {other}, in the features of {settings['features']}. {meaning}".strip())
     if any(name.startswith("Δ") for name in shown):
         notes.append(
-            "Δ: by how much it differs from vanilla's pictures of the same seeds. Where an interval holds 0, the "
-            "methods are not distinguishable by this many pictures."
+            "Δ: difference to the value of vanilla's pictures of the same seeds. Where an interval contains 0, this "
+            "many pictures cannot tell the method from vanilla."
         )
-    if any("(" in cell for line in lines for cell in line):
+    if SUITES[settings["suite"]].has_pictures and settings["features"] is None:
         notes.append(
-            "in brackets: 95 % intervals, by the bootstrap over rounds or pictures, for FID and KID by the jackknife; "
+            "no FID, KID and CLIP score: for them, --features names an extractor (`inception`, or a CLIP model), and "
+            "--reference the pictures to compare with."
+        )
+    if has_intervals:
+        notes.append(
+            "in brackets: 95 % intervals, from a bootstrap over rounds or pictures (for FID and KID, a jackknife); "
             "none for fewer than five rounds or ten pictures."
         )
     failed = [(row, row.reason.rstrip(".")) for row in rows if row.reason]

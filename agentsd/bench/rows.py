@@ -1,9 +1,12 @@
 """A row of a benchmark, and how each of its numbers is written in a table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
+# Fields that hold a quotient of times and the ends of its interval.
+COMPARED = ("of_vanilla", "step_of_vanilla", "of_tomesd", "of_free")
 # A reason that is told in the table itself.
 OUT_OF_MEMORY = "out of memory"
 
@@ -25,10 +28,15 @@ class Row:
         seconds (`float`, *optional*): Median seconds of a generation or call.
         q1 (`float`, *optional*): Lower quartile of the seconds.
         q3 (`float`, *optional*): Upper quartile of the seconds.
-        step_seconds (`float`, *optional*): Median seconds of a denoising step, where there is a generation.
+        step_seconds (`float`, *optional*):
+            Median seconds of a denoising step, where there is a generation: the mean of its steps, of which the first
+            contains the text encoding.
+        step_q1 (`float`, *optional*): Lower quartile of them.
+        step_q3 (`float`, *optional*): Upper quartile of them.
         of_vanilla (`list[float]`, *optional*):
             Median over the rounds of vanilla's seconds divided by this method's and, where there are rounds enough,
             the ends of its 95 % interval.
+        step_of_vanilla (`list[float]`, *optional*): The same of a denoising step.
         of_tomesd (`list[float]`, *optional*): The same for tomesd's seconds at the same ratio.
         of_free (`list[float]`, *optional*): The same for the attention-free model.
         peak_bytes (`int`, *optional*): Peak memory.
@@ -58,7 +66,10 @@ class Row:
     q1: float | None = None
     q3: float | None = None
     step_seconds: float | None = None
+    step_q1: float | None = None
+    step_q3: float | None = None
     of_vanilla: list[float] | None = None
+    step_of_vanilla: list[float] | None = None
     of_tomesd: list[float] | None = None
     of_free: list[float] | None = None
     peak_bytes: int | None = None
@@ -80,6 +91,16 @@ class Row:
         """Method and ratio."""
         return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
 
+    def without_intervals(self) -> "Row":
+        """
+        The values alone, for where there is no room for more.
+
+        Returns:
+            `Row`: A copy.
+        """
+        compared: dict[str, Any] = {name: (getattr(self, name) or [])[:1] or None for name in COMPARED}
+        return replace(self, **compared, quality={name: value[:1] for name, value in self.quality.items()})
+
     @property
     def setting(self) -> tuple[str, int, int, int]:
         """What it has in common with the rows that it is compared with."""
@@ -92,9 +113,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "ratio": lambda row: _number(row.ratio, "g"),
     "steps": lambda row: _number(row.steps, "d"),
     "median": lambda row: _seconds(row.seconds, " s") or _not_run(row),
-    "quartiles": lambda row: "" if row.q1 is None else f"{_seconds(row.q1)}–{_seconds(row.q3)}",
-    "s/step": lambda row: _seconds(row.step_seconds),
+    "quartiles": lambda row: _range(row.q1, row.q3),
     "speed-up": lambda row: _interval(row.of_vanilla, ".3f"),
+    "s/step": lambda row: _seconds(row.step_seconds),
+    "step quartiles": lambda row: _range(row.step_q1, row.step_q3),
+    "step speed-up": lambda row: _interval(row.step_of_vanilla, ".3f"),
     "× tomesd": lambda row: _interval(row.of_tomesd, ".3f"),
     "× free": lambda row: _interval(row.of_free, ".3f"),
     "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
@@ -127,6 +150,10 @@ def _seconds(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
     return f"{value:.3f}{unit}" if value < 10 else f"{value:.2f}{unit}"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{_seconds(low)}–{_seconds(high)}"
 
 
 def _interval(ends: Sequence[float] | None, form: str) -> str:

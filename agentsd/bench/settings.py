@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import AgentSDConfig
+from ..metrics import SSIM_SIDE
 from .methods import METHODS
 from .shapes import LATENT_SCALE, SHAPES
 from .store import BenchError
@@ -18,7 +19,6 @@ Kind = Literal["generation", "call"]
 _SPEED_METHODS = ("vanilla", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
 _QUALITY_METHODS = ("vanilla", "agentsd", "tomesd", "fewer-steps")
 _CPU_METHODS = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
-_SMALLEST_JUDGED = 11  # the window of SSIM
 # Methods that show only over a whole generation are left out of calls by default, save agentsd, which is computed.
 _CALL_METHODS = tuple(name for name, method in METHODS.items() if not method.needs_generation or name == "agentsd")
 
@@ -186,12 +186,9 @@ class BenchSettings:
             `BenchSettings`: The settings.
 
         Raises:
-            BenchError: If there is no such suite, or a value is one that it settles itself.
+            BenchError: If there is no such suite, or a value does not go with it.
         """
         known = _suite(suite)
-        settled = [name for name in known.fixed if name in values]
-        if settled:
-            raise BenchError(f"The suite {suite!r} settles {', '.join(settled)} itself: leave it out.")
         given = {"suite": suite, **known.defaults, **known.fixed, **values}
         if known.has_pictures and set(given.get("models", ("emoji",))) == {"emoji"}:
             given.setdefault("features", "emoji")
@@ -201,14 +198,17 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         suite = _suite(self.suite)
+        for name, value in suite.fixed.items():
+            if getattr(self, name) != value:
+                raise BenchError(f"The suite {self.suite!r} is about {name}={value!r}, not {getattr(self, name)!r}.")
         for name in ("models", "methods", "ratios", "batches"):
             if not getattr(self, name):
                 raise BenchError(f"`{name}` is empty: name at least one.")
         if self.suite == "paper" and set(self.models) != {"emoji"} and not self.prompts:
             raise BenchError(
-                "The suite 'paper' draws the classes of ImageNet with any model but emoji, and their names do not "
-                "come with agentsd: give a file that has a prompt on each line, such as 'a photo of a goldfish', as "
-                "--prompts FILE, or its prompts as `prompts`."
+                "With any model but emoji, the suite 'paper' draws the classes of ImageNet, whose names do not come "
+                "with agentsd: give a file with one prompt per line, such as 'a photo of a goldfish', as --prompts "
+                "FILE, or the prompts themselves as `prompts`."
             )
         if suite.kind == "call" and not self.sizes:
             raise BenchError("`sizes` is empty: name at least one height and width.")
@@ -226,16 +226,16 @@ class BenchSettings:
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise BenchError(
-                    f"A ratio must lie between 0 and 1, but got {ratio}. For none at all there is `vanilla`."
+                    f"A ratio must lie between 0 and 1, but got {ratio}. To merge nothing, use `vanilla`."
                 )
         for model in self.models:
             if suite.kind == "generation" and model in SHAPES and not Path(model).exists():
-                raise BenchError(f"{model} is the shape of a UNet, with random weights: it takes the suite 'shapes'.")
+                raise BenchError(f"{model} is the shape of a UNet with random weights: use the suite 'shapes'.")
         if not 0 <= self.seed < 2**63:
             raise BenchError(f"`seed` must lie between 0 and 2⁶³ − 1, but got {self.seed}.")
         for height, width in self.sizes:
-            if suite.has_pictures and min(height, width) < _SMALLEST_JUDGED:
-                raise BenchError(f"SSIM needs pictures of {_SMALLEST_JUDGED} pixels a side, but got {height}×{width}.")
+            if suite.has_pictures and min(height, width) < SSIM_SIDE:
+                raise BenchError(f"SSIM needs at least {SSIM_SIDE} pixels per side, but got {height}×{width}.")
             if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
                 raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
         for name in ("steps", "warmup", "repeats", "pictures"):
@@ -243,25 +243,38 @@ class BenchSettings:
                 raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
         if min(self.batches) < 1:
             raise BenchError(f"A batch must be at least 1, but got {min(self.batches)}.")
-        if not suite.has_pictures and (self.features, self.reference, self.lpips) != (None, None, False):
-            raise BenchError(
-                f"The suite {self.suite!r} judges no pictures, so it has no use for `features`, `reference` and "
-                "`lpips`: leave them out, or ask for the suite 'quality'."
-            )
+        self._refuse_unused(suite)
+        if self.scheduler not in (None, "plms"):
+            raise BenchError(f"`scheduler` must be 'plms' or left out, but got {self.scheduler!r}.")
         if self.reference is not None and self.features is None:
             raise BenchError(
-                "A `reference` is compared with in the features of an extractor: name one as `features` (--features), "
+                "Comparing with a `reference` needs a feature extractor: name one as `features` (--features), either "
                 "'inception' or a CLIP model."
             )
         if self.budget_minutes is not None and self.budget_minutes <= 0:
             raise BenchError(f"`budget_minutes` must be above 0, but got {self.budget_minutes}.")
         for name in self.options:
             if name == "ratio":
-                raise BenchError("The ratio is not one of the options: name it among the ratios.")
+                raise BenchError("`ratio` is not one of the options: name it among the ratios (--ratio).")
         try:
             AgentSDConfig.from_dict(self.options)
         except (TypeError, ValueError) as error:
             raise BenchError(str(error)) from error
+
+    def _refuse_unused(self, suite: Suite) -> None:
+        """What would have no effect was meant for another suite."""
+        unused: tuple[str, ...] = () if suite.has_pictures else ("pictures", "features", "reference", "lpips")
+        if suite.kind == "call":
+            unused += ("steps", "prompts", "guidance_scale", "scheduler")
+        standard = {item.name: item.default for item in fields(self)}
+        given = [name for name in unused if getattr(self, name) != standard[name]]
+        if given or (not suite.has_pictures and len(self.prompts) > 1):
+            what = "times single calls of UNets" if suite.kind == "call" else "judges no pictures"
+            names = ", ".join(f"`{name}`" for name in given or ["prompts"])
+            raise BenchError(
+                f"The suite {self.suite!r} {what}, so it has no use for {names}: leave that out, or ask for the suite "
+                "'quality'."
+            )
 
     @property
     def kind(self) -> Kind:

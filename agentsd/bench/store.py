@@ -44,7 +44,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     try:
         lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
     except UnicodeDecodeError as error:
-        raise BenchError(f"{path} is no text ({error}). Start again in another folder.") from error
+        raise BenchError(f"{path} is not text ({error}). Start again in another folder.") from error
     for number, line in enumerate(lines, start=1):
         try:
             records.append(read_object(line))
@@ -76,7 +76,7 @@ def read_object(text: str) -> dict[str, Any]:
     """
     values = json.loads(text)
     if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return values
 
 
@@ -242,7 +242,7 @@ class RunFolder:
             changed += [name for name in _differences(earlier, now) if name not in _MAY_DIFFER]
         if changed:
             raise BenchError(
-                f"{self.path} holds another run (different: {', '.join(changed)}). Name another folder, or run with "
+                f"{self.path} holds a different run ({', '.join(changed)} differ). Name another folder, or run with "
                 "the same settings on the same machine and software."
             )
 

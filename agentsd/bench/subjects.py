@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from diffusers import PNDMScheduler
 
+from ..generation import check_draws_from_text
 from ..loading import load_pipeline, own_size, pick_device, pick_dtype
 from ..patch import remove_patch
 from .methods import METHODS, reseed
@@ -98,6 +99,33 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def plms(scheduler: Any) -> PNDMScheduler:
+    """
+    PLMS at the noise levels that a model was trained with.
+
+    Args:
+        scheduler (`SchedulerMixin`): The model's own scheduler.
+
+    Returns:
+        `PNDMScheduler`: Its PLMS half.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench.subjects import plms
+    >>> from diffusers import DDIMScheduler
+    >>> plms(DDIMScheduler(prediction_type="v_prediction")).config.prediction_type
+    'v_prediction'
+    ```
+    """
+    options: dict[str, Any] = {"skip_prk_steps": True}
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        # PNDMScheduler does not rescale by itself. It divides by the signal that is left in the noise, which is none
+        # at the last timestep: with leading spacing, no step starts there.
+        options |= {"trained_betas": scheduler.betas.tolist(), "timestep_spacing": "leading"}
+    return PNDMScheduler.from_config(scheduler.config, **options)
+
+
 @dataclass(frozen=True)
 class PipelineSubject:
     """
@@ -124,9 +152,10 @@ class PipelineSubject:
     def load(self) -> Any:
         """See [`Subject.load`]."""
         pipe = load_pipeline(self.model, device=self.device, dtype=self.dtype)
+        check_draws_from_text(pipe)
         pipe.set_progress_bar_config(disable=True)
         if self.scheduler == "plms":
-            pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+            pipe.scheduler = plms(pipe.scheduler)
         return pipe
 
     def copy(self, model: Any) -> Any:

@@ -16,7 +16,7 @@ _BLOCK = re.compile(
 
 def fill_tables(document: Path) -> str:
     """
-    A document with its tables made anew from recorded results.
+    A document with its tables rebuilt from recorded results.
 
     Args:
         document (`Path`):
@@ -32,7 +32,7 @@ def fill_tables(document: Path) -> str:
     """
     text = document.read_text(encoding="utf-8")
     if not _BLOCK.search(text):
-        raise BenchError(f"{document} has no table of results: mark one with <!-- results: FOLDER -->.")
+        raise BenchError(f"{document} has no results table: mark one with <!-- results: FOLDER -->.")
 
     def fill(found: re.Match[str]) -> str:
         result = load_result(document.parent / found["folder"])

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -103,13 +104,17 @@ class Summary:
         q1 (`float`): Lower quartile in seconds.
         q3 (`float`): Upper quartile in seconds.
         step_seconds (`float`, *optional*): Median time of a step in seconds.
+        step_q1 (`float`, *optional*): Its lower quartile.
+        step_q3 (`float`, *optional*): Its upper quartile.
     """
 
     rounds: int
     seconds: float
     q1: float
     q3: float
-    step_seconds: float | None
+    step_seconds: float | None = None
+    step_q1: float | None = None
+    step_q3: float | None = None
 
 
 def time_call(call: Call, device: torch.device) -> Sample:
@@ -183,7 +188,12 @@ def time_round(
     return samples
 
 
-def paired_speedup(rounds: Sequence[Mapping[str, Sample]], name: str, other: str) -> list[float]:
+def paired_speedup(
+    rounds: Sequence[Mapping[str, Sample]],
+    name: str,
+    other: str,
+    time_of: Callable[[Sample], float] = attrgetter("seconds"),
+) -> list[float]:
     """
     How much faster one variant is than another: the median over the rounds of the ratio within a round, because two
     times measured one after the other share the machine's momentary state.
@@ -192,6 +202,7 @@ def paired_speedup(rounds: Sequence[Mapping[str, Sample]], name: str, other: str
         rounds (`Sequence[Mapping[str, Sample]]`): What `time_round` returned, round by round.
         name (`str`): The variant.
         other (`str`): The variant to compare with.
+        time_of (`Callable[[Sample], float]`, *optional*): Which of its times to compare; by default the seconds.
 
     Returns:
         `list[float]`: The median and, from five rounds on, the ends of its 95 % interval.
@@ -205,7 +216,7 @@ def paired_speedup(rounds: Sequence[Mapping[str, Sample]], name: str, other: str
     [2.5]
     ```
     """
-    return bootstrap_median([samples[other].seconds / samples[name].seconds for samples in rounds])
+    return bootstrap_median([time_of(samples[other]) / time_of(samples[name]) for samples in rounds])
 
 
 def summarize(rounds: Sequence[Mapping[str, Sample]], name: str) -> Summary:
@@ -232,17 +243,14 @@ def summarize(rounds: Sequence[Mapping[str, Sample]], name: str) -> Summary:
     """
     if not rounds:
         raise ValueError("There is no finished round to summarise.")
-    seconds = [samples[name].seconds for samples in rounds]
-    if len(seconds) > 1:
-        q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
-    else:
-        q1 = q3 = seconds[0]
+    q1, median, q3 = _quartiles([samples[name].seconds for samples in rounds])
     steps = [samples[name].step_seconds for samples in rounds]
     known = [value for value in steps if value is not None]
-    return Summary(
-        rounds=len(seconds),
-        seconds=statistics.median(seconds),
-        q1=q1,
-        q3=q3,
-        step_seconds=statistics.median(known) if known else None,
-    )
+    if not known:
+        return Summary(len(rounds), median, q1, q3)
+    step_q1, step_median, step_q3 = _quartiles(known)
+    return Summary(len(rounds), median, q1, q3, step_median, step_q1, step_q3)
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3

@@ -31,7 +31,7 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
         list(recorded), value=None, label="Recorded results", visible=bool(recorded), elem_id="benchmark-choice"
     )
     upload = gr.File(
-        label="Or a folder of results from your machine",
+        label="Or a results folder from your machine",
         file_count="directory",
         type="filepath",
         height=140,
@@ -60,7 +60,7 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
             return "", []
         asked = {Path(file).name: Path(file) for file in files if Path(file).name in _FILES}
         if sum(file.stat().st_size for file in asked.values()) > _MOST_BYTES:
-            raise ValueError("These results are larger than what can be shown here: 1 MB.")
+            raise ValueError("These results are too large to show here: the limit is 1 MB.")
         with tempfile.TemporaryDirectory() as folder:
             for name, file in asked.items():
                 shutil.copy(file, Path(folder) / name)

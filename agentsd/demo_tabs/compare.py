@@ -5,8 +5,9 @@ from typing import Any
 import gradio as gr
 
 from ..compare import Comparison
-from ..engine import Engine, Progress, Stopped
+from ..engine import Engine
 from ..metrics import decibels, similarity
+from ..waiting_line import Progress, Stopped
 from .events import buttons, on_start
 from .inputs import config_of, wish_of
 from .texts import gain, markdown_table, seconds
@@ -44,7 +45,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         format="png",
         interactive=False,
         elem_id="compare-difference",
-        alt_text="Where the two pictures differ: black where they agree, brighter the further they are apart",
+        alt_text="Where the two pictures differ: black where they agree, brighter where they differ more",
     )
     with gr.Accordion("What was patched", open=False):
         table = gr.Markdown("", elem_classes=["report"], elem_id="compare-report")
@@ -54,7 +55,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         try:
             comparison, is_cached = engine.compare(visitor, wish, config, progress)
         except Stopped:
-            return ["Stopped. The pictures below, if any, are those of before.", *[gr.skip()] * 4]
+            return ["Stopped. Any pictures below are from the previous run.", *[gr.skip()] * 4]
         for warning in comparison.warnings:
             gr.Warning(warning)
         return [
@@ -70,7 +71,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
 
 def _summary(comparison: Comparison, is_cached: bool) -> str:
-    earlier = " The time without agentsd is that of an earlier run." if is_cached else ""
+    earlier = " The time without agentsd is from an earlier run." if is_cached else ""
     return f"Speed-up per step: {gain(comparison.speed_up)}.{earlier}"
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..engine import Engine, Progress
+from ..engine import Engine
+from ..waiting_line import Progress
 
 
 # What visitors asked wrongly, or have to wait for. Other errors, which may name files, are told to the terminal only.
@@ -32,7 +33,7 @@ def answered(function: Callable[..., Any]) -> Callable[..., Any]:
         except _EXPECTED_ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from error
         except Exception as error:
-            raise gr.Error(f"Something went wrong ({type(error).__name__}). The terminal says more.") from error
+            raise gr.Error(f"Something went wrong ({type(error).__name__}). The terminal has the details.") from error
 
     return answer
 
@@ -71,7 +72,7 @@ def buttons(engine: Engine, label: str, name: str) -> tuple[gr.Button, gr.Markdo
 
     def ask_to_stop(request: gr.Request) -> Any:
         # The generation itself says that it was stopped, once it was.
-        return gr.skip() if engine.stop(_visitor(request)) else "Nothing of yours is running."
+        return gr.skip() if engine.stop(_visitor(request)) else "You have nothing running."
 
     # Past the queue, which may be full.
     stop.click(ask_to_stop, outputs=[status], queue=False, show_progress="hidden", api_visibility="private")
@@ -88,7 +89,7 @@ def _shown(progress: gr.Progress) -> Progress:
         if done:
             progress((done, total), desc=what, unit="steps")
         elif what.startswith("waiting"):
-            progress(0.0, desc=f"{what}, {total} before yours")
+            progress(0.0, desc=f"{what}, {total} ahead of yours")
         else:
             progress(0.0, desc=what if what == "starting" else f"{what}: warming up")
 

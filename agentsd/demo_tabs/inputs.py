@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from ..config import AgentSDConfig
-from ..engine import Engine, Wish
+from ..engine import Engine
+from ..wish import SIDE_UNIT, SMALLEST_SIDE, Wish
 
 
 _PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tree", "a rainbow")
@@ -63,8 +64,12 @@ def picture_inputs(engine: Engine) -> list[gr.components.Component]:
     steps = gr.Slider(1, limits.steps, value=min(20, limits.steps), step=1, label="Steps")
     strength = gr.Slider(0, 20, value=guidance, step=0.5, label="Guidance")
     with gr.Row():
-        rows = gr.Slider(64, limits.side, value=height, step=8, label="Height in pixels", min_width=120)
-        columns = gr.Slider(64, limits.side, value=width, step=8, label="Width in pixels", min_width=120)
+        rows = gr.Slider(
+            SMALLEST_SIDE, limits.side, value=height, step=SIDE_UNIT, label="Height in pixels", min_width=120
+        )
+        columns = gr.Slider(
+            SMALLEST_SIDE, limits.side, value=width, step=SIDE_UNIT, label="Width in pixels", min_width=120
+        )
     dice.click(lambda: random.randrange(_SEEDS), outputs=[seed], queue=False, api_visibility="private")
     model.input(engine.own_settings, [model], [rows, columns, strength], api_visibility="private")
     return [model, seed, steps, strength, rows, columns]
@@ -84,7 +89,7 @@ def patch_inputs() -> list[gr.components.Component]:
         value=plain.ratio,
         step=0.05,
         label="Ratio",
-        info="Share of tokens that are merged away",
+        info="Share of tokens merged away",
     )
     until = gr.Slider(
         0,
@@ -92,14 +97,14 @@ def patch_inputs() -> list[gr.components.Component]:
         value=plain.agent_until,
         step=0.05,
         label="Agent phase",
-        info="Share of the noise range, from its noisy end, that runs agents; the rest only merges tokens",
+        info="Share of the noise range, from its noisy end, that uses agents; the rest only merges tokens",
     )
     with gr.Accordion("More", open=False):
         levels = gr.Dropdown(
             [1, 2, 4, 8],
             value=plain.max_downsample,
             label="Deepest layers",
-            info="Patch layers with at most this down-sampling",
+            info="Patch layers down-sampled by at most this factor",
         )
         exponent = gr.Slider(
             0,
@@ -107,14 +112,14 @@ def patch_inputs() -> list[gr.components.Component]:
             value=plain.k_scale2,
             step=0.05,
             label="k_scale2",
-            info="Exponent on the scale of the queries' softmax",
+            info="Exponent on the softmax scale where queries read agents",
         )
         shortcut = gr.Slider(
             0, 1, value=plain.k_shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"
         )
         is_random = gr.Checkbox(plain.use_rand, label="Choose each cell's destination at random")
-        cross = gr.Checkbox(plain.merge_crossattn, label="Merge in cross-attention, too")
-        mlp = gr.Checkbox(plain.merge_mlp, label="Merge in the feed-forward layers, too")
+        cross = gr.Checkbox(plain.merge_crossattn, label="Also merge in cross-attention")
+        mlp = gr.Checkbox(plain.merge_mlp, label="Also merge in the feed-forward layers")
     return [ratio, until, levels, exponent, shortcut, is_random, cross, mlp]
 
 

@@ -11,9 +11,11 @@ import PIL.Image
 
 from ..bench.plots import plot_quality
 from ..bench.rows import Row
-from ..engine import SWEEP_METHODS, Engine, Progress, Stopped, SweepRun, Wish
+from ..engine import SWEEP_METHODS, Engine, SweepRun
 from ..metrics import decibels, similarity
 from ..pictures import opened
+from ..waiting_line import Progress, Stopped
+from ..wish import Wish
 from .events import buttons, on_start
 from .inputs import wish_of
 from .texts import gain, markdown_table, seconds
@@ -27,14 +29,14 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
         engine (`Engine`): What generates.
         asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
     """
-    gr.Markdown("One picture by several methods. Each is timed once: for numbers to rely on, run `agentsd bench`.")
+    gr.Markdown("One picture drawn with several methods, each timed once. For reliable numbers, run `agentsd bench`.")
     methods = gr.CheckboxGroup(
         list(SWEEP_METHODS), value=["tomesd", "agentsd"], label="Methods", elem_id="sweep-methods"
     )
     ratios = gr.Textbox(
         "0.2, 0.4, 0.6",
         label="Ratios",
-        info="From 0 to below 1, with commas",
+        info="From 0 to below 1, separated by commas",
         max_length=200,
         elem_id="sweep-ratios",
     )
@@ -70,6 +72,8 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
             runs = engine.sweep(visitor, wish, names, _ratios_of(text), progress)
         except Stopped:
             return ["Stopped.", *[gr.skip()] * 3]
+        for warning in [warning for each in runs if each.run is not None for warning in each.run.warnings]:
+            gr.Warning(warning)
         pictures = [(each.run.image, _caption(each)) for each in runs if each.run is not None]
         missing = [f"{each.name} did not run: {each.reason}." for each in runs if each.reason]
         return [" ".join(missing) or f"{len(runs)} runs.", pictures, _sweep_numbers(runs), _sweep_plot(runs, wish)]
@@ -81,7 +85,7 @@ def _ratios_of(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"Ratios are numbers with commas between them, such as 0.2, 0.4, but got {text!r}.") from None
+        raise ValueError(f"Ratios must be numbers separated by commas, such as 0.2, 0.4, but got {text!r}.") from None
 
 
 def _caption(each: SweepRun) -> str:

@@ -5,8 +5,9 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
-from ..engine import Engine, Progress, Stopped
-from ..token_maps import TokenMap, draw_map
+from ..engine import Engine, TokensRun
+from ..token_maps import draw_map
+from ..waiting_line import Progress, Stopped
 from .events import answered, buttons, on_start
 from .inputs import config_of, wish_of
 
@@ -25,8 +26,8 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         patch (`list[Component]`): From `patch_inputs`.
     """
     gr.Markdown(
-        "What agentsd merges: tokens that share a representative have the same colour, tokens without a colour are on "
-        "their own. Dots are the tokens that the agents grow from."
+        "What agentsd merges: tokens that are merged together have the same colour; tokens without a colour stay on "
+        "their own. Dots mark the tokens that the agents grow from."
     )
     start, status = buttons(engine, "Draw and record", "tokens")
     recorded = gr.State(None, time_to_live=_KEPT_SECONDS)
@@ -39,7 +40,7 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         format="png",
         interactive=False,
         elem_id="tokens-drawing",
-        alt_text="The picture, with merged tokens in one colour a group and a dot on each agent",
+        alt_text="The picture, with one colour for each group of merged tokens and a dot on each agent",
     )
 
     def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
@@ -48,13 +49,15 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
             record = engine.tokens(visitor, wish, config, progress)
         except Stopped:
             return ["Stopped.", *[gr.skip()] * 4]
-        layers = list(dict.fromkeys(name for name, _ in record[1]))
+        for warning in record.warnings:
+            gr.Warning(warning)
+        layers = list(dict.fromkeys(name for name, _ in record.maps))
         first = layers[0] if layers else None
         text, picture = _drawn(record, 1, first)
         return [
             text,
             record,
-            gr.update(value=1, maximum=1 + max((at for _, at in record[1]), default=0), interactive=True),
+            gr.update(value=1, maximum=1 + max((at for _, at in record.maps), default=0), interactive=True),
             gr.update(choices=layers, value=first, interactive=True),
             picture,
         ]
@@ -65,13 +68,10 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         changed.input(draw, [recorded, step, layer], [status, drawing], api_visibility="private")
 
 
-def _drawn(
-    record: tuple[PIL.Image.Image, dict[tuple[str, int], TokenMap]] | None, step: int, layer: str | None
-) -> tuple[str, PIL.Image.Image | None]:
+def _drawn(record: TokensRun | None, step: int, layer: str | None) -> tuple[str, PIL.Image.Image | None]:
     if record is None:
         return "", None
-    image, maps = record
-    token_map = maps.get((layer or "", step - 1))
+    token_map = record.maps.get((layer or "", step - 1))
     if token_map is None:
-        return _NO_TOKENS, image
-    return f"Step {step}: {token_map.caption}.", draw_map(token_map, image)
+        return _NO_TOKENS, record.image
+    return f"Step {step}: {token_map.caption}.", draw_map(token_map, record.image)

@@ -17,8 +17,8 @@ tags:
 
 # emoji
 
-A small Stable Diffusion trained on {drawings} emoji drawings, {size} MB in all. It exists so that `agentsd` can be
-tried and tested on a real text-to-image model without a download of gigabytes. It is not a general picture
+A small Stable Diffusion model trained on {drawings} emoji drawings, {size} MB in all. It exists so that `agentsd` can
+be tried and tested on a real text-to-image model without downloading gigabytes. It is not a general picture
 generator: it was only shown {scenes}.
 {state}
 ```python
@@ -29,12 +29,12 @@ prompt = "{example}"
 pipe(prompt, num_inference_steps=20, guidance_scale={guidance:g}).images[0].save("emoji.png")
 ```
 
-A guidance of about {guidance:g} gives cleaner pictures than the pipeline's default of 7.5; all pictures and numbers
-below are of {guidance:g}.
+A guidance scale of about {guidance:g} gives cleaner pictures than the pipeline's default of 7.5; all pictures and
+numbers below use {guidance:g}.
 
 ![Samples](samples.png)
 
-Not picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Prompts, row by row, eight in a row:
+Not cherry-picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Prompts, row by row, eight per row:
 {sample_prompts}.
 
 ## What is inside
@@ -43,7 +43,7 @@ Not picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Prompts, r
 | --- | ---: | --- |
 | `AutoencoderKL` | {vae_parameters} M | factor 8, 4 latent channels, latents standardised per channel |
 | `UNet2DConditionModel` | {unet_parameters} M | self- and cross-attention at {levels} |
-| `CLIPTextModel` | {text_parameters} M | an own BPE vocabulary of {vocabulary} tokens |
+| `CLIPTextModel` | {text_parameters} M | its own BPE vocabulary of {vocabulary} tokens |
 | `DDIMScheduler` | | v-prediction, noise schedule that ends in pure noise, trailing steps |
 | `CLIPModel` in `clip/` | {image_parameters} M for pictures | not part of the pipeline: judges pictures, see below |
 
@@ -58,8 +58,8 @@ prompt tokenizes. There is no safety checker: the model has only ever seen the d
 
 ## Recipe
 
-One command does all of it, from fetching the drawings to this card; with `--stage` and `--resume` it also runs in
-parts:
+One command does it all, from fetching the drawings to writing this card; with `--stage` and `--resume` it can also
+run in parts:
 
 ```
 python apps/train_emoji.py --recipe {recipe} --stage all
@@ -72,45 +72,48 @@ python apps/train_emoji.py --recipe {recipe} --stage all
 | UNet and text encoder | {unet_minutes} of {unet_budget} min | {unet_steps} | {unet_loss} |
 
 - VAE: L1 + 0.5 L1 of the gradients + L1 of 4-pixel colour averages, colour differences weighing most, + a small KL.
-  At first three latent channels are pulled towards the colours of 8×8 pixels, so that hue is not learnt last.
-  Crops first, whole pictures later; also mirrored, and with colour channels swapped.
-- Text and image encoder: CLIP's contrastive loss, on scenes and on some that went through the VAE, with some blur and
+  At first, three latent channels are pulled towards the colours of 8×8-pixel blocks, so that hue is not learnt last.
+  Training starts on crops and goes on with whole pictures, also mirrored and with colour channels swapped.
+- Text and image encoder: CLIP's contrastive loss, on scenes, some of them passed through the VAE, with some blur and
   noise. The image encoder is a vision transformer.
-- UNet: v-prediction on the VAE's latents of ever new scenes, for the first {coarse} % of the time at half the side and
-  four times as many in a batch; 10 % of the captions dropped for classifier-free guidance, averaged weights (EMA).
-  Its text encoder begins as the one above and learns on with it. All noise levels alike for the first
-  {layout_from} % of the time; then {layout_samples} % of the samples from the noisiest {layout_noise} % of the range,
-  where it is decided what is drawn where.
+- UNet: v-prediction on the VAE's latents of newly composed scenes, for the first {coarse} % of the time at half the
+  side length and in batches four times as large; 10 % of the captions dropped for classifier-free guidance, averaged
+  weights (EMA). Its text encoder starts as the one above and is trained further along with it. All noise levels are
+  equally likely for the first {layout_from} % of the time; then {layout_samples} % of the samples come from the
+  noisiest {layout_noise} % of the range, which decides what is drawn where.
 - All: AdamW, cosine learning rate over the time budget, bf16 autocast, seed {seed}. {software}.
-  As the learning rate follows the clock, a second run gives a model alike, not the same weights.
+  Because the learning rate follows the clock, a second run gives a similar model, not the same weights.
 
 ![Loss](loss.png)
 
 ## Measured
 
-By the export stage of the command above, on {count} scenes drawn anew. FID and KID are those of the image encoder in
-`clip/`, to {references} other renders (`clip/reference.safetensors`); "own caption" says how often the encoder finds
-a picture's caption nearest among all {count}, or among the five nearest; by chance it would be {chance} % and
-{chance5} %. Background and style alone tell many captions apart: the second line is for renders in which each drawing
-is another one than the caption says, all else as it is.
+Measured by the export stage of the command above, on {count} newly composed scenes. FID and KID use the features of
+the image encoder in `clip/`, and compare with {references} other renders (`clip/reference.safetensors`). "Own caption"
+says how often the encoder finds a picture's caption nearest among all {count}, or among the five nearest; by chance it
+would be {chance} % and {chance5} %. Background and style alone tell many captions apart, so the second row is for
+renders in which each drawing is not the one that the caption names, with everything else unchanged.
 
 | pictures | own caption nearest | among five | CLIP score | FID | KID |
 | --- | ---: | ---: | ---: | ---: | ---: |
 {judged}
 
+Pictures are drawn under {precision} autocast. KID can be negative: it has no bias, and scenes that all differ, as
+these do, are more varied than random ones, among which some drawings come up again.
+
 VAE reconstruction: {psnr} dB PSNR on these scenes{psnr_unseen};
-the mean colour of 8×8 pixels is off by {colour_error} of 255 levels.
+the mean colour of an 8×8-pixel block is off by {colour_error} of 255 levels.
 
 The encoder has seen renders of these drawings and nothing else: its figures say something about pictures of this
-model and nothing about others, and they do not compare with FID or CLIP scores of other encoders.
+model and nothing about others, and they cannot be compared with FID or CLIP scores from other encoders.
 
 ## What it cannot do
 
 - Anything that is not among its drawings: other words give one of the known drawings, or a blend of several.
 - {limits}
-- Colours of things other than those it saw: nothing taught it "a purple apple".
-- Sizes other than {side}×{side} run, but the pictures fall apart the further one goes.
-- Stand for diverse pictures: whatever a method does to these drawings is weak evidence for photographs.
+- Things in colours other than those it saw: it never learnt "a purple apple".
+- Sizes other than {side}×{side}: they run, but the pictures fall apart the further one goes.
+- Stand in for diverse pictures: what a method does to these drawings is weak evidence of what it does to photographs.
 {known}"""
 
 # Where they are few and each can be named: what a visitor may ask for.
@@ -162,7 +165,9 @@ def text(facts: dict) -> str:
     return TEMPLATE.format(
         **stages,
         drawings=f"{sum(facts['styles'].values()):,}",
-        scenes="one of them at a time, on white" if single and plain else "scenes of a few of them, as told below",
+        scenes="one of them at a time, on white"
+        if single and plain
+        else "scenes of a few of them, as described below",
         size=facts["megabytes"],
         state=UNDERTRAINED if worst < GOOD_MATCH * judged["renders"]["top5"] else "",
         example="a red apple" if len(facts["styles"]) == 1 else "a red apple on a teal background, noto style",
@@ -183,11 +188,12 @@ def text(facts: dict) -> str:
             for style, count in facts["styles"].items()
         ),
         composition=WRAPPER.fill(
-            f"Each picture is {composition}. Captions are made with it, in plain words that vary in choice and order. "
-            "The drawings themselves are not part of this package; their names are in `training.json`."
+            f"Each picture is {composition}. Its caption is made along with it, in plain words that vary in choice "
+            "and order. The drawings themselves are not part of this package; their names are in `training.json`."
         ),
         machine=facts["machine"],
         software=facts["software"],
+        precision="bfloat16" if facts["machine"].endswith("CPU cores") else "float16",
         coarse=percent(facts["coarse_until"]),
         layout_from=percent(facts["layout"]["from"]),
         layout_samples=percent(facts["layout"]["samples"]),
@@ -212,7 +218,7 @@ def text(facts: dict) -> str:
         limits="Scenes, several objects, counting, backgrounds, styles, text. "
         '"A red apple and a cat" is not two things to it.'
         if single
-        else f"More than {facts['most_drawings']} things, the same thing more than once, other relations than beside "
+        else f"More than {facts['most_drawings']} things, the same thing more than once, relations other than beside "
         "and above, text.",
     )
 

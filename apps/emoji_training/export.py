@@ -73,7 +73,7 @@ def export(
             name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")
         }
         | {"image_encoder": sum(p.numel() for p in clip.vision_model.parameters())},
-        "levels": [recipe.latent_size // 2**level for level in range(len(recipe.unet_channels) - 1)],
+        "levels": [recipe.latent_size // 2**level for level in range(len(recipe.unet_channels))],
         "vocabulary": len(tokenizer),
         "held_out": len(unseen.icons) if unseen is not None else 0,
         "sample_steps": recipe.sample_steps,

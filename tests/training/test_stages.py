@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_drawings import icons_called
 
+from agentsd.sites import find_sites
 from emoji_training import clip, loop, unet, vae
 from emoji_training.archives import Icon
 from emoji_training.evaluate import hit_rates, with_others_drawn
@@ -39,6 +40,43 @@ def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end(monkeypatch:
     assert late[:4].min() < 250 <= late[:4].max()
     monkeypatch.setattr(torch, "rand", lambda count: torch.full((count,), 1 - 2**-24))
     assert unet.draw_times(256, 1000, FULL, fraction=0.0).max() == 999, "rounding does not leave the range"
+
+
+def test_the_full_model_has_the_sizes_that_were_asked_for(icons: list[Icon]) -> None:
+    """About 15 to 20 million parameters in the UNet, attention at 64, 32 and 16, and 40 MB in half precision."""
+    tokenizer = build_tokenizer(icons, FULL)
+    with torch.device("meta"):
+        parts = [unet.build_unet(FULL), vae.build_vae(FULL), clip.build_clip(FULL, tokenizer)]
+    numbers = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    assert 14.5e6 < numbers[0] < 20e6
+    sites = find_sites(parts[0])
+    assert {FULL.latent_size // 2**site.level for site in sites if "mid_block" not in site.name} == {64, 32, 16}
+    # The text encoder comes twice, in the pipeline and beside the image encoder, and so does the whole vocabulary.
+    text = FULL.vocabulary * FULL.text_width + sum(p.numel() for p in parts[2].text_model.parameters())
+    reference = 4 * (FULL.clip_width**2 + FULL.clip_width) + 2 * FULL.reference_rows * FULL.clip_width
+    assert 2 * (sum(numbers) + text) + reference < 40e6
+
+
+def test_averaged_weights_follow_the_current_ones() -> None:
+    """Fast while young, by the decay later; what is averaged is not touched."""
+    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(ema.weight)
+    unet.update_ema(ema, model, decay=0.999, step=0)
+    assert float(ema.weight) == pytest.approx(1 - 0.1)
+    torch.nn.init.zeros_(ema.weight)
+    unet.update_ema(ema, model, decay=0.999, step=10**6)
+    assert float(ema.weight) == pytest.approx(1 - 0.999)
+    assert float(model.weight) == 1
+
+
+def test_captions_are_dropped_for_guidance(icons: list[Icon], tmp_path: Path) -> None:
+    sprites = load_sprites(icons, TINY.sprite_size, tmp_path / "sprites.safetensors")
+    tokenizer = build_tokenizer(icons, TINY)
+    recipe = replace(TINY, unet_batch=2000, caption_dropout=0.25)
+    pool = unet.LatentPool(sprites, recipe, vae.build_vae(TINY).eval(), tokenizer, seed="a")
+    dropped = (pool.batch()[1] == tokenize(tokenizer, [""])).all(dim=1).float().mean()
+    assert 0.2 < float(dropped) < 0.3  # five standard deviations
 
 
 def test_the_pool_is_renewed_oldest_first(icons: list[Icon], tmp_path: Path) -> None:

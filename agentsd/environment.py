@@ -30,7 +30,7 @@ def environment(device: str | torch.device | None = None, dtype: torch.dtype | N
     Examples:
 
     ```python
-    >>> from agentsd.bench import environment
+    >>> from agentsd.environment import environment
     >>> environment()["agentsd"]
     '0.1.0'
     ```

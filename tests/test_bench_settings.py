@@ -1,0 +1,59 @@
+"""What cannot be measured is refused before anything runs."""
+
+import pytest
+
+from agentsd.bench import BenchError, BenchSettings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"suite": "gpu"}, "no suite 'gpu'. Known: speed"),
+        ({"ratios": (0.0,)}, "between 0 and 1"),
+        ({"ratios": (1.0,)}, "between 0 and 1"),
+        ({"ratios": ()}, "empty"),
+        ({"repeats": 0}, "repeats"),
+        ({"warmup": 0}, "warmup"),
+        ({"steps": 0}, "steps"),
+        ({"pictures": 0}, "pictures"),
+        ({"batches": (0,)}, "batch"),
+        ({"batches": ()}, "empty"),
+        ({"methods": ()}, "empty"),
+        ({"methods": ("vanilla", "magic")}, "no method 'magic'"),
+        ({"models": ()}, "empty"),
+        ({"models": ("a/final", "b/final")}, "a/final and b/final are both called final"),
+        ({"sizes": ((100, 64),)}, "multiples of 8"),
+        ({"sizes": ((0, 64),)}, "multiples of 8"),
+        ({"budget_minutes": 0}, "budget_minutes"),
+        ({"scheduler": "ddim"}, "must be 'plms' or left out"),
+        ({"options": {"ratio": 0.5}}, "name it among the ratios"),
+        ({"options": {"speed": 2}}, "Unknown option 'speed'"),
+        ({"options": {"agent_until": 2}}, "agent_until"),
+        ({"suite": "shapes", "sizes": ()}, "empty"),
+        ({"suite": "shapes", "sizes": ((64, 64),), "models": ("sd3",)}, "no shape 'sd3'"),
+    ],
+)
+def test_bad_settings(values, message):
+    with pytest.raises(BenchError, match=message):
+        BenchSettings(**values)
+
+
+def test_a_suite_keeps_what_it_is_about():
+    with pytest.raises(BenchError, match=r"'cpu' is about models=\('sd15',\), not \('sdxl',\)"):
+        BenchSettings.of_suite("cpu", models=("sdxl",), device="cuda")
+    with pytest.raises(BenchError, match="'cpu' is about device='cpu', not 'cuda'"):
+        BenchSettings(suite="cpu", models=("sd15",), sizes=((64, 64),), device="cuda", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("suite", "values", "unused"),
+    [
+        ("speed", {"pictures": 64}, "pictures"),
+        ("speed", {"prompts": ("a cat", "a dog")}, "prompts"),
+        ("shapes", {"steps": 50, "guidance_scale": 5.0}, "steps`, `guidance_scale"),
+        ("cpu", {"prompts": ("a cat",)}, "prompts"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(suite, values, unused):
+    with pytest.raises(BenchError, match=f"has no use for `{unused}`"):
+        BenchSettings.of_suite(suite, **values)
