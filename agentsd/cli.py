@@ -242,7 +242,11 @@ def bench(
     ] = False,
     memory: Annotated[
         bool,
-        typer.Option("--memory/--no-memory", help="Measure peak memory; on a CPU, this runs each case once more."),
+        typer.Option(
+            "--memory/--no-memory",
+            help="Measure peak memory; on a CPU, each case runs once more, in a process that alone ends if it needs "
+            "too much.",
+        ),
     ] = True,
     budget_minutes: Annotated[
         float | None,

@@ -111,7 +111,8 @@ class AgentSDConfig:
         use_rand (`bool`, defaults to `True`):
             Choose each cell's destination token pseudo-randomly per layer and timestep, rather than its top-left one.
         seed (`int`, defaults to `0`): Seed of that choice.
-        merge_attn (`bool`, defaults to `True`): Merge tokens in self-attention.
+        merge_attn (`bool`, defaults to `True`):
+            Merge tokens in self-attention. With this and the next two off, a patch changes nothing.
         merge_crossattn (`bool`, defaults to `False`): Merge the queries of cross-attention as well.
         merge_mlp (`bool`, defaults to `False`): Merge tokens in the feed-forward layer as well.
 
@@ -207,7 +208,8 @@ class AgentSDConfig:
             `AgentSDConfig`: The configuration.
 
         Raises:
-            ValueError: If there is no preset of that name.
+            TypeError: If another field is unknown or has the wrong type.
+            ValueError: If there is no preset of that name, or a field is out of range.
 
         Examples:
 
@@ -239,7 +241,8 @@ class AgentSDConfig:
             `AgentSDConfig`: The configuration.
 
         Raises:
-            TypeError: If a name is not a field.
+            TypeError: If a name is not a field, or a value has the wrong type.
+            ValueError: If a value is out of range.
 
         Examples:
 

@@ -77,6 +77,11 @@ class ModelPatch:
     The patch of one model: its configuration, and where in the denoising run it is.
 
     It and its sites are plain objects, so that a copied or pickled model takes along its own.
+
+    Args:
+        config (`AgentSDConfig`): The configuration.
+        num_train_timesteps (`int`): Length of the scheduler's range of timesteps.
+        skipped (`dict[str, str]`): Layers that could not be patched, and why.
     """
 
     def __init__(self, config: AgentSDConfig, num_train_timesteps: int, skipped: dict[str, str]):
@@ -168,7 +173,7 @@ class SitePatch:
         self.config = patch.config
         self.original = original
         self.merges = (self.config.merge_attn, self.config.merge_crossattn, self.config.merge_mlp)
-        self.seed = (patch.config.seed * 0x9E3779B1 + layer) & 0xFFFFFFFF
+        self.seed = (self.config.seed * 0x9E3779B1 + layer) & 0xFFFFFFFF
         self.size: tuple[int, int] | None = None
         self.phases: list[Phase] = []
         self.key: torch.Tensor | None = None

@@ -67,6 +67,7 @@ def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] 
 
     Raises:
         FileNotFoundError: If it can only be a path, and nothing is there.
+        TypeError: If it is neither a name nor a path.
         ValueError: If its weights are pickles, or it is a file or folder of another kind.
 
     Examples:

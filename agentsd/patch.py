@@ -155,6 +155,10 @@ def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any)
     Yields:
         The same object, patched.
 
+    Raises:
+        TypeError: If the object cannot be patched, an option is unknown or has the wrong type.
+        ValueError: If an option is out of range, or no layer is left to patch.
+
     Examples:
 
     ```python
@@ -186,6 +190,10 @@ def unpatched(pipe_or_unet: Patchable) -> Iterator[Patchable]:
 
     Yields:
         The same object.
+
+    Raises:
+        TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
 
     Examples:
 

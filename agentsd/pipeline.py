@@ -22,6 +22,10 @@ class AgentSDPipeline:
     Args:
         pipe (`DiffusionPipeline`): A pipeline with a UNet; patched in place unless it is patched already.
 
+    Raises:
+        TypeError: If it has no UNet.
+        ValueError: If its UNet has no layer to patch.
+
     Examples:
 
     ```python

@@ -52,7 +52,20 @@ class AgentAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute the layer's output of shape `(batch, tokens, channels)`, as every attention processor does."""
+        """
+        Compute the layer's output, as every attention processor does.
+
+        Args:
+            attn (`Attention`): The layer.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`): Its input.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, keys, channels)`, *optional*):
+                What keys and values come from; with it, this is standard attention.
+            attention_mask (`torch.Tensor`, *optional*): With it, too.
+            temb (`torch.Tensor`, *optional*): Time embedding, for the layer's original processor.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, channels)`: The output, in the input's dtype.
+        """
         site: SitePatch | None = getattr(attn, "agentsd_site", None)
         original = AttnProcessor2_0() if site is None else site.original
         is_plain = encoder_hidden_states is None and attention_mask is None and not _is_perturbed(attn)

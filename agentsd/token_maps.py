@@ -43,14 +43,13 @@ class TokenMap:
         return f"{before:,} tokens merged to {after:,}, {agents}"
 
 
-def map_of(plan: TokenPlan, size: tuple[int, int], sample: int = -1) -> TokenMap:
+def map_of(plan: TokenPlan, size: tuple[int, int]) -> TokenMap:
     """
-    The map of what a block merges.
+    The map of what a block merges in the last sample; with guidance, that is the one with the prompt.
 
     Args:
         plan (`TokenPlan`): The block's plan.
         size (`tuple[int, int]`): Height and width in tokens.
-        sample (`int`, defaults to `-1`): Which sample; with guidance, the last one has the prompt.
 
     Returns:
         `TokenMap`: The map.
@@ -69,10 +68,10 @@ def map_of(plan: TokenPlan, size: tuple[int, int], sample: int = -1) -> TokenMap
     '4 tokens merged to 3, no agents (token merging only)'
     ```
     """
-    groups = plan.merging.position[sample].reshape(size).int().cpu().numpy()
+    groups = plan.merging.position[-1].reshape(size).int().cpu().numpy()
     if plan.agent_count is None:
         return TokenMap(groups)
-    grown_from = plan_merging(plan.partition, plan.matches, plan.agent_count).members[sample].int().cpu().numpy()
+    grown_from = plan_merging(plan.partition, plan.matches, plan.agent_count).members[-1].int().cpu().numpy()
     return TokenMap(groups, np.stack([grown_from // size[1], grown_from % size[1]], axis=1))
 
 
@@ -88,6 +87,10 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
         `dict[tuple[str, int], TokenMap]`: Filled while it runs. The keys are the name of the layer and the number
         of the UNet call, counted from 0 (most schedulers make one call per step). Layers and calls in which nothing is
         merged are left out.
+
+    Raises:
+        TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
 
     Examples:
 
