@@ -13,7 +13,6 @@ from bench_runs import calls, speed
 from agentsd.bench import METHODS, BenchError, BenchSettings, case_timer, run_bench
 from agentsd.bench import methods as methods_module
 from agentsd.bench.timing import Variant
-from agentsd.environment import environment
 
 
 # Generations
@@ -229,12 +228,3 @@ def test_what_compiles_later_is_warmed_up_for_longer(monkeypatch):
         graphs = iter([0, 1, 1, 2, 2, 2])
         case_timer.CaseTimer._warm_up(bench, Variant("deepcache", called.append))
         assert len(called) == wanted
-
-
-def test_the_environment_is_plain_data():
-    facts = json.loads(json.dumps(environment("cpu", torch.bfloat16)))
-    assert facts["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert facts["threads"] == torch.get_num_threads()
-    assert facts["dtype"] == "bfloat16"
-    assert facts["tomesd"] == "0.1.3"
-    assert facts["cpu"]

@@ -7,6 +7,7 @@ in `test_demo.py`.
 import doctest
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -16,9 +17,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import agentsd
 from agentsd.bench.tables import fill_tables
+from agentsd.cli import app
 
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +98,24 @@ def test_other_commands_of_the_readme_are_make_targets():
 
 def test_tables_of_the_readme_are_the_recorded_ones():
     assert fill_tables(ROOT / "README.md") == README, "make tables"
+
+
+@pytest.mark.parametrize("name", ["cpu", "shapes", "quality"])
+def test_the_command_below_a_table_is_the_one_that_recorded_it(name, tmp_path, monkeypatch):
+    """Nobody could reproduce the numbers otherwise."""
+    folder = f"notebooks/results/{name}"
+    below = README.split(f"<!-- results: {folder} ")[1]
+    command = re.search(r"(?m)^agentsd (bench .*)$", below)[1]
+    asked = []
+
+    def run_bench(settings, **options):
+        asked.append(settings)
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr("agentsd.bench.run_bench", run_bench)
+    *command, _ = shlex.split(command)
+    CliRunner().invoke(app, [*command, str(tmp_path / "out")])
+    assert asked[0].to_dict() == json.loads((ROOT / folder / "settings.json").read_text(encoding="utf-8"))
 
 
 def test_links_of_the_readme_lead_somewhere():
