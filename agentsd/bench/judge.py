@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from ..metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
-from ..pictures import to_image
+from ..pictures import opened, to_image
 from .features import Extractor, load_extractor
 from .intervals import bootstrap_mean, jackknife
 from .lpips import PerceptualDistance
@@ -202,8 +202,7 @@ class PictureJudge:
 
 def _read(file: Path) -> PIL.Image.Image:
     try:
-        with PIL.Image.open(file) as image:
-            return image.convert("RGB")
+        return opened(file)
     except OSError as error:
         raise BenchError(
             f"The picture {file} cannot be read ({error}). Delete it and resume with --resume."
