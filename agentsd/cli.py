@@ -94,7 +94,7 @@ def generate(
     with errors_as_messages(debug):
         import torch
 
-        from .generation import check_draws_from_text
+        from .generation import check_draws_from_text, pipeline_call
         from .patch import apply_patch
         from .pictures import picture_warnings, to_image
 
@@ -103,19 +103,12 @@ def generate(
             apply_patch(pipe, config=config)
         # No bar where nobody watches.
         pipe.set_progress_bar_config(disable=None)
-        given = {
-            "guidance_scale": guidance,
-            "height": height,
-            "width": width,
-            "negative_prompt": negative_prompt,
-        }
         start = time.perf_counter()
         output = pipe(
-            prompt,
+            **pipeline_call(prompt, guidance, height, width, negative_prompt),
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
-            **{name: value for name, value in given.items() if value is not None},
         )
         seconds = time.perf_counter() - start
         image = to_image(output.images[0])
