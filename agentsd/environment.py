@@ -39,7 +39,7 @@ def environment(device: str | torch.device | None = None, dtype: torch.dtype | N
         "agentsd": agentsd.__version__,
         "commit": _commit(),
         **{name: _version(name) for name in PACKAGES},
-        "torch": torch.__version__,  # which build it is, too, as its metadata need not say
+        "torch": str(torch.__version__),  # which build it is, too, as its metadata need not say
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
