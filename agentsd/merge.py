@@ -110,13 +110,7 @@ def _build_cell_grid(
     return cells, leftover
 
 
-@lru_cache(maxsize=64)
-def _cached_cell_grid(
-    height: int, width: int, sx: int, sy: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # A table first made in inference mode could never be used in a later training step.
-    with torch.inference_mode(False):
-        return _build_cell_grid(height, width, sx, sy, device)
+_cached_cell_grid = lru_cache(maxsize=64)(_build_cell_grid)
 
 
 def mix_key(key: torch.Tensor, seed: int) -> torch.Tensor:

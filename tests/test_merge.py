@@ -234,12 +234,3 @@ def test_gradients_pass_through_merge_and_unmerge():
             matrix[b, n] = (merging.position[b] == merging.position[b, n]).double()
     matrix /= matrix.sum(2, keepdim=True)
     torch.testing.assert_close(gradient, matrix.transpose(1, 2) @ weights)
-
-
-def test_a_table_made_in_inference_mode_serves_training_later():
-    with torch.inference_mode():
-        make_partition(6, 10, 2, 2)
-    x = torch.randn(1, 60, 2, requires_grad=True)
-    merging = make_merging(x, make_partition(6, 10, 2, 2), 10)
-    unmerge_tokens(merge_tokens(x, merging), merging).sum().backward()
-    assert x.grad is not None

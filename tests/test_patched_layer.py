@@ -74,6 +74,20 @@ def test_a_batch_of_different_timesteps_gives_each_sample_its_own_phase(unet, op
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_whose_samples_would_keep_different_numbers_of_tokens_is_left_alone(unet):
+    """Its input is one tensor. The cells of the ToMe phase find room in this picture, those of the other do not."""
+    sample, text = inputs(unet, height=3, width=24)
+
+    def predict(timesteps, **options):
+        agentsd.apply_patch(unet, **options)
+        with torch.no_grad():
+            return unet(sample, torch.tensor(timesteps), text).sample
+
+    everything = {"merge_mlp": True, "merge_crossattn": True}
+    assert torch.equal(predict([EARLY, LATE], **everything), predict([EARLY, LATE]))
+    assert not torch.equal(predict([LATE, LATE], **everything), predict([LATE, LATE]))
+
+
 def test_the_same_seed_gives_the_same_image_run_after_run():
     pipe = agentsd.apply_patch(tiny_sd())
     first, other, again = image(pipe, 0), image(pipe, 1), image(pipe, 0)

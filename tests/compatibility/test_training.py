@@ -7,6 +7,7 @@ from peft import LoraConfig
 
 import agentsd
 from agentsd import AgentSDConfig
+from agentsd.merge import _cached_cell_grid
 
 from .support import PHASES, assert_no_trace, in_both_phases, predict, predict_both
 
@@ -166,6 +167,7 @@ def test_inference_mode_then_training():
     """A step under `torch.inference_mode` leaves nothing that a later training step trips over."""
     unet = agentsd.apply_patch(tiny_unet())
     fresh = gradients(agentsd.apply_patch(tiny_unet()))
+    _cached_cell_grid.cache_clear()
     with torch.inference_mode():
         predict(unet, 500)
     assert_same_gradients(gradients(unet), fresh)
