@@ -13,12 +13,15 @@ OUT ?= outputs/quickstart
 # For example: make test PYTEST_ARGS="-k bench -x"
 PYTEST_ARGS ?=
 
-PACKAGING := pyproject.toml setup.cfg constraints.txt
+# The versions to install.
+CONSTRAINTS ?= constraints.txt
+
+PACKAGING := pyproject.toml setup.cfg $(CONSTRAINTS)
 
 # What the web page shows beside pictures.
 RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl)
 
-.PHONY: help quickstart demo test lint format tables notebooks wheel space clean
+.PHONY: help quickstart demo test lowest lint format tables notebooks wheel space clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +34,9 @@ demo: $(VENV)/.demo ## Serve a web page that compares speed and pictures side by
 
 test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+lowest: build/constraints-lowest.txt ## Run the tests with the oldest torch and diffusers allowed, in .venv-lowest.
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=$<
 
 lint: $(VENV)/.dev ## Check style, formatting and types.
 	$(BIN)/ruff check .
@@ -70,20 +76,27 @@ $(VENV)/.made:
 # torch comes first and alone, at its pinned version. The packages that follow ask for "any torch" and find it there;
 # installed together with them, the newest torch would be taken, with several GB of CUDA packages on Linux, also where
 # a CPU build of the pinned version is at hand.
-$(VENV)/.torch: $(VENV)/.made constraints.txt
-	$(PIP) install -c constraints.txt torch
+$(VENV)/.torch: $(VENV)/.made $(CONSTRAINTS)
+	$(PIP) install -c $(CONSTRAINTS) torch
 	touch $@
 
+# The pinned versions, but of torch and diffusers the lower bounds that pyproject.toml gives to users, and whatever sympy
+# and huggingface_hub those want.
+build/constraints-lowest.txt: constraints.txt pyproject.toml Makefile
+	mkdir -p $(@D)
+	grep -vE '^(torch|diffusers|sympy|huggingface_hub)==' constraints.txt > $@
+	sed -nE 's/^ *"(torch|diffusers)>=([0-9.]+).*/\1==\2/p' pyproject.toml >> $@
+
 $(VENV)/.core: $(VENV)/.torch $(PACKAGING)
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(PACKAGING)
-	$(PIP) install -c constraints.txt -e '.[bench,demo,train,dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[bench,demo,train,dev]'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(PACKAGING)
-	$(PIP) install -c constraints.txt -e '.[demo]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
 # The tests of the web page drive a real browser.

@@ -56,7 +56,7 @@ class Walk:
     def __call__(self):
         """The predictions of all timesteps, from empty caches."""
         registry = HookRegistry.check_if_exists_or_initialize(self.unet)
-        registry.invalidate_child_registries_cache()  # as `enable_cache` of transformer models does
+        registry._child_registries_cache = None  # as `enable_cache` of transformer models does from diffusers 0.41 on
         registry.reset_stateful_hooks(recurse=True)
         noise = torch.Generator().manual_seed(0)
         text = torch.randn(2, 7, 32, generator=noise)

@@ -36,16 +36,25 @@ def sequential_offload(unet):
     assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
 
 
+def group_offload(unet, **options):
+    try:
+        apply_group_offloading(unet, CPU, CPU, **options)
+    except RuntimeError as error:
+        if "accelerator" not in str(error):
+            raise
+        pytest.skip("diffusers 0.40 offloads in groups only where there is a GPU")
+
+
 def group_offload_blocks(unet):
-    apply_group_offloading(unet, CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
+    group_offload(unet, offload_type="block_level", num_blocks_per_group=1)
 
 
 def group_offload_leaves(unet):
-    apply_group_offloading(unet, CPU, CPU, offload_type="leaf_level")
+    group_offload(unet, offload_type="leaf_level")
 
 
 def group_offload_disk(unet, folder):
-    apply_group_offloading(unet, CPU, CPU, offload_type="leaf_level", offload_to_disk_path=str(folder))
+    group_offload(unet, offload_type="leaf_level", offload_to_disk_path=str(folder))
 
 
 def layerwise_casting(unet):
