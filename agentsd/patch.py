@@ -289,7 +289,7 @@ def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDC
                 "DataParallel runs copies of a model in several threads, whose calls a patch cannot tell apart. Use "
                 "DistributedDataParallel, with one process per GPU, and patch the model inside."
             )
-        inner = next((name for name, module in model.named_modules() if name and find_sites(module)), None)
+        inner = next((name for name, module in model.named_modules() if find_sites(module)), None)
         if inner is not None:
             return f"{kind} wraps the model that agentsd can patch: patch its `{inner}`, before or after wrapping."
         return (

@@ -120,7 +120,7 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
 
     Raises:
         TypeError: If it is neither a pipeline with a UNet nor a model.
-        ValueError: If it is not patched, or only one of `height` and `width` is given, or one is not positive.
+        ValueError: If it is not patched, only one of `height` and `width` is given, or one is less than a token.
 
     Examples:
 
@@ -140,10 +140,10 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
         raise ValueError("Give both `height` and `width`, or neither.")
     latent_size = None
     if height is not None and width is not None:
-        if height < 1 or width < 1:
-            raise ValueError(f"`height` and `width` must be positive, but got {height} and {width}.")
         # A model alone does not know its VAE; all Stable Diffusion VAEs reduce by 8.
         factor = getattr(pipe_or_unet, "vae_scale_factor", 8)
+        if height < factor or width < factor:
+            raise ValueError(f"`height` and `width` must be at least {factor}, but got {height} and {width}.")
         latent_size = (height // factor, width // factor)
     rows = []
     for model_name, model in models:

@@ -5,7 +5,17 @@ import pytest
 
 from agentsd.bench.intervals import bootstrap_mean, bootstrap_median, jackknife
 from agentsd.bench.reference import ReferenceSet
-from agentsd.bench.set_metrics import frechet_distance, kernel_distance
+from agentsd.bench.set_metrics import clip_scores, frechet_distance, kernel_distance
+
+
+def test_clip_score_is_the_cosine_of_each_picture_and_its_text():
+    """Whatever their lengths, and never below 0."""
+    rng = np.random.default_rng(0)
+    pictures, texts = rng.normal(size=(2, 20, 3))
+    angles = [np.arccos(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in zip(pictures, texts, strict=True)]
+    expected = [max(0.0, 100 * np.cos(angle)) for angle in angles]
+    assert 0 in expected
+    assert clip_scores(pictures, texts) == pytest.approx(expected)
 
 
 def test_frechet_distance_of_normal_distributions():

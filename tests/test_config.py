@@ -1,6 +1,7 @@
 """Options: the defaults users know, the two-phase schedule, and errors at the border."""
 
 import json
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -13,6 +14,13 @@ def test_nothing_named_gives_the_schedule_of_the_paper():
     config = AgentSDConfig(ratio=0.3)
     assert config.agent_phase == Phase(sx=4, sy=4, ratio=0.3, agent_ratio=0.95)
     assert config.tome_phase == Phase(sx=2, sy=2, ratio=0.3, agent_ratio=0.5)
+
+
+def test_it_cannot_be_changed_behind_its_checks():
+    config = AgentSDConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.ratio = 2.0
+    assert len({config, AgentSDConfig(), AgentSDConfig(ratio=0.2)}) == 2
 
 
 @pytest.mark.parametrize(

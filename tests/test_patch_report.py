@@ -53,6 +53,12 @@ def test_merging_elsewhere_leaves_attention_as_it_is(unet):
     assert {phase.attention_flops for phase in row.phases.values()} == {row.attention_flops}
 
 
+def test_a_phase_whose_cells_find_no_room_leaves_attention_as_it_is(unet):
+    row = agentsd.report(agentsd.apply_patch(unet), height=3 * 8, width=512).rows[0]
+    assert row.phases["agent"].attention_flops == row.attention_flops
+    assert row.phases["tome"].attention_flops < row.attention_flops
+
+
 def test_a_controlnet_is_reported_by_its_own_patch(unet):
     pipe = tiny_sd()
     pipe.controlnet = tiny_controlnet(pipe.unet)
@@ -64,7 +70,11 @@ def test_a_controlnet_is_reported_by_its_own_patch(unet):
     assert "all steps" in str(agentsd.report(pipe, 512, 512))
 
 
-@pytest.mark.parametrize("size", [{"height": 512}, {"width": 512}, {"height": 0, "width": 512}])
+@pytest.mark.parametrize("size", [{"height": 512}, {"width": 512}, {"height": 7, "width": 512}])
 def test_its_size_is_checked(unet, size):
     with pytest.raises(ValueError, match="height"):
         agentsd.report(agentsd.apply_patch(unet), **size)
+
+
+def test_the_smallest_picture_has_one_token(unet):
+    assert agentsd.report(agentsd.apply_patch(unet), height=8, width=8).rows[0].tokens == 1
