@@ -51,6 +51,18 @@ class Comparison:
         report (`PatchReport`): What the patch did to each layer.
         settings (`dict[str, Any]`): What was generated, and how.
         environment (`dict[str, Any]`): Machine and versions that it ran on.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji")
+    >>> comparison = pipe.compare("red apple", steps=2, progress=lambda *step: None)
+    >>> comparison.agentsd.size, comparison.ssim < 1
+    ((256, 256), True)
+    >>> comparison.save("comparison")["side_by_side"].name
+    'side_by_side.png'
+    ```
     """
 
     vanilla_run: Run

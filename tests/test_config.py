@@ -111,6 +111,14 @@ def test_bad_values_are_named(name, value, error):
         AgentSDConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("ratio", 0), ("agent_until", 0), ("agent_until", 1), ("agent_ratio", 0), ("agent_ratio", 1), ("sx", 1)],
+)
+def test_values_at_the_ends_of_their_ranges_are_taken(name, value):
+    assert getattr(AgentSDConfig(**{name: value}), name) == value
+
+
 def test_an_unknown_option_names_the_known_ones():
     with pytest.raises(TypeError, match=r"'ratios'.*The options are: ratio,"):
         AgentSDConfig.from_dict({"ratios": 0.4})

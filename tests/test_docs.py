@@ -20,8 +20,10 @@ import pytest
 from typer.testing import CliRunner
 
 import agentsd
+import agentsd.bench
 from agentsd.bench.tables import fill_tables
 from agentsd.cli import app
+from agentsd.compare import Comparison
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +49,18 @@ def test_examples_run(name, tmp_path, monkeypatch):
         assert result.failed == 0, f"{test.name}: {result.failed} of {result.attempted} examples failed"
 
 
+def public_objects():
+    """Functions and classes that users meet; errors need no example."""
+    for module in (agentsd, agentsd.bench):
+        for name in module.__all__:
+            public = getattr(module, name)
+            if callable(public) and not (inspect.isclass(public) and issubclass(public, Exception)):
+                yield name, public
+    yield "Comparison", Comparison
+
+
 def test_public_names_are_documented_with_arguments_and_examples():
-    for name in agentsd.__all__:
-        public = getattr(agentsd, name)
+    for name, public in public_objects():
         text = inspect.getdoc(public)
         assert text, name
         assert ">>> " in text, f"{name} has no example"

@@ -38,6 +38,24 @@ def test_psnr_is_the_formula(pictures):
     assert psnr(*pictures) == pytest.approx(-10 * math.log10(((first - second) ** 2).mean()), abs=1e-5)
 
 
+def test_ssim_is_the_formula(pictures):
+    """Against Wang et al. 2004: a Gaussian window of 11×11 pixels, reflected at the borders, and values up to 1."""
+    first, second = (np.asarray(picture, dtype=np.float64) / 255 for picture in pictures)
+    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+
+    def smooth(x):
+        padded = np.pad(x, ((5, 5), (5, 5), (0, 0)), mode="reflect")
+        return np.einsum("ijcab,ab->ijc", np.lib.stride_tricks.sliding_window_view(padded, (11, 11), (0, 1)), window)
+
+    mean_1, mean_2 = smooth(first), smooth(second)
+    variance_1, variance_2 = smooth(first**2) - mean_1**2, smooth(second**2) - mean_2**2
+    covariance = smooth(first * second) - mean_1 * mean_2
+    likeness = (2 * mean_1 * mean_2 + 0.01**2) * (2 * covariance + 0.03**2)
+    likeness /= (mean_1**2 + mean_2**2 + 0.01**2) * (variance_1 + variance_2 + 0.03**2)
+    assert ssim(*pictures) == pytest.approx(likeness.mean(), abs=1e-9)
+
+
 def test_ssim_falls_with_noise_and_is_symmetric(pictures):
     """A similarity that did not fall, or depended on the order, would say nothing."""
     assert 0 < ssim(*pictures) < 0.95
@@ -77,7 +95,8 @@ def test_half_precision_on_any_device_is_taken(pictures):
         (torch.zeros(1, 20, 20), ValueError, "differ in size"),
         (torch.full((3, 20, 20), math.nan), ValueError, "not finite"),
         (torch.full((3, 20, 20), math.inf), ValueError, "not finite"),
-        (torch.full((3, 20, 20), 255.0), ValueError, r"in \[0, 1\], but go from 255 to 255"),
+        (torch.full((3, 20, 20), 1.5), ValueError, r"in \[0, 1\], but go from 1.5 to 1.5"),
+        (torch.full((3, 20, 20), -0.5), ValueError, r"in \[0, 1\], but go from -0.5 to -0.5"),
         (torch.zeros(3, 20, 20, dtype=torch.uint8), TypeError, "hold floats"),
         (np.zeros((20, 20, 3), dtype=np.uint8), TypeError, "hold floats"),
         (torch.zeros(20, 20), ValueError, "has 2"),

@@ -342,8 +342,9 @@ def test_activations_are_let_go(unet):
         assert state is None or (state.metric is None and state.current is None)
 
 
+@pytest.mark.parametrize("moment", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("part", ["attn1", "attn2", "ff"])
-def test_activations_are_let_go_after_an_exception(unet, part):
+def test_activations_are_let_go_after_an_exception(unet, part, moment):
     """A web page stops a run by raising: nothing is held, and the layer, called by itself, is plain attention."""
     agentsd.apply_patch(unet, merge_mlp=True, merge_crossattn=True)
     site = find_sites(unet)[0]
@@ -351,7 +352,7 @@ def test_activations_are_let_go_after_an_exception(unet, part):
     def stop(*args):
         raise InterruptedError("stopped")
 
-    handle = getattr(site.block, part).register_forward_hook(stop)
+    handle = getattr(getattr(site.block, part), moment)(stop)
     with warnings.catch_warnings(action="error"), pytest.raises(InterruptedError):
         run(unet)
     handle.remove()

@@ -28,7 +28,17 @@ class MethodUnavailable(RuntimeError):
 
 
 class Method(Protocol):
-    """One way of running a model."""
+    """
+    One way of running a model.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench import METHODS
+    >>> [name for name, method in METHODS.items() if method.needs_generation]
+    ['agentsd', 'deepcache', 'agentsd+deepcache', 'hidiffusion', 'fewer-steps']
+    ```
+    """
 
     @property
     def name(self) -> str:

@@ -35,6 +35,17 @@ class BenchResult:
         settings (`dict[str, Any]`): What was asked for.
         environment (`dict[str, Any]`): What it ran on.
         rows (`list[Row]`): The measurements.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench import BenchSettings, run_bench
+    >>> result = run_bench(BenchSettings(methods=("vanilla",), steps=2, repeats=1, memory=False))
+    >>> result.title
+    'emoji: generations of 2 steps'
+    >>> result.to_csv().splitlines()[0].split(",")[:4]
+    ['model', 'method', 'ratio', 'height']
+    ```
     """
 
     settings: dict[str, Any]
@@ -275,6 +286,16 @@ def load_result(folder: str | Path) -> BenchResult:
 
     Raises:
         BenchError: If it is not such a folder, or a file cannot be read.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench import BenchSettings, load_result, run_bench
+    >>> settings = BenchSettings(methods=("vanilla",), steps=2, repeats=1, memory=False)
+    >>> result = run_bench(settings, out="bench-results")
+    >>> load_result("bench-results").rows == result.rows
+    True
+    ```
     """
     folder = Path(folder)
     if not (folder / "cases.jsonl").is_file():

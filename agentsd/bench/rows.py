@@ -52,6 +52,15 @@ class Row:
             pictures of the same seeds.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench import Row
+    >>> row = Row("emoji", "agentsd", 0.4, 256, 256, of_vanilla=[1.1, 1.0, 1.2])
+    >>> row.name, row.speedup
+    ('agentsd 0.4', 1.1)
+    ```
     """
 
     model: str
