@@ -1,10 +1,6 @@
 """The `agentsd` command. Torch and diffusers are imported inside the commands, so that `agentsd --help` is quick."""
 
 import importlib.util
-import os
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +33,8 @@ from .cli_options import (
     sizes,
 )
 from .extras import how_to_install
-from .terminal import at_work, calm_libraries, errors_as_messages, messages, print_table, progress_bars, warn
+from .interrupt import ends_on_interrupt
+from .terminal import at_work, calm_libraries, errors_as_messages, print_table, progress_bars, warn
 
 
 app = typer.Typer(
@@ -408,31 +405,5 @@ def env(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command line."""
-    interrupts: list[int] = []
-
-    def interrupt(number: int, _frame: object) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    def interrupt_again(lost: Any) -> None:
-        if not isinstance(lost.exc_value, KeyboardInterrupt):
-            sys.__unraisablehook__(lost)
-            return
-        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGINT, interrupt)
-    # Python only prints an interrupt that comes while an object is being deleted, and goes on as if there were none.
-    sys.unraisablehook = interrupt_again
-    try:
+    with ends_on_interrupt():
         app(prog_name="agentsd")
-    except KeyboardInterrupt:  # where no command was at work
-        messages.print("Interrupted.")
-        raise SystemExit(130) from None
-    except SystemExit as end:
-        # Libraries turn an interrupt into an error of their own where it meets them in an unlucky moment.
-        if interrupts and end.code not in (0, 130):
-            messages.print("Interrupted.")
-            raise SystemExit(130) from None
-        raise
