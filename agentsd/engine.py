@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 
 from .bench.methods import METHODS, reseed
+from .bench.rows import named
 from .bench.settings import short_name
 from .bench.subjects import twin_pipeline
 from .compare import Comparison, compare
@@ -60,7 +61,7 @@ class SweepRun:
     @property
     def name(self) -> str:
         """Method and ratio."""
-        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+        return named(self.method, self.ratio)
 
 
 @dataclass(frozen=True)

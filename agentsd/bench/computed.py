@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..config import AgentSDConfig
 from .methods import METHODS
+from .rows import named
 from .settings import BenchSettings, Case
 from .timing import Sample
 
@@ -86,5 +87,5 @@ def whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSet
     ```
     """
     share = AgentSDConfig.from_dict(settings.options).agent_until
-    agent, tome = (samples[f"{phase} {case.ratio:g}"].seconds for phase in PHASES)
+    agent, tome = (samples[named(phase, case.ratio)].seconds for phase in PHASES)
     return Sample(share * agent + (1 - share) * tome)

@@ -11,6 +11,27 @@ COMPARED = ("of_vanilla", "step_of_vanilla", "of_tomesd", "of_free")
 OUT_OF_MEMORY = "out of memory"
 
 
+def named(method: str, ratio: float | None) -> str:
+    """
+    What a method at a ratio is called.
+
+    Args:
+        method (`str`): Name of the method.
+        ratio (`float`, *optional*): Share of tokens to merge, for methods that merge.
+
+    Returns:
+        `str`: Both.
+
+    Examples:
+
+    ```python
+    >>> named("agentsd", 0.4), named("vanilla", None)
+    ('agentsd 0.4', 'vanilla')
+    ```
+    """
+    return method if ratio is None else f"{method} {ratio:g}"
+
+
 @dataclass(frozen=True)
 class Row:
     """
@@ -98,7 +119,7 @@ class Row:
     @property
     def name(self) -> str:
         """Method and ratio."""
-        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+        return named(self.method, self.ratio)
 
     def without_intervals(self) -> "Row":
         """

@@ -23,6 +23,7 @@ from .methods import BASELINE, METHODS, FewerSteps
 from .prompts import builtin_prompts
 from .reference import check_reference
 from .report import BenchResult, result_of
+from .rows import named
 from .settings import BenchSettings, Case, picture_folder, short_name
 from .store import BenchError, RunFolder
 from .subjects import Subject, subject_of
@@ -213,7 +214,7 @@ class _ModelBench:
     def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:
         computed = is_computed(case, self.settings)
         if computed:
-            if not rounds or not all(f"{phase} {case.ratio:g}" in rounds[-1] for phase in PHASES):
+            if not rounds or not all(named(phase, case.ratio) in rounds[-1] for phase in PHASES):
                 return {"reason": f"computed from {' and '.join(PHASES)}, which did not both run"}
             rounds = [{**samples, case.name: whole_schedule(samples, case, self.settings)} for samples in rounds]
         elif any(case.name not in samples for samples in rounds):
@@ -230,7 +231,7 @@ class _ModelBench:
         steps = None if self.settings.kind == "call" else self._timer.steps(case)
         others = {
             "of_vanilla": BASELINE,
-            "of_tomesd": f"tomesd {case.ratio:g}" if case.ratio is not None else "",
+            "of_tomesd": named("tomesd", case.ratio),
             "of_free": "attention-free",
         }
         compared = {

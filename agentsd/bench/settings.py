@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..config import AgentSDConfig
 from ..metrics import SSIM_SIDE
 from .methods import METHODS
+from .rows import named
 from .shapes import LATENT_SCALE, SHAPES
 from .store import BenchError
 
@@ -97,7 +98,7 @@ class Case:
     @property
     def name(self) -> str:
         """Its name among the cases of one model, size and batch."""
-        return self.method if self.ratio is None else f"{self.method} {self.ratio:g}"
+        return named(self.method, self.ratio)
 
 
 @dataclass(frozen=True)
