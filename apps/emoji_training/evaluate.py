@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from tqdm import tqdm
 from transformers import CLIPModel
 
 from agentsd.bench.reference import ReferenceSet
@@ -68,10 +69,11 @@ def features(clip: CLIPModel, pictures: torch.Tensor) -> np.ndarray:
 
 def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> ReferenceSet:
     """Features of fresh renders, which sets of drawn pictures are compared with."""
-    source, left, parts = SceneSource(sprites.icons, recipe, f"reference {recipe.seed}"), recipe.reference_scenes, []
-    while left:
-        parts.append(features(clip, render(source.draw(min(left, 64)), sprites, recipe)))
-        left -= len(parts[-1])
+    source, count = SceneSource(sprites.icons, recipe, f"reference {recipe.seed}"), recipe.reference_scenes
+    parts = [
+        features(clip, render(source.draw(min(64, count - start)), sprites, recipe))
+        for start in tqdm(range(0, count, 64), desc="measure renders", unit="batch")
+    ]
     return ReferenceSet.of(np.concatenate(parts), recipe.reference_rows)
 
 
