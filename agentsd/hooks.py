@@ -220,8 +220,9 @@ class SitePatch:
         self.key = None if self.patch.key is None else mix_key(self.patch.key, self.seed)
         if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
             return None
-        given = kwargs.get("cross_attention_kwargs") or {}
-        carried = StepKwargs(given)
+        # Those of the transformer's other blocks are in it already, and empty but for their steps.
+        given = kwargs.get("cross_attention_kwargs")
+        carried = StepKwargs({} if given is None else given)
         carried.steps = {**getattr(given, "steps", {}), self: (self.size, self.phases, self.key)}
         return args, {**kwargs, "cross_attention_kwargs": carried}
 

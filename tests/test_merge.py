@@ -213,6 +213,15 @@ def test_zero_and_tiny_tokens_give_no_nan(dtype):
     assert merge_tokens(x, merging).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_token_of_zeros_is_like_no_other(dtype):
+    """Neither as a destination, which would draw all sources, nor as a source."""
+    metric = torch.tensor([[[0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 0.0]]], dtype=dtype)
+    matches = match_tokens(metric, Partition(dst=torch.tensor([[0, 1]]), src=torch.tensor([[2, 3]])))
+    assert matches.cell[0, 0] == 1
+    assert matches.score.tolist() == [[1.0, 0.0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_means_of_many_half_precision_tokens_are_exact_to_rounding(dtype):
     """Adding hundreds of bfloat16 values one by one in bfloat16 stops growing at 256."""

@@ -72,6 +72,12 @@ def test_the_smallest_picture_of_multi_scale_similarity():
         ms_ssim(picture[:, :175], picture[:, :175])
 
 
+def test_multi_scale_similarity_does_not_stretch_the_contrast():
+    """Pictures of little contrast are alike, whatever is in them."""
+    one, two = torch.rand(2, 3, 176, 176, generator=torch.Generator().manual_seed(0))
+    assert ms_ssim(0.5 + one / 100, 0.5 + two / 100) > ms_ssim(one, two) + 0.3
+
+
 @pytest.mark.parametrize("form", ["array", "batch of arrays", "tensor", "batch"])
 def test_every_form_of_a_picture_gives_the_same(pictures, form):
     """PIL images, arrays (channels last) and tensors (channels first) must not be mixed up."""

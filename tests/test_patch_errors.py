@@ -109,6 +109,19 @@ def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
     assert torch.equal(run(unet), before)
 
 
+@pytest.mark.parametrize(
+    "part, value",
+    [("norm_q", torch.nn.LayerNorm(8)), ("group_norm", torch.nn.GroupNorm(1, 32)), ("residual_connection", True)],
+)
+def test_attention_that_does_more_is_skipped_and_reported(unet, part, value):
+    """AgentAttnProcessor knows nothing of these, which other models' attention has."""
+    site = find_sites(unet)[0]
+    setattr(site.attn, part, value)
+    rows = {row.name: row for row in agentsd.report(agentsd.apply_patch(unet)).rows}
+    assert rows[site.name].skipped
+    assert sum(row.skipped is not None for row in rows.values()) == 1
+
+
 def test_unsupported_processors_are_skipped_and_reported(unet):
     site = find_sites(unet)[0]
     custom = CustomDiffusionAttnProcessor2_0(hidden_size=site.attn.inner_dim, train_q_out=False)

@@ -315,6 +315,17 @@ def test_each_kind_of_merging_works_alone(unet, flag, timestep):
     assert torch.equal(run(unet, timestep), plain)
 
 
+@pytest.mark.parametrize("timestep", [EARLY, LATE])
+def test_without_merging_of_attention_the_layer_is_as_it_was(unet, timestep):
+    """The first one: those behind it see merged cross-attention and MLPs."""
+    outputs = []
+    find_sites(unet)[0].attn.register_forward_hook(lambda module, args, output: outputs.append(output))
+    run(unet, timestep)
+    agentsd.apply_patch(unet, merge_attn=False, merge_mlp=True, merge_crossattn=True)
+    run(unet, timestep)
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_chunked_feed_forward_is_not_merged_across_chunks(unet, dim):
     for site in find_sites(unet):

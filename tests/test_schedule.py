@@ -59,6 +59,13 @@ def test_timesteps_changed_in_place_are_read_again():
     assert reader._read_view(timesteps[0]) == 806
 
 
+def test_another_run_is_read_anew():
+    """The timesteps of the next generation lie elsewhere, and nothing else need tell them from the last."""
+    reader = TimestepReader()
+    runs = [torch.tensor([801.0, 401.0]), torch.tensor([701.0, 201.0])]
+    assert [reader._read_view(timesteps[1]) for timesteps in runs] == [401, 201]
+
+
 @pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7).expand(3)])
 def test_any_form_of_a_timestep_is_read(timestep):
     assert set(TimestepReader().read(timestep)) == {7.0}

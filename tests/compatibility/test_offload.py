@@ -198,17 +198,6 @@ def test_dtypes(dtype, config):
     assert torch.equal(predict_both(unet), plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_attention_in_float32(dtype):
-    """`attn_precision="fp32"` in a half-precision model, without and with an outer autocast."""
-    unet = agentsd.apply_patch(tiny_unet().to(dtype), attn_precision="fp32")
-    assert predict_both(unet).dtype == dtype
-    full = agentsd.apply_patch(tiny_unet(), attn_precision="fp32")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = predict(full, 500)
-    assert torch.isfinite(result).all()
-
-
 @in_both_phases
 def test_channels_last(config):
     """A model and its input in channels-last memory, before and after patching."""

@@ -101,10 +101,15 @@ def test_gradient_checkpointing_holds_nothing_afterwards():
     assert all(site.metric is None and site.current is None for site in sites)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("merging", [False, True], ids=["attention", "everything"])
-def test_gradient_checkpointing_over_several_timesteps(merging):
-    """Gradient checkpointing: one backward pass after calls in both phases; each is computed anew as it was."""
-    unet = agentsd.apply_patch(tiny_unet(), merge_mlp=merging, merge_crossattn=merging).train()
+def test_gradient_checkpointing_over_several_timesteps(merging, blocks):
+    """
+    Gradient checkpointing: one backward pass after calls in both phases; each is computed anew as it was. SDXL has
+    several blocks in a transformer.
+    """
+    unet = tiny_unet(transformer_layers_per_block=blocks)
+    agentsd.apply_patch(unet, merge_mlp=merging, merge_crossattn=merging).train()
     expected = gradients(unet, (900, 100, 880))
     unet.enable_gradient_checkpointing()
     assert_same_gradients(gradients(unet, (900, 100, 880)), expected)
