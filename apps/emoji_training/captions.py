@@ -28,7 +28,7 @@ class Captions:
         for name, plain in spelt.items():
             phrase = PHRASES.get(name, plain)
             phrase = plain if phrase in names else phrase
-            synonyms = [synonym for synonym in SYNONYMS.get(name, ()) if synonym not in names]
+            synonyms = [synonym for synonym in SYNONYMS.get(name, ()) if synonym not in names - {plain}]
             coloured = [f"{COLOURS[name]} {phrase}"] if name in COLOURS else []
             self.phrases[name] = [phrase] * 4 + synonyms + coloured  # likelier ones are in it more than once
 

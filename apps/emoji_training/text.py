@@ -41,9 +41,14 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [symbol + END_OF_WORD for symbol in alphabet]
     room = vocabulary - len(symbols) - 2
-    # The trainer does not reserve room for all bytes at a word's end, so keep the first merges that fit.
+    # Bytes at a word's end, numbered beforehand: the trainer would do so in another order each time, and decides by
+    # the numbers between pairs that are equally frequent. All stages must have the same tokenizer.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
+        vocab_size=vocabulary,
+        initial_alphabet=alphabet,
+        special_tokens=symbols[len(alphabet) :],
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]][: max(0, room)]

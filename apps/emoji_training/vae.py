@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .compose import compose
 from .loop import (
@@ -95,6 +96,11 @@ def vae_loss(output: torch.Tensor, target: torch.Tensor, kl: torch.Tensor, recip
     return parts
 
 
+def kl_loss(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
+    """Mean over the latents of the divergence from a standard normal distribution."""
+    return 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1.0 - posterior.logvar.float()).mean()
+
+
 def scaffold_loss(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Distance of the first three latent channels from the picture's 8-pixel colour averages.
 
@@ -124,8 +130,7 @@ def train_vae(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, re
         with autocast(device):
             posterior = vae.encode(batch).latent_dist
             output = vae.decode(posterior.sample()).sample
-        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1.0 - posterior.logvar.float()).mean()
-        parts = vae_loss(output, batch, kl, recipe)
+        parts = vae_loss(output, batch, kl_loss(posterior), recipe)
         parts["scaffold"] = scaffold_loss(posterior.mean, batch)
         # taken down over the first part of the training, then the channels are free
         parts["loss"] = parts["loss"] + recipe.vae_scaffold_weight * (1 - fraction) * parts["scaffold"]

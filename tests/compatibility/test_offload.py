@@ -18,7 +18,6 @@ from .support import (
     fingerprint,
     generate,
     in_both_phases,
-    predict,
     predict_both,
 )
 

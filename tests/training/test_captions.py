@@ -1,5 +1,6 @@
 """Captions and tokens for training: words that read well and say what is there."""
 
+import json
 import random
 import re
 
@@ -45,6 +46,19 @@ def test_no_word_means_two_drawings() -> None:
     both = Captions(icons_called("tropical-fish", "fish", "cat-face", "cat")).phrases
     assert both["tropical-fish"][0] == "tropical fish" and "fish" not in both["tropical-fish"]
     assert both["fish"][0] == "fish" and "cat" not in both["cat-face"]
+
+
+def test_other_words_are_used_also_where_one_is_the_own_name() -> None:
+    """The drawing called "fox" is a fox face, and a fox."""
+    words = Captions(icons_called(*NAMES)).phrases
+    assert "fox" in SYNONYMS["fox"]
+    assert all(set(more) <= set(words[name]) for name, more in SYNONYMS.items())
+
+
+def test_the_tokenizer_is_the_same_every_time() -> None:
+    """Each stage builds its own; all of these pairs of letters are equally frequent."""
+    words = ["ab", "ac", "ad", "ae", "af"]
+    assert len({json.dumps(train_tokenizer(words, 600).get_vocab(), sort_keys=True) for _ in range(8)}) == 1
 
 
 def test_no_more_captions_are_waited_for_than_there_are() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_drawings import TAUGHT
 from train_emoji import main
 
@@ -52,6 +53,13 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
         assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {wanted}
         image = pipe("a red heart", num_inference_steps=1, output_type="pt").images
         assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
+    for part, kept, raw in (("unet", "ema_unet", "unet"), ("text_encoder", "ema_text", "text")):
+        averaged, current = (load_file(tmp_path / "work" / "unet" / f"{name}.safetensors") for name in (kept, raw))
+        shipped = getattr(pipe, part).state_dict()  # in half precision, as in the files
+        assert all(torch.equal(shipped[name].half(), weight.half()) for name, weight in averaged.items())
+        assert any(not torch.equal(weight, current[name]) for name, weight in averaged.items())
+    start = load_file(tmp_path / "work" / "clip" / "clip.safetensors")
+    assert any(not torch.equal(weight, start[f"text_model.{name}"]) for name, weight in averaged.items())
     encoder = CLIPModel.from_pretrained(model / "clip", use_safetensors=True)
     assert encoder.dtype == torch.float32
     reference = ReferenceSet.load(model / "clip" / "reference.safetensors")
@@ -59,7 +67,7 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
 
 
 def test_small_pictures_come_first(archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, loss = set(), unet.Trainer.loss
+    seen, loss, renew, renewed = set(), unet.Trainer.loss, unet.LatentPool.renew, []
 
     def remember(trainer, clean, tokens, fraction):
         if fraction:  # else it only warms up
@@ -67,10 +75,12 @@ def test_small_pictures_come_first(archive_dir: Path, tmp_path: Path, monkeypatc
         return loss(trainer, clean, tokens, fraction)
 
     monkeypatch.setattr(unet.Trainer, "loss", remember)
+    monkeypatch.setattr(unet.LatentPool, "renew", lambda pool: (renewed.append(pool.factor), renew(pool)))
     monkeypatch.setattr(unet.Trainer, "sample", lambda *arguments: None)
     for stage in ("vae", "clip", "unet"):
         assert run(archive_dir, tmp_path, "--stage", stage, "--minutes", "0.03") == 0
     assert seen == {(True, 16, 4), (False, 4, 8)}
+    assert len(renewed) == state(tmp_path, "unet")["step"] and set(renewed) == {4, 1}
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
@@ -111,6 +121,9 @@ def test_resume_goes_on_where_a_crash_left_off(
 
     assert run(archive_dir, tmp_path, "--stage", stage, "--resume") == 0
     assert state(tmp_path, stage) == resumed, "a finished stage is left as it is"
+    if stage == "unet":
+        assert run(archive_dir, tmp_path, "--stage", stage, "--minutes", "6", "--resume") == 0
+        assert state(tmp_path, stage)["step"] == 10, "unless it is to have more time than before"
 
 
 def test_missing_data_is_explained(
