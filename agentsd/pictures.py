@@ -110,7 +110,7 @@ def picture_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
     cure = "" if dtype == torch.float32 else f" {dtype} may be too coarse for this model: try float32."
     if not np.isfinite(picture).all():
         return [f"The picture {name} has values that are not finite (NaN), shown as black.{cure}"]
-    if np.ptp(picture) < 1 / 255:
+    if np.ptp(picture, axis=(0, 1)).max() < 1 / 255:
         return [f"The picture {name} is a single colour.{cure}"]
     return []
 

@@ -23,3 +23,8 @@ def speed(model, **values):
 def calls(**values):
     given = {"sizes": ((64, 64), (128, 64)), "repeats": 2, "memory": False}
     return BenchSettings.of_suite("cpu", **{**given, **values})
+
+
+def quality(model, **values):
+    given = {"models": (model,), "sizes": ((64, 64),), "steps": 2, "repeats": 1, "memory": False, "pictures": 3}
+    return BenchSettings.of_suite("quality", **{**given, "methods": ("vanilla", "agentsd"), "device": "cpu", **values})

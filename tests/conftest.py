@@ -51,3 +51,25 @@ def shape(monkeypatch):
     from agentsd.bench.shapes import SHAPES
 
     monkeypatch.setitem(SHAPES, "sd15", TINY_SHAPE)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A CLIP model of the real architecture with random weights."""
+    from models import tiny_tokenizer
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    tokenizer = tiny_tokenizer()
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**text, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
+        vision_config=vision,
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

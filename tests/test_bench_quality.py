@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 import torch
+from bench_runs import quality
 from diffusers import PNDMScheduler
-from models import tiny_tokenizer
 
 from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
 from agentsd.bench import judge as judge_module
@@ -23,32 +23,6 @@ from agentsd.bench.set_metrics import frechet_distance, kernel_distance
 from agentsd.bench.subjects import PipelineSubject, plms, subject_of
 from agentsd.loading import load_pipeline
 from agentsd.metrics import psnr
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A CLIP model of the real architecture with random weights."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    tokenizer = tiny_tokenizer()
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    vision = {**text, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={**text, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
-        vision_config=vision,
-        projection_dim=8,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def quality(model, **values):
-    given = {"models": (model,), "sizes": ((64, 64),), "steps": 2, "repeats": 1, "memory": False, "pictures": 3}
-    return BenchSettings.of_suite("quality", **{**given, "methods": ("vanilla", "agentsd"), "device": "cpu", **values})
 
 
 def pictures(folder):
@@ -347,10 +321,10 @@ def test_a_reference_that_does_not_fit_is_explained(clip, tmp_path):
     with pytest.raises(BenchError, match="3 features per picture, but these pictures have 5"):
         ReferenceSet.load(file).kernel_distance(np.eye(5))
     with pytest.raises(BenchError, match="Cannot read the reference set"):
-        check_reference(str(tmp_path / "none.safetensors"))
+        check_reference(str(tmp_path / "none.safetensors"), ClipFeatures(clip))
     safetensors.numpy.save_file({"mean": np.ones(2)}, str(file))
     with pytest.raises(BenchError, match="is not a reference set: it holds mean"):
-        check_reference(str(file))
+        check_reference(str(file), ClipFeatures(clip))
 
 
 def test_features_that_cannot_be_had_are_an_error_before_anything_is_drawn(model, clip, tmp_path):

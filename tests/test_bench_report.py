@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from agentsd.bench import BenchError, BenchSettings, load_result, plots
+from agentsd.bench import BenchError, BenchSettings, Row, load_result, plots
 from agentsd.bench.plots import pareto_front
 from agentsd.bench.report import result_of
 from agentsd.bench.store import RunFolder
@@ -268,3 +268,19 @@ def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
     document.write_text("No table.")
     with pytest.raises(BenchError, match="no results table"):
         fill_tables(document)
+
+
+def test_a_report_of_a_gpu_names_it(facts):
+    on_gpu = {**facts, "device": "cuda:0", "gpu": "NVIDIA H100"}
+    result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), on_gpu)
+    assert result.machine().startswith("NVIDIA H100,")
+    assert not any("of a process that runs this method alone" in note for note in result.notes())
+
+
+def test_quality_is_plotted_against_speed(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
+    row = Row("m", "agentsd", 0.4, 8, 8, of_vanilla=[2.0], quality={"ssim": [0.9]})
+    plots.plot_quality([row], tmp_path / "plot.png")
+    points = [tuple(drawn.lines[0].get_xydata()[0]) for drawn in figures[0].axes[0].containers]
+    assert (2.0, 0.9) in points

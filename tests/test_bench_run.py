@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from bench_runs import calls, speed
 
-from agentsd.bench import METHODS, BenchError, BenchSettings, case_timer, run_bench
+from agentsd.bench import METHODS, BenchError, BenchSettings, case_timer, run_bench, runner
 from agentsd.bench import methods as methods_module
+from agentsd.bench.settings import Case
+from agentsd.bench.shapes import SHAPES
+from agentsd.bench.subjects import UNetSubject, subject_of
 from agentsd.bench.timing import Variant
 
 
@@ -228,3 +232,50 @@ def test_what_compiles_later_is_warmed_up_for_longer(monkeypatch):
         graphs = iter([0, 1, 1, 2, 2, 2])
         case_timer.CaseTimer._warm_up(bench, Variant("deepcache", called.append))
         assert len(called) == wanted
+
+
+def test_every_row_has_its_own_memory(model, monkeypatch):
+    def peak(device, prepare, others=0):
+        _, case, _ = prepare.args
+        return case.width + (case.method == "agentsd")
+
+    monkeypatch.setattr(case_timer, "peak_memory", peak)
+    settings = speed(model, methods=("vanilla", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
+    assert [row.peak_bytes for row in run_bench(settings).rows] == [64, 65, 96, 97]
+
+
+def test_the_budget_is_in_minutes(shape, monkeypatch):
+    clock = iter([0.0, 0.0, 89.0])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    rows = run_bench(calls(methods=("vanilla",), budget_minutes=1.5)).rows
+    assert [row.reason for row in rows] == [None, None]
+
+
+def test_a_call_has_the_batch_of_its_case(shape):
+    """With guidance, twice as many samples as pictures."""
+    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
+    call = subject.call(subject.load(), Case("sd15", "vanilla", None, 64, 128, 3), 1)
+    assert call.args[1]["sample"].shape == (6, 4, 8, 16)
+
+
+def test_models_are_loaded_in_the_precision_asked_for(model, shape):
+    half = torch.bfloat16
+    assert subject_of(model, speed(model, dtype="bfloat16"), "a", "cpu").load().unet.dtype == half
+    assert UNetSubject("sd15", 0, torch.device("cpu"), half).load().dtype == half
+
+
+def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
+    """Memory may have room for one only."""
+    monkeypatch.setitem(SHAPES, "sd21", SHAPES["sd15"])
+    made, alive, load = [], [], UNetSubject.load
+
+    def watched(self):
+        alive.extend(ref() is not None for ref in made)
+        unet = load(self)
+        made.append(weakref.ref(unet))
+        return unet
+
+    monkeypatch.setattr(UNetSubject, "load", watched)
+    settings = {"methods": ("vanilla",), "sizes": ((64, 64),), "repeats": 1, "memory": False, "device": "cpu"}
+    run_bench(BenchSettings.of_suite("shapes", models=("sd15", "sd21"), **settings))
+    assert alive == [False]

@@ -160,3 +160,25 @@ def test_an_error_in_the_process_that_measures_comes_back():
     ):
         with pytest.raises(error, match=message):
             peak_memory(CPU, prepare)
+
+
+def test_memory_of_other_methods_is_not_counted_on_a_gpu(monkeypatch):
+    for name, value in (("can_watch_peak", True), ("start_peak", True), ("read_peak", 100)):
+        monkeypatch.setattr(f"agentsd.bench.memory.{name}", lambda *_, value=value: value)
+    assert peak_memory(torch.device("cuda"), lambda: lambda: None, others=30) == 70
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's peak is forgotten on Linux only")
+def test_an_earlier_peak_is_forgotten():
+    """In a process of its own, which keeps no freed memory."""
+    code = """
+import torch
+from agentsd.memory import read_peak, start_peak
+
+cpu = torch.device("cpu")
+torch.ones(512 * 2**18)
+before = read_peak(cpu)
+assert start_peak(cpu)
+assert read_peak(cpu) < before - 400 * 2**20
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -22,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import agentsd
 from agentsd.compare import RunTime, compare
-from agentsd.pictures import difference_map, side_by_side
+from agentsd.pictures import difference_map, picture_warnings, side_by_side
 from agentsd.sites import find_sites
 
 
@@ -332,3 +334,53 @@ def test_pipeline_without_a_unet():
     """Anything else than a pipeline with a UNet is refused before it is run."""
     with pytest.raises(TypeError, match="Expected a diffusers pipeline with a UNet"):
         compare(object(), PROMPT)
+
+
+def test_both_pictures_are_the_ones_asked_for():
+    wish = {"negative_prompt": "blue", "height": 64, "width": 96}
+    comparison = compare(tiny_sd(), PROMPT, steps=2, guidance_scale=2.0, seed=3, **wish)
+    for pipe, found in ((tiny_sd(), comparison.vanilla), (agentsd.apply_patch(tiny_sd()), comparison.agentsd)):
+        generator = torch.Generator().manual_seed(3)
+        expected = pipe(PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=generator, **wish).images[0]
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert (comparison.settings["height"], comparison.settings["width"]) == (64, 96)
+
+
+def test_numbers_stand_under_the_run_that_they_are_of():
+    comparison = compare(tiny_sd(), PROMPT, steps=2)
+    before, after = RunTime(total=9.0, steps=[2.0, 2.0]), RunTime(total=5.0, steps=[1.0, 1.0])
+    comparison = replace(
+        comparison,
+        vanilla_run=replace(comparison.vanilla_run, time=before, peak_bytes=2),
+        agentsd_run=replace(comparison.agentsd_run, time=after, peak_bytes=1),
+    )
+    found = comparison.to_dict()
+    for name, time, peak in (("vanilla", before, 2), ("agentsd", after, 1)):
+        expected = {"total_seconds": time.total, "step_seconds": time.steps, "peak_bytes": peak}
+        assert found[name] == {"seconds_per_step": time.seconds_per_step, **expected}
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison.table())
+    line = next(line for line in console.file.getvalue().splitlines() if "per step" in line)
+    assert line.index("2.000 s") < line.index("1.000 s")
+
+
+def test_the_sheet_has_each_picture_under_its_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr("agentsd.compare.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
+    comparison = compare(tiny_sd(), PROMPT, steps=1)
+    (images, labels), *_ = seen
+    assert images == [comparison.vanilla, comparison.agentsd, comparison.difference]
+    assert [label.split(":")[0] for label in labels[:2]] == ["without agentsd", "with agentsd"]
+
+
+def test_the_brightest_differences_stay_bright():
+    first = np.zeros((16, 16, 3), np.uint8)
+    second = first + 10
+    second[0, 0] = 200
+    found, _ = difference_map(PIL.Image.fromarray(first), PIL.Image.fromarray(second))
+    assert found.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_single_colour_is_noticed_whatever_it_is():
+    brown = SimpleNamespace(images=np.full((1, 8, 8, 3), (0.5, 0.3, 0.1)))
+    assert "single colour" in picture_warnings(brown, "x", torch.float32)[0]

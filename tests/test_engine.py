@@ -311,3 +311,17 @@ def test_bad_limits(values):
 def test_what_suits_a_model(engine):
     assert engine.own_settings("tiny") == (128, 128, 7.5)
     assert Engine(["emoji"], device="cpu").own_settings("emoji") == (256, 256, 4.0)
+
+
+def test_a_sweep_s_speed_up_is_plain_time_over_own(engine, wish):
+    plain, tome = engine.sweep("me", wish, ["tomesd"], [0.5], ignore)
+    assert plain.speed_up == 1
+    assert tome.speed_up == pytest.approx(plain.run.time.seconds_per_step / tome.run.time.seconds_per_step)
+
+
+def test_a_model_s_own_size_stays_within_the_limits(model):
+    assert Engine([model], device="cpu", limits=Limits(side=64)).own_settings("tiny")[:2] == (64, 64)
+
+
+def test_models_are_loaded_in_the_precision_asked_for(model):
+    assert Engine([model], device="cpu", dtype="bfloat16")._pipes["tiny"].unet.dtype == torch.bfloat16

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,3 +284,10 @@ def test_precision_that_cannot_be_used(dtype):
     """diffusers would take float32 instead, with a log line."""
     with pytest.raises(ValueError, match="must be float32, float16 or bfloat16"):
         pick_dtype(dtype)
+
+
+def test_a_model_that_is_spread_over_devices_stays_there(model, monkeypatch):
+    """Moving it to one would undo what was asked for."""
+    spread = SimpleNamespace()
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **options: spread)
+    assert load_pipeline(model, device="cpu", device_map="balanced") is spread

@@ -62,6 +62,10 @@ class CaseTimer:
             self._model_bytes = allocated_bytes(self.subject.device) - before
         return self._model
 
+    def forget_model(self) -> None:
+        """Let go of the model and its copies."""
+        self._model, self._twins = None, {}
+
     def twin(self, case: Case) -> Any:
         """
         The copy on which this case's method is on, from beginning to end: one warm-up of each is enough.

@@ -20,6 +20,10 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Extractor(Protocol):
     """Turns pictures, and perhaps texts, into features."""
 
+    @property
+    def width(self) -> int:
+        """Number of features of a picture."""
+
     def pictures(self, files: Sequence[Path]) -> np.ndarray:
         """Features of picture files, of shape `(n, features)`."""
 
@@ -62,6 +66,8 @@ class InceptionFeatures:
     Args:
         device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
     """
+
+    width = 2048
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         from torchmetrics.image.fid import NoTrainInceptionV3
@@ -106,6 +112,7 @@ class ClipFeatures:
         self._model: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device)
         self._processor: Any = CLIPImageProcessor.from_pretrained(model)
         self._tokenizer: Any = CLIPTokenizerFast.from_pretrained(model)
+        self.width: int = self._model.config.projection_dim
 
     @torch.no_grad()
     def pictures(self, files: Sequence[Path]) -> np.ndarray:

@@ -168,13 +168,24 @@ class ReferenceSet:
         return ReferenceSet(count, mean, (about - count * np.outer(shift, shift)) / (count - 1), rows[:0])
 
     def _fitting(self, features: np.ndarray) -> np.ndarray:
-        if features.shape[1] != len(self.mean):
+        self.check_width(features.shape[1])
+        return features
+
+    def check_width(self, width: int) -> None:
+        """
+        See that pictures can be compared with the set.
+
+        Args:
+            width (`int`): Number of their features.
+
+        Raises:
+            BenchError: If the set has another number of them.
+        """
+        if width != len(self.mean):
             raise BenchError(
-                f"The reference set has {len(self.mean)} features per picture, but these pictures have "
-                f"{features.shape[1]}: "
+                f"The reference set has {len(self.mean)} features per picture, but these pictures have {width}: "
                 "name the extractor that the reference was made with."
             )
-        return features
 
 
 def load_reference(name: str, extractor: Extractor) -> ReferenceSet:
@@ -197,19 +208,20 @@ def load_reference(name: str, extractor: Extractor) -> ReferenceSet:
     return ReferenceSet.load(file) if file is not None else ReferenceSet.of(extractor.pictures(picture_files(name)))
 
 
-def check_reference(name: str) -> None:
+def check_reference(name: str, extractor: Extractor) -> None:
     """
-    See that a reference set is there, before hours of drawing.
+    See that a reference set is there and fits, before hours of drawing.
 
     Args:
         name (`str`): See [`load_reference`].
+        extractor (`Extractor`): What the pictures' features will come from.
 
     Raises:
-        BenchError: If there is nothing of that kind.
+        BenchError: If there is nothing of that kind, or it was made with another extractor.
     """
     file = kept_reference(name)
     if file is not None:
-        ReferenceSet.load(file)
+        ReferenceSet.load(file).check_width(extractor.width)
     else:
         picture_files(name)
 

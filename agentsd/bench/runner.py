@@ -82,9 +82,9 @@ def run_bench(
     if settings.lpips:
         PerceptualDistance()
     if settings.features is not None:
-        load_extractor(settings.features)
-    if settings.reference is not None:
-        check_reference(settings.reference)
+        extractor = load_extractor(settings.features)
+        if settings.reference is not None:
+            check_reference(settings.reference, extractor)
     prompts = settings.prompts or builtin_prompts()
     subjects = [
         subject_of(model, settings, prompts[0], settings.device or workers.device)
@@ -113,6 +113,7 @@ def run_bench(
                     settings.budget_minutes is not None and time.monotonic() - started > 60 * settings.budget_minutes
                 )
                 bench.run_group(cases, is_late=workers.agree(is_late))
+            bench.forget_model()
         counter.finish()
         records = folder.cases.records
         failures = [record["reason"] for record in records if record.get("reason") and not _is_left_out(record)]
@@ -155,6 +156,10 @@ class _ModelBench:
         self.workers, self.counter = workers, counter
         self._timer = CaseTimer(subject, settings, folder, counter, self._keep)
         self._judge = PictureJudge(subject, settings, folder.images, workers, prompts, self._tell_of_pictures)
+
+    def forget_model(self) -> None:
+        """Let go of the model and its copies: the next one needs the memory."""
+        self._timer.forget_model()
 
     def run_group(self, cases: list[Case], is_late: bool) -> None:
         """Measure the cases of one size and batch, and keep a row for each."""
