@@ -28,7 +28,7 @@ from agentsd.compare import Comparison
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LONG = re.compile("--suite (cpu|shapes)|--prompts 64")
+LONG = re.compile("--suite (cpu|shapes|paper)|--prompts 64")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
 
 
@@ -111,7 +111,7 @@ def test_tables_of_the_readme_are_the_recorded_ones():
     assert fill_tables(ROOT / "README.md") == README, "make tables"
 
 
-@pytest.mark.parametrize("name", ["cpu", "shapes", "quality"])
+@pytest.mark.parametrize("name", ["cpu", "shapes", "quality", "paper"])
 def test_the_command_below_a_table_is_the_one_that_recorded_it(name, tmp_path, monkeypatch):
     """Nobody could reproduce the numbers otherwise."""
     folder = f"notebooks/results/{name}"
