@@ -1,5 +1,6 @@
 """Offloading and casting: weights that are elsewhere, or of another dtype, until a layer's own forward runs."""
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -36,12 +37,9 @@ def sequential_offload(unet):
 
 
 def group_offload(unet, **options):
-    try:
-        apply_group_offloading(unet, CPU, CPU, **options)
-    except RuntimeError as error:
-        if "accelerator" not in str(error):
-            raise
+    if diffusers.__version__.startswith("0.40.") and not torch.cuda.is_available():
         pytest.skip("diffusers 0.40 offloads in groups only where there is a GPU")
+    apply_group_offloading(unet, CPU, CPU, **options)
 
 
 def group_offload_blocks(unet):
