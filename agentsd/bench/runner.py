@@ -78,13 +78,7 @@ def run_bench(
         raise BenchError("Resuming needs the folder of the run to resume.")
     if out is None and workers.count > 1:
         raise BenchError("Several processes need a folder that they share: name one with --out.")
-    # Better now than after hours of drawing.
-    if settings.lpips:
-        PerceptualDistance()
-    if settings.features is not None:
-        extractor = load_extractor(settings.features)
-        if settings.reference is not None:
-            check_reference(settings.reference, extractor)
+    _check_metrics(settings)
     prompts = settings.prompts or builtin_prompts()
     subjects = [
         subject_of(model, settings, prompts[0], settings.device or workers.device)
@@ -120,6 +114,16 @@ def run_bench(
         if failures and all(record.get("reason") for record in records):
             raise BenchError(f"None of the methods can run here: {'; '.join(dict.fromkeys(failures))}.")
         return result_of(records, settings.to_dict(), facts)
+
+
+def _check_metrics(settings: BenchSettings) -> None:
+    """Better now than after hours of drawing."""
+    if settings.lpips:
+        PerceptualDistance()
+    if settings.features is not None:
+        extractor = load_extractor(settings.features)
+        if settings.reference is not None:
+            check_reference(settings.reference, extractor)
 
 
 def _check_rows(folder: RunFolder, settings: BenchSettings, facts: dict[str, Any]) -> None:
