@@ -260,7 +260,8 @@ class Engine:
                 try:
                     METHODS[method].apply(twin, ratio, {})
                     prepare = partial(reseed, twin, wish.seed)
-                    run = generate_timed(twin, wish.call, wish.steps, wish.seed, name, _named(told, name), prepare)
+                    told_so = _named(told, name)
+                    run = generate_timed(twin, wish.call, wish.steps, wish.seed, f"with {name}", told_so, prepare)
                 except (RuntimeError, TypeError, ValueError) as error:
                     runs.append(SweepRun(method, ratio, reason=str(error)))
                     continue

@@ -54,8 +54,9 @@ def test_steps_and_the_whole_are_both_timed():
         time.sleep(0.1)
 
     sample = time_call(call, CPU)
-    assert 0.02 <= sample.step_seconds < 0.06
-    assert sample.seconds >= 0.14
+    assert sample.step_seconds >= 0.02
+    # The first step and what follows the last are in the whole alone, however slow the machine is.
+    assert sample.seconds - sample.step_seconds >= 0.12
     assert time_call(lambda watch: None, CPU).step_seconds is None
 
 
