@@ -240,7 +240,7 @@ def test_nothing_comes_from_elsewhere_and_all_fits(open_page, address, width, th
     page = open_page(width, query=f"?__theme={theme}")
     for name in ("Compare", "Tokens", "Sweep", "Benchmark"):
         open_tab(page, name)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
     assert [url for url in page.seen if not url.startswith((address, "data:", "blob:"))] == []
 
 
