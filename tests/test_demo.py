@@ -201,7 +201,7 @@ def test_sweep_compares_methods(open_page):
     assert numbers["vanilla"][1] == "1.00×"
     assert number(numbers["agentsd 0.6"][2]) < number(numbers["agentsd 0.3"][2]) < 60
     expect(page.locator("#sweep-gallery").get_by_text(re.compile(r"agentsd 0.6: .*×.* dB"))).to_be_visible()
-    expect(page.locator("#sweep-plot img")).not_to_have_js_property("naturalWidth", 0)
+    page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500")
     page.get_by_label("Ratios").fill("0.3; 0.6")
     page.locator("#sweep-start").click()
     expect(page.get_by_text("must be numbers separated by commas")).to_be_visible()
