@@ -34,7 +34,7 @@ from agentsd.wish import Limits
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "notebooks" / "results" / "cpu"
-# Everything on the page comes when it comes: what is asked of it is waited for, never read at once.
+# A picture or a text comes when it comes: it is waited for, never read at once.
 SLOW = 120_000
 expect.set_options(timeout=SLOW)
 
@@ -147,7 +147,7 @@ def test_a_click_stops_a_run(open_page):
     page.locator("#compare-start").click()
     expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
     page.locator("#compare-stop").click()
-    expect(page.locator("#compare-status")).to_contain_text("Stopped")
+    expect(page.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
     set_number(page, "Steps", 1)
     compare(page)
     page.locator("#compare-stop").click()
@@ -240,7 +240,7 @@ def test_nothing_comes_from_elsewhere_and_all_fits(open_page, address, width, th
     page = open_page(width, query=f"?__theme={theme}")
     for name in ("Compare", "Tokens", "Sweep", "Benchmark"):
         open_tab(page, name)
-        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
     assert [url for url in page.seen if not url.startswith((address, "data:", "blob:"))] == []
 
 
@@ -255,19 +255,17 @@ def test_two_visitors_do_not_see_each_other(open_page):
     mine.locator("#compare-stop").click()
     expect(yours.locator("#compare-status")).to_contain_text("Speed-up per step")
     expect(mine.locator("#compare-status")).to_contain_text("Stopped")
-    expect(mine.locator("#compare-slider img")).to_have_count(0)
+    assert mine.locator("#compare-slider img").count() == 0
 
 
 def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
     page = open_page()
     set_number(page, "Steps", 200)
-    for side in ("Height", "Width"):
-        set_number(page, f"{side} in pixels", 512)
     page.locator("#compare-start").click()
     expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
     assert engine._line
     page.close()
-    deadline = time.monotonic() + 30  # the run itself would take minutes
+    deadline = time.monotonic() + 8  # the run itself would take more than twenty
     while engine._line and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not engine._line
@@ -299,7 +297,7 @@ def test_an_uploaded_result_cannot_name_files_of_the_server(open_page, tmp_path)
         file.write(json.dumps({**row, "method": str(secret)}) + "\n")
     field.set_input_files(upload)
     expect(page.get_by_text("there is no method")).to_be_visible()
-    expect(page.locator("#benchmark-plots img")).to_have_count(0)
+    assert page.locator("#benchmark-plots img").count() == 0
 
 
 def test_the_queue_cannot_be_skipped(address):

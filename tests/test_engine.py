@@ -145,7 +145,7 @@ def test_what_waits_can_be_stopped(engine, wish):
     second, second_outcome = in_background(lambda: engine.compare("you", wish, CONFIG, lambda *step: waits.set()))
     assert waits.wait(60)
     assert engine.stop("you") == 1
-    second.join(60)
+    second.join(10)
     assert isinstance(second_outcome[0], Stopped)
     may_go_on.set()
     first.join()
