@@ -5,22 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .attention import agent_attention
     from .config import AgentSDConfig
+    from .ops.agent_attention import agent_attention
     from .patch import apply_patch, is_patched, patched, remove_patch
     from .patch_report import PatchReport, report
     from .pipeline import AgentSDPipeline
-    from .processor import AgentAttnProcessor
+    from .runtime.processor import AgentAttnProcessor
 
 __version__ = "0.1.0"
 
 # Names are imported on first use, so that `import agentsd` (and `agentsd --help`) need not wait for torch.
 _HOME = {
-    "AgentAttnProcessor": "processor",
+    "AgentAttnProcessor": "runtime.processor",
     "AgentSDConfig": "config",
     "AgentSDPipeline": "pipeline",
     "PatchReport": "patch_report",
-    "agent_attention": "attention",
+    "agent_attention": "ops.agent_attention",
     "apply_patch": "patch",
     "is_patched": "patch",
     "patched": "patch",

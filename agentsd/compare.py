@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import AgentSDConfig
-from .environment import environment
-from .generation import Run, RunTime, check_draws_pictures, generate_timed, pipeline_call
-from .metrics import decibels, fidelity, similarity
+from .models.unet import attended_models
 from .patch import is_patched, patched, unpatched
 from .patch_report import PatchReport, report
-from .pictures import difference_map, side_by_side
-from .sites import attended_models
+from .utils.environment import environment
+from .utils.generation import Run, RunTime, check_draws_pictures, generate_timed, pipeline_call
+from .utils.images import difference_map, side_by_side
+from .utils.metrics import decibels, fidelity, similarity
 
 
 # Variant ("vanilla" or "agentsd"), steps done, steps in all. Whatever it raises ends the comparison.
@@ -228,7 +228,7 @@ def compare(
 
     ```python
     >>> from agentsd.compare import compare
-    >>> from agentsd.loading import load_pipeline
+    >>> from agentsd.utils.loading import load_pipeline
     >>> comparison = compare(load_pipeline("emoji"), "red apple", steps=2, progress=lambda *step: None)
     >>> comparison.speed_up > 0
     True

@@ -9,9 +9,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .config import AgentSDConfig
-from .hooks import ModelPatch, SitePatch
-from .processor import AgentAttnProcessor
-from .sites import (
+from .models.unet import (
     Site,
     attended_models,
     current_patch,
@@ -20,6 +18,8 @@ from .sites import (
     plain_name,
     unsupported_reason,
 )
+from .runtime.processor import AgentAttnProcessor
+from .runtime.state import ModelPatch, SitePatch
 
 
 Patchable = TypeVar("Patchable")
@@ -65,7 +65,7 @@ def apply_patch(
     ```python
     >>> import agentsd
     >>> from diffusers import StableDiffusionPipeline
-    >>> from agentsd.loading import resolve_model
+    >>> from agentsd.utils.loading import resolve_model
     >>> pipe = StableDiffusionPipeline.from_pretrained(resolve_model("emoji"))
     >>> pipe = agentsd.apply_patch(pipe, ratio=0.4)
     >>> agentsd.is_patched(pipe)

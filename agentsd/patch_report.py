@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .config import AgentSDConfig, Phase, TokenCounts
-from .sites import attended_models, current_patch, find_sites, plain_name
+from .models.unet import attended_models, current_patch, find_sites, plain_name
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import AgentSDConfig
-from .loading import load_pipeline
 from .patch import FilterFn, apply_patch, check_filter, is_patched
 from .patch_report import report
+from .utils.loading import load_pipeline
 
 
 if TYPE_CHECKING:

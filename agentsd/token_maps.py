@@ -11,9 +11,9 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
-from .hooks import TokenPlan
-from .merge import plan_merging
-from .sites import attended_models, find_sites
+from .models.unet import attended_models, find_sites
+from .ops.merging import plan_merging
+from .runtime.state import TokenPlan
 
 
 # Neighbouring numbers get hues far apart when each is a golden section of the circle further on.
@@ -58,8 +58,8 @@ def map_of(plan: TokenPlan, size: tuple[int, int]) -> TokenMap:
 
     ```python
     >>> import torch
-    >>> from agentsd.hooks import TokenPlan
-    >>> from agentsd.merge import Matches, Partition, plan_merging
+    >>> from agentsd.runtime.state import TokenPlan
+    >>> from agentsd.ops.merging import Matches, Partition, plan_merging
     >>> from agentsd.token_maps import map_of
     >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2, 3]]))
     >>> matches = Matches(cell=torch.zeros(1, 3, dtype=torch.int64), score=torch.tensor([[0.2, 0.9, 0.1]]))

@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="small", help="what is trained (default: small)")
     parser.add_argument("--data-dir", type=Path, help="folder with `npm pack`ed icon archives (default: fetch them)")
     parser.add_argument("--work-dir", type=Path, help="checkpoints, logs, samples (default: ~/.cache/agentsd/emoji)")
-    parser.add_argument("--out", type=Path, default=ROOT / "agentsd" / "models" / "emoji", help="model folder written")
+    parser.add_argument("--out", type=Path, default=ROOT / "agentsd" / "assets" / "emoji", help="model folder written")
     parser.add_argument(
         "--minutes", type=float, help="training time of the stage, or of `all` three (preparing comes on top)"
     )

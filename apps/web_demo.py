@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from agentsd.demo import build_demo, launch_demo
-from agentsd.engine import Engine
+from agentsd.demo.engine import Engine
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from browser import open_tab, set_number, start_browser
 from playwright.sync_api import Page, expect, sync_playwright
 
 from agentsd.demo import build_demo, launch_demo
-from agentsd.engine import Engine
+from agentsd.demo.engine import Engine
 
 
 RESULTS = sorted(file.parent for file in (Path(__file__).parents[1] / "notebooks" / "results").glob("*/cases.jsonl"))

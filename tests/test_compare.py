@@ -24,8 +24,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import agentsd
 from agentsd.compare import RunTime, compare
-from agentsd.pictures import difference_map, picture_warnings, side_by_side
-from agentsd.sites import find_sites
+from agentsd.models.unet import find_sites
+from agentsd.utils.images import difference_map, picture_warnings, side_by_side
 
 
 PROMPT = "a red apple"

@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 
 import agentsd
 from agentsd.bench.features import load_extractor
-from agentsd.pictures import to_image
+from agentsd.utils.images import to_image
 
 
-MODEL = Path(agentsd.__file__).parent / "models" / "emoji"
+MODEL = Path(agentsd.__file__).parent / "assets" / "emoji"
 FILES = [path for path in MODEL.rglob("*") if path.is_file()]
 
 

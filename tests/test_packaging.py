@@ -17,7 +17,7 @@ import agentsd
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "agentsd" / "models" / "emoji"
+MODEL = ROOT / "agentsd" / "assets" / "emoji"
 SOURCES = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 
 
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     files = {path for path in (ROOT / "agentsd").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
     assert "agentsd/py.typed" in names
-    assert "agentsd/models/emoji/model_index.json" in names
+    assert "agentsd/assets/emoji/model_index.json" in names
 
 
 def test_the_metadata(wheel):

@@ -12,7 +12,7 @@ from runs import hook_count, run
 
 import agentsd
 from agentsd import AgentAttnProcessor
-from agentsd.sites import find_sites, patched_sites
+from agentsd.models.unet import find_sites, patched_sites
 
 
 class Other:

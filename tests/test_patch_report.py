@@ -5,7 +5,7 @@ import torch
 from models import tiny_controlnet, tiny_sd
 
 import agentsd
-from agentsd.sites import find_sites
+from agentsd.models.unet import find_sites
 
 
 def test_without_a_patch_it_says_what_to_do(unet):

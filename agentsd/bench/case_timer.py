@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..utils.timing import Sample, Stopwatch, Variant, time_round
 from .computed import can_call, is_computed
 from .counter import Counter
 from .launches import count_launches
@@ -19,7 +20,6 @@ from .rows import OUT_OF_MEMORY
 from .settings import BenchSettings, Case
 from .store import RunFolder
 from .subjects import Subject, compiled_graphs, switch_on
-from .timing import Sample, Stopwatch, Variant, time_round
 
 
 _PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of the schedule's phases

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from ..config import AgentSDConfig
+from ..utils.timing import Sample
 from .methods import METHODS
 from .rows import named
 from .settings import BenchSettings, Case
-from .timing import Sample
 
 
 # One call has no schedule: there, the whole of agentsd is computed from the times of its two phases.
@@ -78,7 +78,7 @@ def whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSet
 
     ```python
     >>> from agentsd.bench import BenchSettings
-    >>> from agentsd.bench.timing import Sample
+    >>> from agentsd.utils.timing import Sample
     >>> settings = BenchSettings.of_suite("cpu")
     >>> case = next(case for case in settings.groups()[0] if case.method == "agentsd")
     >>> samples = {"agentsd-agent 0.4": Sample(1.0), "agentsd-tome 0.4": Sample(2.0)}

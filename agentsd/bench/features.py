@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..extras import how_to_install
-from ..loading import resolve_model
-from ..pictures import opened
+from ..utils.extras import how_to_install
+from ..utils.images import opened
+from ..utils.loading import resolve_model
 from .store import BenchError
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
-from ..pictures import opened, to_image
+from ..utils.images import opened, to_image
+from ..utils.intervals import bootstrap_mean, jackknife
+from ..utils.metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
 from .features import Extractor, load_extractor
-from .intervals import bootstrap_mean, jackknife
 from .lpips import PerceptualDistance
 from .reference import ReferenceSet, load_reference
 from .set_metrics import clip_scores, frechet_distance, kernel_distance

@@ -3,8 +3,8 @@
 import PIL.Image
 import torch
 
-from ..extras import how_to_install
-from ..metrics import to_tensor
+from ..utils.extras import how_to_install
+from ..utils.metrics import to_tensor
 from .store import BenchError
 
 

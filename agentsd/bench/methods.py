@@ -8,10 +8,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from ..config import AgentSDConfig, PresetName
-from ..extras import how_to_install
+from ..models.unet import Site, attended_models, find_sites, unsupported_reason
 from ..patch import apply_patch
-from ..processor import AgentAttnProcessor
-from ..sites import Site, attended_models, find_sites, unsupported_reason
+from ..runtime.processor import AgentAttnProcessor
+from ..utils.extras import how_to_install
 from .attention_free import AttentionFreeProcessor
 from .todo import DownsampledProcessor
 

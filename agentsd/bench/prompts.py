@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..loading import resolve_model
+from ..utils.loading import resolve_model
 from .store import BenchError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..loading import resolve_model
+from ..utils.loading import resolve_model
 from .features import Extractor, picture_files
 from .set_metrics import frechet_distance_of_moments, kernel_distance
 from .store import BenchError

@@ -10,7 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..environment import environment
+from ..utils.environment import environment
+from ..utils.timing import Sample, paired_speedup, summarize
 from .allocator import keep_freed_memory
 from .case_timer import CaseTimer, group_of, reason_of
 from .computed import PHASES, can_call, is_computed, whole_schedule
@@ -27,7 +28,6 @@ from .rows import named
 from .settings import BenchSettings, Case, picture_folder, short_name
 from .store import BenchError, RunFolder
 from .subjects import Subject, subject_of
-from .timing import Sample, paired_speedup, summarize
 from .workers import Workers
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import AgentSDConfig
-from ..metrics import SSIM_SIDE
+from ..utils.metrics import SSIM_SIDE
 from .methods import METHODS
 from .rows import named
 from .shapes import LATENT_SCALE, SHAPES
@@ -109,7 +109,7 @@ class BenchSettings:
     Args:
         suite (`str`, defaults to `"speed"`): A name from `SUITES`.
         models (`tuple[str, ...]`, defaults to `("emoji",)`):
-            What `agentsd.loading.load_pipeline` takes or, for the suites of UNet calls, names from `SHAPES`.
+            What `agentsd.utils.loading.load_pipeline` takes or, for the suites of UNet calls, names from `SHAPES`.
         methods (`tuple[str, ...]`): Names from `METHODS`.
         ratios (`tuple[float, ...]`, defaults to `(0.4,)`): Shares of tokens to merge.
         sizes (`tuple[tuple[int, int], ...]`): Picture heights and widths in pixels; the model's own if empty.

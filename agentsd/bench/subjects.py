@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from diffusers import PNDMScheduler
 
-from ..generation import check_draws_from_text
-from ..loading import load_pipeline, own_size, pick_device, pick_dtype
 from ..patch import remove_patch
+from ..utils.generation import check_draws_from_text
+from ..utils.loading import load_pipeline, own_size, pick_device, pick_dtype
+from ..utils.timing import Call, Stopwatch
 from .methods import METHODS, reseed
 from .settings import BenchSettings, Case
 from .shapes import LATENT_SCALE, call_unet, random_unet, share_weights, unet_inputs
-from .timing import Call, Stopwatch
 
 
 _MOST_VARIANTS = 10_000  # that torch.compile is to keep
@@ -62,7 +62,7 @@ def twin_pipeline(pipe: Any) -> Any:
 
     ```python
     >>> from agentsd.bench.subjects import twin_pipeline
-    >>> from agentsd.loading import load_pipeline
+    >>> from agentsd.utils.loading import load_pipeline
     >>> pipe = load_pipeline("emoji")
     >>> twin = twin_pipeline(pipe)
     >>> twin.unet is pipe.unet, twin.unet.conv_in.weight is pipe.unet.conv_in.weight

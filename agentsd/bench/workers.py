@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..loading import pick_device
+from ..utils.loading import pick_device
 
 
 Item = TypeVar("Item")

@@ -24,7 +24,7 @@ generator: it was only shown {scenes}.
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("agentsd/models/emoji")  # or dtype=torch.float16
+pipe = StableDiffusionPipeline.from_pretrained("agentsd/assets/emoji")  # or dtype=torch.float16
 prompt = "{example}"
 pipe(prompt, num_inference_steps=20, guidance_scale={guidance:g}).images[0].save("emoji.png")
 ```

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import agentsd
 from agentsd import AgentSDConfig
-from agentsd.sites import find_sites
+from agentsd.models.unet import find_sites
 
 from .support import assert_differs, assert_no_trace, fingerprint, generate
 

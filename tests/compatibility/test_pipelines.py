@@ -32,7 +32,7 @@ from models import tiny_controlnet, tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl, 
 
 import agentsd
 from agentsd import AgentSDConfig
-from agentsd.sites import find_sites
+from agentsd.models.unet import find_sites
 
 from .support import (
     PHASES,

@@ -9,7 +9,7 @@ import agentsd
 from emoji_training import card
 
 
-MODEL = Path(agentsd.__file__).parent / "models" / "emoji"
+MODEL = Path(agentsd.__file__).parent / "assets" / "emoji"
 
 
 def test_the_card_is_made_of_the_facts() -> None:

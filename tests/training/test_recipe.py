@@ -5,7 +5,7 @@ import torch
 import toy_drawings  # noqa: F401  (skips these tests where a package is missing)
 from train_emoji import parse, stage_minutes
 
-from agentsd.sites import find_sites
+from agentsd.models.unet import find_sites
 from emoji_training import clip, unet, vae
 from emoji_training.archives import Icon
 from emoji_training.recipe import FULL, SMALL

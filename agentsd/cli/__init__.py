@@ -1,0 +1,6 @@
+"""The command `agentsd`."""
+
+from .commands import app, main
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,409 @@
+"""The `agentsd` command. Torch and diffusers are imported inside the commands, so that `agentsd --help` is quick."""
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .. import __version__
+from ..utils.extras import how_to_install
+from .interrupt import ends_on_interrupt
+from .options import (
+    Debug,
+    Device,
+    DType,
+    Guidance,
+    Height,
+    Model,
+    NegativePrompt,
+    Prompt,
+    Ratio,
+    Seed,
+    Settings,
+    Steps,
+    Width,
+    assignments,
+    check_folder,
+    check_model,
+    check_picture_file,
+    check_size,
+    load_model,
+    patch_config,
+    sizes,
+)
+from .terminal import at_work, calm_libraries, errors_as_messages, print_table, progress_bars, warn
+
+
+app = typer.Typer(
+    name="agentsd",
+    help="Agent attention for Stable Diffusion: faster pictures, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"agentsd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    model: Model = "emoji",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("agentsd.png"),
+    no_patch: Annotated[bool, typer.Option("--no-patch", help="Generate without agentsd.")] = False,
+    ratio: Ratio = None,
+    settings: Settings = None,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    negative_prompt: NegativePrompt = None,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Generate a picture."""
+    with errors_as_messages(debug, exit_code=2):
+        config = patch_config(ratio, settings)
+        if no_patch and (ratio is not None or settings):
+            raise ValueError("--no-patch leaves nothing for --ratio and --set to change: leave out one or the other.")
+        check_picture_file(out)
+        check_size(height, width)
+    pipe = load_model(model, device, dtype, debug)
+    with errors_as_messages(debug):
+        import torch
+
+        from ..patch import apply_patch
+        from ..utils.generation import check_draws_from_text, pipeline_call
+        from ..utils.images import picture_warnings, to_image
+
+        check_draws_from_text(pipe)
+        if not no_patch:
+            apply_patch(pipe, config=config)
+        # No bar where nobody watches.
+        pipe.set_progress_bar_config(disable=None)
+        start = time.perf_counter()
+        output = pipe(
+            **pipeline_call(prompt, guidance, height, width, negative_prompt),
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        )
+        seconds = time.perf_counter() - start
+        image = to_image(output.images[0])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        image.save(out)
+        how = "without agentsd" if no_patch else f"with agentsd, ratio {config.ratio:g}"
+        warn(picture_warnings(output, how.split(",")[0], pipe.dtype))
+        print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
+
+
+@app.command()
+def compare(
+    prompt: Prompt,
+    model: Model = "emoji",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("agentsd-comparison"),
+    ratio: Ratio = None,
+    settings: Settings = None,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    negative_prompt: NegativePrompt = None,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Generate the same picture with and without agentsd, and compare time and picture."""
+    with errors_as_messages(debug, exit_code=2):
+        config = patch_config(ratio, settings)
+        check_folder(out)
+        check_size(height, width)
+    pipe = load_model(model, device, dtype, debug)
+    with errors_as_messages(debug):
+        from ..compare import compare as run_comparison
+        from ..utils.generation import check_draws_from_text
+
+        check_draws_from_text(pipe)
+        with progress_bars() as bars:
+            names = {"vanilla": "without agentsd", "agentsd": "with agentsd"}
+            tasks = {variant: bars.add_task(name, total=steps) for variant, name in names.items()}
+            comparison = run_comparison(
+                pipe,
+                prompt,
+                config=config,
+                steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                progress=lambda variant, done, total: bars.update(tasks[variant], completed=done, total=total),
+            )
+        files = comparison.save(out)
+        warn(comparison.warnings)
+        print_table(comparison.table())
+        for file in files.values():
+            print(file)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model, as for `--model` of the other commands; for suites of UNet calls, `sd15`, `sd21` or "
+            "`sdxl`. [default: emoji, or all shapes]"
+        ),
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="`speed` times generations, `quality` also judges pictures, `paper` repeats the paper's table, "
+            "`shapes` times UNets of real models with random weights, `cpu` those of Stable Diffusion 1.5 on the CPU."
+        ),
+    ] = "speed",
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas. [default: the suite's]")] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of tokens to merge; may be given several times. [default: 0.4]"),
+    ] = None,
+    height: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Height in pixels; may be given several times, as often as --width."),
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(min=1, help="Width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Pictures in one generation; may be given several times. [default: 1]"),
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(min=1, help="Untimed runs of each case. [default: 1]")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. [default: 5]")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|N",
+            help="The pictures in a set: a file with one prompt per line, or how many of the built-in ones. For "
+            "any model but emoji, `paper` needs a prompt for each ImageNet class, such as `a photo of a goldfish`.",
+        ),
+    ] = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Judge pairs of pictures by LPIPS too.")] = False,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="For FID, KID and CLIP score: `emoji`, `inception`, or a folder or hub id of a CLIP model. "
+            "[default: for the model emoji, its own]"
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare sets with instead of vanilla's pictures: a folder of pictures, a file of features, "
+            "or `emoji`. [default: for the model emoji, its own]"
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run every method, vanilla too, through torch.compile.")
+    ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory/--no-memory",
+            help="Measure peak memory; on a CPU, each case runs once more, in a process that alone ends if it needs "
+            "too much.",
+        ),
+    ] = True,
+    budget_minutes: Annotated[
+        float | None,
+        typer.Option(help="Start no further size or batch after this many minutes; --resume measures the rest."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for rows, pictures, plots and reports.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
+    debug: Debug = False,
+) -> None:
+    """
+    Measure speed, memory and picture quality, with agentsd and with other methods.
+
+    Several GPUs, or several processes on a CPU, share the drawing of pictures when started by
+    `accelerate launch --multi_gpu --num_processes 2 -m agentsd bench`.
+    """
+    with errors_as_messages(debug, exit_code=2), at_work("Starting"):
+        calm_libraries(debug)
+        from ..bench import BenchSettings, run_bench
+        from ..bench.prompts import read_prompts
+
+        given: dict[str, Any] = {
+            "models": (model,) if model is not None else None,
+            "methods": tuple(name.strip() for name in methods.split(",")) if methods is not None else None,
+            "ratios": tuple(ratio) if ratio else None,
+            "sizes": sizes(height, width),
+            "batches": tuple(batch) if batch else None,
+            "steps": steps,
+            "warmup": warmup,
+            "repeats": repeats,
+            "guidance_scale": guidance,
+            "seed": seed,
+            "options": assignments(settings),
+            "lpips": lpips,
+            "features": features,
+            "reference": reference,
+            "device": device,
+            "dtype": dtype,
+            "compile": compile_,
+            "memory": memory,
+            "budget_minutes": budget_minutes,
+        }
+        if prompts is not None:
+            if prompts.isdecimal():
+                given["pictures"] = int(prompts)
+            else:
+                given["prompts"] = read_prompts(prompts)
+                given["pictures"] = len(given["prompts"])
+        if out is not None:
+            check_folder(out)
+        elif resume:
+            raise ValueError("--resume needs the folder of the run: name it with --out.")
+        asked = BenchSettings.of_suite(suite, **{name: value for name, value in given.items() if value is not None})
+        if asked.kind == "generation":
+            for name in asked.models:
+                check_model(name, device, dtype)
+    with errors_as_messages(debug):
+        with progress_bars() as bars:
+            task = bars.add_task("loading", total=None)
+
+            def advance(done: int, total: int, name: str) -> None:
+                bars.update(task, description=name, completed=done, total=total)
+
+            result = run_bench(asked, out=out, resume=resume, progress=advance)
+        from ..bench.report import NOT_IN_TERMINAL
+        from ..bench.workers import Workers
+
+        if not Workers().is_main:
+            return
+        print_table(result.table())
+        for note in result.notes(intervals=False, without=NOT_IN_TERMINAL):
+            print(f"- {note}")
+        if out is None:
+            return
+        for file in result.save(out):
+            print(file)
+        if importlib.util.find_spec("matplotlib") is None:
+            warn([f"No plots were drawn, as matplotlib is not installed: {how_to_install('bench')}"])
+
+
+@app.command()
+def report(
+    model: Model = "emoji",
+    ratio: Ratio = None,
+    settings: Settings = None,
+    height: Height = None,
+    width: Width = None,
+    debug: Debug = False,
+) -> None:
+    """Show what agentsd does to each layer of a model: tokens, agents and operations."""
+    with errors_as_messages(debug, exit_code=2):
+        config = patch_config(ratio, settings)
+        check_size(height, width)
+    pipe = load_model(model, "cpu", None, debug)
+    with errors_as_messages(debug):
+        from ..patch import apply_patch
+        from ..patch_report import report as report_patch
+        from ..utils.loading import own_size
+
+        if height is None or width is None:
+            height, width = own_size(pipe)
+        apply_patch(pipe, config=config)
+        print(f"{width}×{height} pixels")
+        print(report_patch(pipe, height=height, width=width))
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="As for the other commands; may be given several times. [default: emoji]"),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder written by `agentsd bench --out`, to show; may be given several times."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network. [default: this machine]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port. [default: the first free one from 7860]")
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's servers.")] = False,
+    max_side: Annotated[int, typer.Option(help="Longest side of a picture in pixels.")] = 1024,
+    max_steps: Annotated[int, typer.Option(help="Largest number of denoising steps.")] = 100,
+    max_waiting: Annotated[int, typer.Option(help="How many generations may wait for their turn.")] = 8,
+    device: Device = None,
+    dtype: DType = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a web page that compares speed and pictures side by side."""
+    with errors_as_messages(debug, exit_code=2), at_work("Starting"):
+        calm_libraries(debug)
+        missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"The web page needs {' and '.join(missing)}: {how_to_install('demo')}")
+        from ..demo import build_demo, launch_demo
+        from ..demo.engine import Engine
+        from ..demo.requests import Limits
+
+        limits = Limits(side=max_side, steps=max_steps, waiting=max_waiting)
+        engine = Engine(model or ("emoji",), device=device, dtype=dtype, limits=limits)
+        page = build_demo(engine, results or ())
+    with errors_as_messages(debug):
+        print("Press Ctrl+C to stop.")
+        launch_demo(page, host=host or "127.0.0.1", port=port, share=share)
+
+
+@app.command()
+def env(debug: Debug = False) -> None:
+    """Show versions, device and precision: what a bug report needs."""
+    with errors_as_messages(debug):
+        with at_work("Collecting versions"):
+            calm_libraries(debug)
+            from ..utils.environment import environment
+            from ..utils.loading import pick_device, pick_dtype
+
+            device = pick_device()
+            facts = environment(device, pick_dtype(device=device))
+        table = Table(box=None, show_header=False)
+        for name, value in facts.items():
+            table.add_row(name, "none" if value is None else str(value))
+        print_table(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    with ends_on_interrupt():
+        app(prog_name="agentsd")

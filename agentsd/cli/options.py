@@ -1,0 +1,222 @@
+"""The options that the commands share, and how what they were given is read and checked."""
+
+import ast
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .terminal import at_work, calm_libraries, errors_as_messages
+
+
+if TYPE_CHECKING:
+    from ..config import AgentSDConfig
+
+
+Prompt = Annotated[str, typer.Argument(help="What to draw.")]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="`emoji`, a folder, a `.safetensors` file, or an id on the Hugging Face Hub."),
+]
+Ratio = Annotated[float | None, typer.Option(help="Share of tokens to merge, from 0 to below 1. [default: 0.4]")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other field of AgentSDConfig; may be given several times."),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. [default: the model's]")]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels. [default: the model's]")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels. [default: the model's]")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
+Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, `cuda:1`, `mps`. [default: a GPU if there is one]")]
+DType = Annotated[
+    str | None,
+    typer.Option(help="`float32`, `float16` or `bfloat16`. [default: `float16` on CUDA, else `float32`]"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the libraries' warnings.")]
+
+
+def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -> Any:
+    """
+    Load a model, and end with a message if that fails.
+
+    Args:
+        model (`str`): What `--model` was given.
+        device (`str`, *optional*): What `--device` was given.
+        dtype (`str`, *optional*): What `--dtype` was given.
+        debug (`bool`): Let errors through as they are.
+
+    Returns:
+        `DiffusionPipeline`: The pipeline, on its device.
+
+    Raises:
+        typer.Exit: Instead of an error.
+    """
+    with errors_as_messages(debug, exit_code=2), at_work(f"Starting {model}"):
+        calm_libraries(debug)
+        check_model(model, device, dtype)
+    with errors_as_messages(debug), at_work(f"Loading {model}"):
+        from ..utils.loading import load_pipeline
+
+        return load_pipeline(model, device=device, dtype=dtype)
+
+
+def check_model(model: str, device: str | None, dtype: str | None) -> None:
+    """
+    Look whether a model can be loaded so, without loading it.
+
+    Args:
+        model (`str`): What `--model` was given.
+        device (`str`, *optional*): What `--device` was given.
+        dtype (`str`, *optional*): What `--dtype` was given.
+
+    Raises:
+        ValueError: If there is no such model, device or dtype.
+    """
+    from ..utils.loading import pick_device, pick_dtype, resolve_model
+
+    resolve_model(model)
+    pick_dtype(dtype, pick_device(device))
+
+
+def patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
+    """
+    The configuration that `--ratio` and `--set` ask for.
+
+    Args:
+        ratio (`float`, *optional*): What `--ratio` was given.
+        settings (`list[str]`, *optional*): What `--set` was given.
+
+    Returns:
+        `AgentSDConfig`: Defaults where nothing was given.
+
+    Raises:
+        ValueError: If they contradict each other or the configuration.
+    """
+    from ..config import AgentSDConfig
+
+    values = assignments(settings)
+    if ratio is not None and "ratio" in values:
+        raise ValueError("ratio is given twice.")
+    return AgentSDConfig.from_dict(values if ratio is None else {"ratio": ratio, **values})
+
+
+def assignments(settings: list[str] | None) -> dict[str, Any]:
+    """
+    The values of `--set NAME=VALUE`.
+
+    Args:
+        settings (`list[str]`, *optional*): What `--set` was given.
+
+    Returns:
+        `dict[str, Any]`: Name to value: a number, `True`, `False`, `None`, or else text.
+
+    Raises:
+        ValueError: If one has no value, or comes twice.
+
+    Examples:
+
+    ```python
+    >>> assignments(["agent_until=0.3", "use_rand=false"])
+    {'agent_until': 0.3, 'use_rand': False}
+    ```
+    """
+    values: dict[str, Any] = {}
+    for setting in settings or ():
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, such as --set agent_until=0.3, but got {setting!r}.")
+        if name in values:
+            raise ValueError(f"{name} is given twice.")
+        values[name] = _value(text)
+    return values
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def check_picture_file(file: Path) -> None:
+    """
+    Look whether a picture can be written there.
+
+    Args:
+        file (`Path`): What `--out` was given.
+
+    Raises:
+        ValueError: If it is a folder, or no kind of picture.
+    """
+    from PIL import Image
+
+    if file.is_dir():
+        raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'picture.png'}.")
+    try:
+        # Some kinds, such as .psd, can be read but not written, and some, such as .xbm, have no colours.
+        kind = Image.registered_extensions()[file.suffix.lower()]
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=kind)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"--out {file} does not end in the suffix of a colour picture format, such as .png."
+        ) from error
+    check_folder(file.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Look whether a folder can be there.
+
+    Args:
+        folder (`Path`): What `--out` was given.
+
+    Raises:
+        ValueError: If a file is there or on the way there, or nothing can be written there.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out {existing} is a file: name a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {folder}: nothing can be written to {existing}.")
+
+
+def sizes(heights: list[int] | None, widths: list[int] | None) -> tuple[tuple[int, int], ...] | None:
+    """
+    Pair the heights and widths of options that may be given several times.
+
+    Args:
+        heights (`list[int]`, *optional*): What `--height` was given.
+        widths (`list[int]`, *optional*): What `--width` was given.
+
+    Returns:
+        `tuple[tuple[int, int], ...]`, *optional*: Pairs of height and width.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if len(heights or ()) != len(widths or ()):
+        raise ValueError("Give --height and --width the same number of times, or neither.")
+    return tuple(zip(heights, widths, strict=True)) if heights and widths else None
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """
+    Look whether both height and width were given, or neither.
+
+    Args:
+        height (`int`, *optional*): What `--height` was given.
+        width (`int`, *optional*): What `--width` was given.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    # Given one of them, some pipelines silently take their default for both.
+    if (height is None) != (width is None):
+        raise ValueError("Give both --height and --width, or neither.")

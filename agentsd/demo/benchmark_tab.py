@@ -1,0 +1,87 @@
+"""The tab that shows recorded benchmarks."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+import PIL.Image
+
+from ..bench import BenchError, load_result
+from ..bench.plots import save_plots
+from ..utils.images import opened
+from .events import answered
+
+
+_FILES = ("settings.json", "environment.json", "cases.jsonl")
+_MOST_BYTES = 2**20
+_MOST_ROWS = 500
+_MOST_MODELS = 8
+
+
+def benchmark_tab(recorded: dict[str, Path]) -> None:
+    """
+    Fill the tab.
+
+    Args:
+        recorded (`dict[str, Path]`): Folders of results, by what to call them.
+    """
+    gr.Markdown("Results of `agentsd bench --out FOLDER`.")
+    choice = gr.Dropdown(
+        list(recorded), value=None, label="Recorded results", visible=bool(recorded), elem_id="benchmark-choice"
+    )
+    upload = gr.File(
+        label="Or a results folder from your machine",
+        file_count="directory",
+        type="filepath",
+        height=140,
+        elem_id="benchmark-upload",
+    )
+    table = gr.Markdown("", elem_classes=["numbers", "results"], elem_id="benchmark-table")
+    plots = gr.Gallery(
+        label="Plots",
+        columns=2,
+        fit_columns=False,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        elem_id="benchmark-plots",
+    )
+
+    @answered
+    def show_recorded(name: str | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
+        # A name, never a path: what visitors send cannot lead anywhere else.
+        return _result_shown(recorded[name], recorded[name] / "images") if name in recorded else ("", [])
+
+    @answered
+    def show_uploaded(files: list[str] | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
+        if not files:
+            return "", []
+        asked = {Path(file).name: Path(file) for file in files if Path(file).name in _FILES}
+        if sum(file.stat().st_size for file in asked.values()) > _MOST_BYTES:
+            raise ValueError("These results are too large to show here: the limit is 1 MB.")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, file in asked.items():
+                shutil.copy(file, Path(folder) / name)
+            # Their pictures are not looked for: what visitors send must not name files of this machine.
+            return _result_shown(Path(folder), None)
+
+    # One at a time, since plots take time that somebody else's run would miss.
+    common = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "benchmark"}
+    choice.input(show_recorded, [choice], [table, plots], **common)
+    upload.change(show_uploaded, [upload], [table, plots], **common)
+
+
+def _result_shown(folder: Path, images: Path | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
+    """The table, and the plots drawn anew from the rows: no file of the folder itself is sent."""
+    try:
+        result = load_result(folder)
+    except BenchError as error:
+        # Visitors do not learn where it lies.
+        raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "This")) from error
+    if len(result.rows) > _MOST_ROWS or len({row.model for row in result.rows}) > _MOST_MODELS:
+        raise ValueError(f"Results of at most {_MOST_ROWS} rows and {_MOST_MODELS} models can be shown here.")
+    with tempfile.TemporaryDirectory() as scratch:
+        files = save_plots(result, Path(scratch), images)
+        return result.to_markdown(), [(opened(file), file.stem) for file in files]

@@ -1,0 +1,102 @@
+"""What a visitor of the web page may ask for, and what one does ask for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..utils.generation import pipeline_call
+from .queue import MOST_WAITING
+
+
+# Sides of pictures are multiples of what the VAE shrinks them by.
+SIDE_UNIT = 8
+SMALLEST_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What a visitor may ask for.
+
+    Args:
+        side (`int`): Longest side of a picture in pixels.
+        steps (`int`): Denoising steps.
+        sweep (`int`): Runs in a sweep.
+        waiting (`int`): Generations that may wait for their turn.
+        prompt (`int`): Characters of a prompt.
+    """
+
+    side: int = 1024
+    steps: int = 100
+    sweep: int = 16
+    waiting: int = 8
+    prompt: int = 2000
+
+    def __post_init__(self) -> None:
+        for name, low in (("side", SMALLEST_SIDE), ("steps", 1), ("sweep", 1), ("waiting", 0), ("prompt", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"The limit on {name} must be at least {low}, but got {getattr(self, name)}.")
+        if self.waiting > MOST_WAITING:
+            raise ValueError(f"The limit on waiting must be at most {MOST_WAITING}, but got {self.waiting}.")
+        if self.side % SIDE_UNIT:
+            raise ValueError(f"The limit on side must be a multiple of {SIDE_UNIT}, but got {self.side}.")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """
+    The picture that a visitor asks for: everything that determines it, apart from the patch.
+
+    Args:
+        prompt (`str`): What to draw.
+        negative_prompt (`str`): What not to draw; may be empty.
+        model (`str`): One of the engine's models.
+        seed (`int`): Seed of the noise.
+        steps (`int`): Denoising steps.
+        guidance_scale (`float`): Strength of the prompt.
+        height (`int`): Height in pixels.
+        width (`int`): Width in pixels.
+    """
+
+    prompt: str
+    negative_prompt: str
+    model: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments that the pipeline is called with."""
+        return pipeline_call(self.prompt, self.guidance_scale, self.height, self.width, self.negative_prompt or None)
+
+    def check(self, limits: Limits) -> None:
+        """
+        Refuse what cannot be drawn, or is more than a visitor may ask for.
+
+        Args:
+            limits (`Limits`): What a visitor may ask for.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If a value is out of range.
+        """
+        if not isinstance(self.prompt, str) or not isinstance(self.negative_prompt, str):
+            raise TypeError("Prompts must be text.")
+        if max(len(self.prompt), len(self.negative_prompt)) > limits.prompt:
+            raise ValueError(f"Prompts may have {limits.prompt} characters at most.")
+        for name, value, low, high in (
+            ("seed", self.seed, 0, 2**63 - 1),
+            ("number of steps", self.steps, 1, limits.steps),
+            ("height", self.height, SMALLEST_SIDE, limits.side),
+            ("width", self.width, SMALLEST_SIDE, limits.side),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"The {name} must be a whole number, but got {value!r}.")
+            if not low <= value <= high:
+                raise ValueError(f"The {name} must be from {low} to {high}, but got {value}.")
+        if self.height % SIDE_UNIT or self.width % SIDE_UNIT:
+            raise ValueError(f"Height and width must be multiples of {SIDE_UNIT}.")
+        if not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"The guidance must be from 0 to 100, but got {self.guidance_scale}.")

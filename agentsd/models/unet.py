@@ -1,0 +1,308 @@
+"""Finds the layers of a diffusion model that agentsd can patch, with their level and name."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet_xs import ControlNetXSAdapter
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+
+if TYPE_CHECKING:
+    from ..runtime.state import ModelPatch
+
+# Where `torch.compile` and AnimateDiff's split inference keep the module that they wrap.
+_WRAPPERS = re.compile(r"\.(?:_orig_mod|module)(?=\.)")
+_STAGE = re.compile(r"^(?:(down_blocks|up_blocks)\.(\d+)|mid_block)\.")
+
+
+@dataclass(frozen=True)
+class Site:
+    """
+    A self-attention layer that can be patched.
+
+    Args:
+        name (`str`): Name of the attention module in its model.
+        level (`int`): Down-samplings between the highest resolution that has attention and this layer.
+        depth (`int`): Down-samplings between the model's input and this layer.
+        transformer (`Transformer2DModel`): The module that knows the layer's height and width.
+        block (`BasicTransformerBlock`): The block whose input is the metric of the matching.
+        attn (`Attention`): The self-attention itself.
+    """
+
+    name: str
+    level: int
+    depth: int
+    transformer: Transformer2DModel
+    block: BasicTransformerBlock
+    attn: Attention
+
+
+def unwrap(model: Any) -> Any:
+    """
+    The module under `torch.compile`.
+
+    Args:
+        model (`torch.nn.Module`): A module, compiled or not.
+
+    Returns:
+        `torch.nn.Module`: The original module.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> linear = torch.nn.Linear(2, 2)
+    >>> unwrap(torch.compile(linear)) is linear
+    True
+    ```
+    """
+    return getattr(model, "_orig_mod", model)
+
+
+def attended_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
+    """
+    The models that are patched together: the UNet and, of a pipeline, its ControlNets.
+
+    Args:
+        pipe_or_unet (`DiffusionPipeline` or `torch.nn.Module`): A pipeline or a model.
+
+    Returns:
+        `list[tuple[str, torch.nn.Module]]`: Names and unwrapped models, the UNet first.
+
+    Raises:
+        TypeError: If it is neither a pipeline with a UNet nor a model.
+        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
+
+    Examples:
+
+    ```python
+    >>> from diffusers import UNet2DConditionModel
+    >>> unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=8,
+    ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    >>> [name for name, _ in attended_models(unet)]
+    ['unet']
+    ```
+    """
+    models = _models_of(pipe_or_unet)
+    for _, model in models:
+        _refuse_wrapper(model)
+    return models
+
+
+def _models_of(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
+    if isinstance(pipe_or_unet, (MultiControlNetModel, MultiControlNetUnionModel)):
+        return _controlnets(pipe_or_unet)
+    if isinstance(pipe_or_unet, torch.nn.Module):
+        return [("unet", unwrap(pipe_or_unet))]
+    unet = unwrap(getattr(pipe_or_unet, "unet", None))
+    if not isinstance(unet, torch.nn.Module):
+        kind = type(pipe_or_unet).__name__
+        if isinstance(getattr(pipe_or_unet, "transformer", None), torch.nn.Module):
+            raise TypeError(
+                f"{kind} has a transformer instead of a UNet. agentsd does not support transformer models such as "
+                "Stable Diffusion 3 and Flux yet."
+            )
+        raise TypeError(f"Expected a diffusers pipeline with a UNet, or a UNet, but got {kind}.")
+    models = [("unet", unet)]
+    controlnet = unwrap(getattr(pipe_or_unet, "controlnet", None))
+    # ControlNet-XS has its layers in the UNet, and the adapter that they were made from does not run.
+    if isinstance(controlnet, torch.nn.Module) and not isinstance(controlnet, ControlNetXSAdapter):
+        models += _controlnets(controlnet)
+    return models
+
+
+def _controlnets(controlnet: Any) -> list[tuple[str, torch.nn.Module]]:
+    """One model, or those that a MultiControlNetModel holds."""
+    nets = [unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
+    return [("controlnet" if len(nets) == 1 else f"controlnet.{i}", net) for i, net in enumerate(nets)]
+
+
+def _refuse_wrapper(model: torch.nn.Module) -> None:
+    """Say so where a patch lies deeper than it is looked for, instead of finding none."""
+    if current_patch(model) is not None:
+        return
+    for name, inner in model.named_modules():
+        if current_patch(inner) is not None:
+            raise ValueError(f"{type(model).__name__} wraps a patched model: pass its `{name}` instead.")
+
+
+def current_patch(model: torch.nn.Module) -> "ModelPatch | None":
+    """
+    The patch of a model.
+
+    Args:
+        model (`torch.nn.Module`): An unwrapped model.
+
+    Returns:
+        `ModelPatch`, *optional*: Its patch, or `None`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> current_patch(torch.nn.Linear(2, 2)) is None
+    True
+    ```
+    """
+    return getattr(model, "agentsd_patch", None)
+
+
+def find_sites(model: torch.nn.Module) -> list[Site]:
+    """
+    All self-attention layers of a model's `Transformer2DModel`s, in the order of its modules.
+
+    Motion modules and GLIGEN's fusers are not among them.
+
+    Args:
+        model (`torch.nn.Module`): A UNet or ControlNet.
+
+    Returns:
+        `list[Site]`: The layers; empty if there are none.
+
+    Examples:
+
+    ```python
+    >>> from diffusers import UNet2DConditionModel
+    >>> unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=8,
+    ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    >>> [(site.name.split(".")[0], site.level) for site in find_sites(unet)]
+    [('down_blocks', 0), ('up_blocks', 0), ('up_blocks', 0), ('mid_block', 1)]
+    ```
+    """
+    found = []
+    for transformer_name, transformer in model.named_modules():
+        if not isinstance(transformer, Transformer2DModel) or not transformer.is_input_continuous:
+            continue
+        depth = _depth(model, transformer_name)
+        if depth is None:
+            continue
+        for name, block in transformer.named_modules(prefix=transformer_name):
+            if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention:
+                found.append((f"{name}.attn1", depth, transformer, block))
+    top = min((depth for _, depth, _, _ in found), default=0)
+    return [
+        Site(name, depth - top, depth, transformer, block, block.attn1) for name, depth, transformer, block in found
+    ]
+
+
+def patched_sites(model: torch.nn.Module) -> list[Site]:
+    """
+    The layers that are patched, known by what sits on them: names change when a module is wrapped.
+
+    Args:
+        model (`torch.nn.Module`): A UNet or ControlNet.
+
+    Returns:
+        `list[Site]`: The layers; empty if it is not patched.
+
+    Examples:
+
+    ```python
+    >>> import agentsd
+    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
+    >>> len(patched_sites(pipe.unet)) == len(agentsd.report(pipe).rows)
+    True
+    ```
+    """
+    return [site for site in find_sites(model) if hasattr(site.attn, "agentsd_site")]
+
+
+def plain_name(name: str) -> str:
+    """
+    A layer's name as it is without the wrappers around modules that hold it.
+
+    Args:
+        name (`str`): Name of a module in its model.
+
+    Returns:
+        `str`: The name before `torch.compile` or split inference wrapped anything.
+
+    Examples:
+
+    ```python
+    >>> plain_name("mid_block._orig_mod.attentions.0.module.proj_in")
+    'mid_block.attentions.0.proj_in'
+    ```
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def _depth(model: Any, name: str) -> int | None:
+    """Down-samplings above a module, read from the stage its name lies in."""
+    stage = _STAGE.match(name)
+    if stage is None:
+        return None
+    if stage[1] is None:
+        return len(model.down_blocks) - 1
+    return int(stage[2]) if stage[1] == "down_blocks" else len(model.up_blocks) - 1 - int(stage[2])
+
+
+def inner_hooks(module: torch.nn.Module) -> list[Any]:
+    """
+    What diffusers has put into a module's forward: caches, guidance, offloading.
+
+    Args:
+        module (`torch.nn.Module`): Any module.
+
+    Returns:
+        `list[ModelHook]`: The hooks; empty if there are none.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> inner_hooks(torch.nn.Linear(2, 2))
+    []
+    ```
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks.values())
+
+
+def unsupported_reason(attn: Attention, processor: Any) -> str | None:
+    """
+    Why a self-attention layer has to be left alone.
+
+    Args:
+        attn (`Attention`): The layer.
+        processor: Its processor before patching.
+
+    Returns:
+        `str`, *optional*: The reason, or `None` if the layer can be patched.
+
+    Examples:
+
+    ```python
+    >>> from diffusers.models.attention_processor import Attention
+    >>> attn = Attention(query_dim=8)
+    >>> unsupported_reason(attn, attn.processor) is None
+    True
+    ```
+    """
+    if type(processor).__name__ not in _STANDARD_PROCESSORS:
+        return f"its processor {type(processor).__name__} does more than plain attention"
+    if any(getattr(attn, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "norm_k")):
+        return "it normalises its input or its queries and keys"
+    if attn.residual_connection or attn.rescale_output_factor != 1:
+        return "it adds its input to its output, or rescales its output"
+    return None
+
+
+# Processors that compute plain softmax attention, each in another way. By name, as some exist only in some versions.
+_STANDARD_PROCESSORS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+}

@@ -1,0 +1,1 @@
+"""How techniques run inside a model: steps, state, processors. Names no technique."""

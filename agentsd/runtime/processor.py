@@ -1,0 +1,132 @@
+"""The attention processor that a patched self-attention layer runs."""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from ..models.unet import inner_hooks
+from ..ops.agent_attention import agent_attention
+from ..ops.merging import merge_tokens, plan_merging, unmerge_tokens
+
+
+if TYPE_CHECKING:
+    from .state import SitePatch, TokenPlan
+
+
+class AgentAttnProcessor:
+    """
+    Attention processor of a patched layer: attends over merged tokens, through agents where they pay.
+
+    It holds no state, so it can be created again without arguments, as `load_ip_adapter` does: all it needs is kept on
+    the attention module, where [`apply_patch`] puts it. On a module that is not patched, or where keys come from
+    elsewhere or an attention mask is given, it is standard attention.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from diffusers.models.attention_processor import Attention
+    >>> from agentsd import AgentAttnProcessor
+    >>> attn, x = Attention(query_dim=8), torch.randn(1, 16, 8)
+    >>> before = attn(x)
+    >>> attn.set_processor(AgentAttnProcessor())
+    >>> torch.equal(attn(x), before)
+    True
+    ```
+    """
+
+    # Set by `ModelMixin.set_attention_backend` and `enable_parallelism` on processors that have them.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Compute the layer's output, as every attention processor does.
+
+        Args:
+            attn (`Attention`): The layer.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`): Its input.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, keys, channels)`, *optional*):
+                What keys and values come from; with it, this is standard attention.
+            attention_mask (`torch.Tensor`, *optional*): With it, too.
+            temb (`torch.Tensor`, *optional*): Time embedding, for the layer's original processor.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, channels)`: The output, in the input's dtype.
+        """
+        site: SitePatch | None = getattr(attn, "agentsd_site", None)
+        original = AttnProcessor2_0() if site is None else site.original
+        is_plain = encoder_hidden_states is None and attention_mask is None and not _is_perturbed(attn)
+        plans = site.plans(hidden_states) if site is not None and site.config.merge_attn and is_plain else None
+        if site is None or plans is None:
+            # Sliced attention knows no `temb`, which no transformer block passes to its self-attention.
+            more = () if temb is None else (temb,)
+            return original(attn, hidden_states, encoder_hidden_states, attention_mask, *more)
+        outputs = []
+        for plan in plans:
+            x = plan.take(hidden_states)
+            outputs.append(original(attn, x) if plan.tokens is None else self._attend(attn, x, plan.tokens, site))
+        return site.join(outputs, plans)
+
+    def _attend(
+        self, attn: Attention, hidden_states: torch.Tensor, plan: "TokenPlan", site: "SitePatch"
+    ) -> torch.Tensor:
+        config = site.config
+        merged = merge_tokens(hidden_states, plan.merging)
+        q, k, v = (_split_heads(to(merged), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
+        attend = partial(self._softmax_attention, in_fp32=config.attn_precision == "fp32")
+        if plan.agent_count is None:
+            out = attend(q, k, v)
+        else:
+            merging = plan_merging(plan.partition, plan.matches, plan.agent_count)
+            agents = _split_heads(attn.to_q(merge_tokens(hidden_states, merging)), attn.heads)
+            out = agent_attention(
+                q, k, v, agents, k_scale2=config.k_scale2, k_shortcut=config.k_shortcut, attend=attend
+            )
+        out = out.transpose(1, 2).flatten(2)
+        for layer in attn.to_out:
+            out = layer(out)
+        return unmerge_tokens(out, plan.merging)
+
+    def _softmax_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_fp32: bool, scale: float | None = None
+    ) -> torch.Tensor:
+        """Softmax attention on `(batch, heads, tokens, head_dim)` by the attention backend that was chosen."""
+        dtype, device = v.dtype, v.device.type
+        operands = [x.transpose(1, 2) for x in (q, k, v)]
+        if in_fp32:
+            operands = [x.float() for x in operands]
+        # Without this, an outer autocast, which not every kind of device has, would take them back to half precision.
+        has_autocast = in_fp32 and torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            out = dispatch_attention_fn(
+                *operands, scale=scale, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
+        return out.transpose(1, 2).to(dtype)
+
+
+def _is_perturbed(attn: Attention) -> bool:
+    """Whether guidance works on this layer's attention just now, which it expects over all tokens of a picture."""
+    # Perturbed attention guidance replaces the scores by the identity, smoothed energy guidance blurs the queries.
+    replaces_scores = any(getattr(hook, "skip_attention_scores", False) for hook in inner_hooks(attn))
+    return replaces_scores or any(type(h).__name__ == "SmoothedEnergyGuidanceHook" for h in inner_hooks(attn.to_q))
+
+
+def _split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+# Layer skip looks up what to return for a processor that it leaves out: the same as for the standard one.
+AttentionProcessorRegistry.register(AgentAttnProcessor, AttentionProcessorRegistry.get(AttnProcessor2_0))

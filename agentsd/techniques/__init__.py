@@ -1,0 +1,1 @@
+"""One technique a file: its configuration, its hooks, and how it is applied."""

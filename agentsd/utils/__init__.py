@@ -1,0 +1,1 @@
+"""Loading, images, metrics, timing, memory, environment."""

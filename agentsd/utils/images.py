@@ -1,0 +1,152 @@
+"""Pictures for people: from values to images, their difference, and several side by side."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+import torch
+
+
+# A difference is brightened at most this much: below, it is rounding.
+_MAX_DIFFERENCE_SCALE = 64
+_MIN_PANEL_WIDTH = 320
+
+
+def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:
+    """
+    Show where two pictures differ: black where they agree, the brighter the further the worst colour channel is off.
+
+    Args:
+        image (`PIL.Image.Image`): A picture.
+        reference (`PIL.Image.Image`): Another one of the same size.
+
+    Returns:
+        `tuple[PIL.Image.Image, int]`: The map, and how many times the difference was brightened: a power of two, as
+        high as nearly all pixels allow.
+
+    Examples:
+
+    ```python
+    >>> import PIL.Image
+    >>> from agentsd.utils.images import difference_map
+    >>> picture, scale = difference_map(PIL.Image.new("RGB", (8, 8)), PIL.Image.new("RGB", (8, 8), (10, 0, 0)))
+    >>> scale, picture.getpixel((0, 0))
+    (16, (160, 160, 160))
+    ```
+    """
+    first, second = (np.asarray(picture.convert("RGB"), dtype=np.int16) for picture in (image, reference))
+    difference = np.abs(first - second).max(axis=-1)
+    peak = np.percentile(difference, 99)
+    scale = 1
+    while peak > 0 and scale < _MAX_DIFFERENCE_SCALE and peak * scale * 2 <= 255:
+        scale *= 2
+    return PIL.Image.fromarray(np.minimum(difference * scale, 255).astype(np.uint8)).convert("RGB"), scale
+
+
+def side_by_side(images: list[PIL.Image.Image], labels: list[str]) -> PIL.Image.Image:
+    """
+    Put pictures of one size beside each other, each under its label.
+
+    Args:
+        images (`list[PIL.Image.Image]`): The pictures. Small ones are enlarged, so that the labels can be read.
+        labels (`list[str]`): A line of text for each.
+
+    Returns:
+        `PIL.Image.Image`: One picture.
+
+    Examples:
+
+    ```python
+    >>> import PIL.Image
+    >>> from agentsd.utils.images import side_by_side
+    >>> side_by_side([PIL.Image.new("RGB", (512, 512))] * 2, ["one", "two"]).width > 1024
+    True
+    ```
+    """
+    factor = math.ceil(_MIN_PANEL_WIDTH / images[0].width)
+    width, height = images[0].width * factor, images[0].height * factor
+    gap = width // 32
+    font = PIL.ImageFont.load_default(size=width // 20)
+    bar = 2 * gap + width // 16
+    sheet = PIL.Image.new("RGB", (len(images) * (width + gap) + gap, bar + height + gap), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = gap + number * (width + gap)
+        draw.text((left, bar // 2), label, fill="black", font=font, anchor="lm")
+        sheet.paste(image.resize((width, height), PIL.Image.Resampling.NEAREST), (left, bar))
+    return sheet
+
+
+def picture_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
+    """
+    What is wrong with a generated picture, so that a black one is never taken for a result.
+
+    Args:
+        output (`StableDiffusionPipelineOutput`): What the pipeline returned with `output_type="np"`.
+        name (`str`): What to call the picture.
+        dtype (`torch.dtype`): The precision that it was generated in.
+
+    Returns:
+        `list[str]`: Sentences; empty if nothing is wrong.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> from agentsd.utils.images import picture_warnings
+    >>> picture_warnings(SimpleNamespace(images=np.zeros((1, 8, 8, 3))), "with agentsd", torch.float32)
+    ['The picture with agentsd is a single colour.']
+    ```
+    """
+    picture = output.images[0]
+    if any(getattr(output, "nsfw_content_detected", None) or ()):
+        return [f"The safety checker replaced the picture {name} with a black one."]
+    cure = "" if dtype == torch.float32 else f" {dtype} may be too coarse for this model: try float32."
+    if not np.isfinite(picture).all():
+        return [f"The picture {name} has values that are not finite (NaN), shown as black.{cure}"]
+    if np.ptp(picture, axis=(0, 1)).max() < 1 / 255:
+        return [f"The picture {name} is a single colour.{cure}"]
+    return []
+
+
+def to_image(picture: np.ndarray) -> PIL.Image.Image:
+    """
+    A picture as a PIL image, black where it is not a number.
+
+    Args:
+        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
+
+    Returns:
+        `PIL.Image.Image`: The image.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> from agentsd.utils.images import to_image
+    >>> to_image(np.full((4, 6, 3), np.nan)).size
+    (6, 4)
+    ```
+    """
+    finite = np.nan_to_num(picture, nan=0.0, posinf=1.0, neginf=0.0)
+    return PIL.Image.fromarray((finite * 255).round().astype(np.uint8))
+
+
+def opened(file: str | Path) -> PIL.Image.Image:
+    """
+    Read a picture file and close it.
+
+    Args:
+        file (`str` or `Path`): The file.
+
+    Returns:
+        `PIL.Image.Image`: The picture in RGB.
+    """
+    with PIL.Image.open(file) as picture:
+        return picture.convert("RGB")

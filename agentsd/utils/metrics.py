@@ -1,0 +1,260 @@
+"""How close one picture is to another: PSNR, SSIM and MS-SSIM, and how they are written."""
+
+import math
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    import torch
+
+# What pipelines return with `output_type` "pil", "np" and "pt".
+Picture: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
+
+# Structural similarity looks through a Gaussian window of this many pixels.
+SSIM_SIDE = 11
+# Its multi-scale form halves the picture four times, and then looks through the same window.
+MS_SSIM_SIDE = SSIM_SIDE * 2**4
+
+
+def psnr(image: Picture, reference: Picture) -> float:
+    """
+    Peak signal-to-noise ratio in decibels; higher is closer.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            The picture, as [`to_tensor`] takes it. A batch is treated as one large picture.
+        reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
+
+    Returns:
+        `float`: Decibels; infinity for identical pictures.
+
+    Raises:
+        TypeError: If one of the two is not a picture.
+        ValueError: If the sizes differ, or a value is not finite or outside `[0, 1]`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.utils.metrics import psnr
+    >>> black = torch.zeros(3, 16, 16)
+    >>> round(psnr(black + 0.1, black), 3)
+    20.0
+    ```
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    first, second = _pair(image, reference)
+    return float(peak_signal_noise_ratio(first, second, data_range=1.0))
+
+
+def ssim(image: Picture, reference: Picture) -> float:
+    """
+    Structural similarity; higher is closer.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            The picture, as [`to_tensor`] takes it, at least 11 pixels high and wide. Of a batch, the mean is returned.
+        reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
+
+    Returns:
+        `float`: At most 1, which identical pictures get.
+
+    Raises:
+        TypeError: If one of the two is not a picture.
+        ValueError: If the sizes differ, a picture is too small, or a value is not finite or outside `[0, 1]`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.utils.metrics import ssim
+    >>> picture = torch.rand(3, 16, 16)
+    >>> ssim(picture, picture)
+    1.0
+    ```
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    first, second = _pair(image, reference)
+    _check_side("Structural similarity", first, SSIM_SIDE)
+    similarity = structural_similarity_index_measure(first, second, data_range=1.0)
+    assert not isinstance(similarity, tuple)  # only with `return_full_image` or `return_contrast_sensitivity`
+    return float(similarity)
+
+
+def ms_ssim(image: Picture, reference: Picture) -> float:
+    """
+    Structural similarity over five scales; higher is closer.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            The picture, as [`to_tensor`] takes it, at least 176 pixels high and wide. Of a batch, the mean is
+            returned.
+        reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
+
+    Returns:
+        `float`: At most 1, which identical pictures get.
+
+    Raises:
+        TypeError: If one of the two is not a picture.
+        ValueError: If the sizes differ, a picture is too small, or a value is not finite or outside `[0, 1]`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> from agentsd.utils.metrics import ms_ssim
+    >>> picture = torch.rand(3, 176, 176)
+    >>> round(ms_ssim(picture, picture), 6)
+    1.0
+    ```
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    first, second = _pair(image, reference)
+    _check_side("Multi-scale structural similarity", first, MS_SSIM_SIDE)
+    return float(multiscale_structural_similarity_index_measure(first, second, data_range=1.0))
+
+
+def to_tensor(image: Picture) -> "torch.Tensor":
+    """
+    A picture as a tensor of values in `[0, 1]`.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            A PIL image; an array of shape `(height, width, channels)`; or a tensor of shape
+            `(channels, height, width)`. Arrays and tensors may have a batch dimension in front, and hold floats in
+            `[0, 1]`, as pipelines return them with `output_type` `"np"` and `"pt"`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, height, width)`: float64, on the CPU.
+
+    Raises:
+        TypeError: If it is none of these, or an array or tensor of integers.
+        ValueError: If it has another number of dimensions, or a value is not finite or outside `[0, 1]`.
+
+    Examples:
+
+    ```python
+    >>> import PIL.Image
+    >>> from agentsd.utils.metrics import to_tensor
+    >>> to_tensor(PIL.Image.new("RGB", (32, 16), "white")).shape
+    torch.Size([1, 3, 16, 32])
+    ```
+    """
+    import numpy as np
+    import PIL.Image
+    import torch
+
+    if isinstance(image, PIL.Image.Image):
+        image = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise TypeError(f"Expected a PIL image, an array or a tensor, but got {type(image).__name__}.")
+    if image.ndim not in (3, 4):
+        raise ValueError(f"A picture has three dimensions, or four with a batch, but this one has {image.ndim}.")
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.moveaxis(image, -1, -3).copy())
+    if not image.is_floating_point():
+        raise TypeError(f"Pictures as arrays and tensors hold floats in [0, 1], but this one holds {image.dtype}.")
+    # Double precision, so that identical pictures have a similarity of exactly 1.
+    picture = image.detach().to("cpu", torch.float64)
+    if not picture.isfinite().all():
+        raise ValueError("The picture has values that are not finite (NaN or infinity).")
+    if picture.min() < 0 or picture.max() > 1:
+        raise ValueError(
+            f"The picture's values must be in [0, 1], but go from {picture.min():g} to {picture.max():g}."
+        )
+    return picture if picture.ndim == 4 else picture[None]
+
+
+def _pair(image: Picture, reference: Picture) -> tuple["torch.Tensor", "torch.Tensor"]:
+    first, second = to_tensor(image), to_tensor(reference)
+    if first.shape != second.shape:
+        raise ValueError(f"The pictures differ in size: {_size(first)} and {_size(second)}.")
+    return first, second
+
+
+def _check_side(metric: str, picture: "torch.Tensor", least: int) -> None:
+    if min(picture.shape[-2:]) < least:
+        raise ValueError(
+            f"{metric} needs pictures of at least {least}×{least} pixels, but these have {_size(picture)}."
+        )
+
+
+def _size(picture: "torch.Tensor") -> str:
+    batch, channels, height, width = picture.shape
+    return f"{width}×{height} pixels, {channels} channels" + (f", batch {batch}" if batch > 1 else "")
+
+
+def decibels(value: float | None) -> str:
+    """
+    A peak signal-to-noise ratio for people.
+
+    Args:
+        value (`float`, *optional*): Decibels, infinite for identical pictures, `None` if not known.
+
+    Returns:
+        `str`: A few characters.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.utils.metrics import decibels
+    >>> decibels(31.234), decibels(float("inf")), decibels(None)
+    ('31.23 dB', 'identical', 'unknown')
+    ```
+    """
+    return "unknown" if value is None else "identical" if math.isinf(value) else f"{value:.2f} dB"
+
+
+def similarity(value: float | None) -> str:
+    """
+    A structural similarity for people.
+
+    Args:
+        value (`float`, *optional*): From -1 to 1, `None` if not known.
+
+    Returns:
+        `str`: A few characters.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.utils.metrics import similarity
+    >>> similarity(0.98765)
+    '0.9877'
+    ```
+    """
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def fidelity(picture: "np.ndarray", reference: "np.ndarray") -> tuple[float | None, float | None]:
+    """
+    How close a picture is to a reference.
+
+    Args:
+        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
+        reference (`np.ndarray` of shape `(height, width, 3)`): The same.
+
+    Returns:
+        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite, and SSIM
+            if the pictures are smaller than its window of 11 pixels.
+
+    Examples:
+
+    ```python
+    >>> import numpy as np
+    >>> from agentsd.utils.metrics import fidelity
+    >>> fidelity(np.zeros((16, 16, 3)), np.zeros((16, 16, 3)))
+    (inf, 1.0)
+    ```
+    """
+    import numpy as np
+
+    if not (np.isfinite(picture).all() and np.isfinite(reference).all()):
+        return None, None
+    is_large = min(picture.shape[:2]) >= SSIM_SIDE
+    return psnr(picture, reference), ssim(picture, reference) if is_large else None

@@ -1,0 +1,229 @@
+"""The methods that are compared: really on, on a copy, and the real packages."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from models import tiny_sd, tiny_sdxl, tiny_unet
+
+import agentsd
+from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
+from agentsd.bench.attention_free import AttentionFreeProcessor
+from agentsd.bench.methods import patchable_sites
+from agentsd.bench.settings import Case
+from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
+from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
+from agentsd.models.unet import patched_sites
+from agentsd.patch import current_patch
+
+
+CALLABLE = [name for name, method in METHODS.items() if name != "vanilla" and not method.needs_generation]
+
+
+@pytest.fixture
+def unet():
+    return tiny_unet()
+
+
+def call(unet, height=128, width=128):
+    return call_unet(unet, unet_inputs(unet, height, width))
+
+
+def on(unet, name, ratio=0.4, **options):
+    """A copy of a UNet with a method on, as the benchmark makes it."""
+    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
+    settings = BenchSettings(options=options)
+    return switch_on(
+        subject, unet, Case("sd15", name, ratio if METHODS[name].has_ratio else None, 128, 128, 1), settings
+    )
+
+
+def draw(name, steps=4, **options):
+    """A picture of the tiny pipeline with a method on."""
+    subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
+    case = Case("tiny", name, 0.4 if METHODS[name].has_ratio else None, 64, 64, 1)
+    pipe = tiny_sd()
+    twin = switch_on(subject, pipe, case, BenchSettings(options=options))
+    return subject.draw(twin, case, steps, ["red apple"], [0]).images[0]
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_a_method_changes_a_copy_only(unet, name):
+    before = call(unet)
+    keys = set(unet.state_dict())
+    twin = on(unet, name)
+    difference = (call(twin) - before).abs().max()
+    if name == "vanilla-naive":  # the same mathematics, rounded in another order
+        assert 0 < difference < 1e-4
+    else:
+        assert difference > 1e-3
+    assert torch.equal(call(unet), before)
+    assert set(unet.state_dict()) == keys
+
+
+def test_copies_share_weights_and_nothing_else(unet):
+    """A dozen patched copies of a model of 3.4 GB must fit in memory."""
+    twin = share_weights(unet)
+    assert all(a is b for a, b in zip(unet.parameters(), twin.parameters(), strict=True))
+    assert not {id(module) for module in unet.modules()} & {id(module) for module in twin.modules()}
+
+
+def test_a_patch_of_the_users_is_no_part_of_the_comparison(unet):
+    before = call(unet)
+    agentsd.apply_patch(unet, 0.6)
+    assert torch.equal(call(on(unet, "vanilla")), before)
+    assert current_patch(unet).config.ratio == 0.6
+
+
+def test_tomesd_is_the_real_package(unet):
+    blocks = [module for module in on(unet, "tomesd", 0.3).modules() if type(module).__name__ == "ToMeBlock"]
+    assert blocks
+    assert blocks[0]._tome_info["args"]["ratio"] == 0.3
+
+
+@pytest.mark.parametrize("name", [name for name in CALLABLE if name != "vanilla-naive"])
+def test_a_method_changes_sdxl(name):
+    """Its first attention lies below its first down-sampling, where tomesd's own default merges nothing."""
+    unet = tiny_sdxl().unet
+    assert (call(on(unet, name)) - call(unet)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", [tiny_unet, lambda: tiny_sdxl().unet], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("max_downsample", [1, 2])
+def test_tomesd_merges_where_agentsd_does(build, max_downsample):
+    unet = build()
+    lengths = {"tomesd": {}, "agentsd-tome": {}}
+    for name, seen in lengths.items():
+        twin = on(unet, name, 0.4, max_downsample=max_downsample)
+        for layer, module in twin.named_modules():
+            if layer.endswith("attn1.to_q"):
+                module.register_forward_hook(lambda _, args, __, layer=layer, seen=seen: seen.update({layer: args[0]}))
+        call(twin)
+    shapes = [{layer: x.shape for layer, x in seen.items()} for seen in lengths.values()]
+    assert shapes[0] == shapes[1]
+
+
+def test_tomesd_takes_the_options_that_it_shares(unet):
+    twin = on(unet, "tomesd", 0.3, sx=4, sy=4, use_rand=False, merge_mlp=True, seed=3)
+    args = twin._tome_info["args"]
+    assert (args["sx"], args["sy"], args["use_rand"], args["merge_mlp"]) == (4, 4, False, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("agentsd", "paper"), ("agentsd-agent", "agent"), ("agentsd-tome", "tome")]
+)
+def test_agentsd_methods_run_their_presets(unet, name, preset):
+    twin = on(unet, name, 0.3, seed=7)
+    assert current_patch(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])
+def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
+    patched = [site.name for site in patched_sites(on(unet, "agentsd", **options))]
+    free = [
+        name
+        for name, module in on(unet, "attention-free", **options).named_modules()
+        if isinstance(getattr(module, "processor", None), AttentionFreeProcessor)
+    ]
+    assert free == list(patched)
+    assert (len(free) < sum(name.endswith("attn1") for name, _ in unet.named_modules())) == (not options)
+
+
+def test_attention_free_is_the_value_projection(unet):
+    attn = patchable_sites(on(unet, "attention-free"), {})
+    assert attn == []  # its processor is none that agentsd would patch
+    twin = on(unet, "attention-free")
+    layer = next(m for m in twin.modules() if isinstance(getattr(m, "processor", None), AttentionFreeProcessor))
+    x = torch.randn(2, 16, layer.to_v.in_features)
+    assert torch.equal(layer(x), layer.to_out[0](layer.to_v(x)))
+
+
+def test_todo_attends_to_one_token_of_each_cell(unet):
+    """Against the formula, written out: queries from all tokens, keys and values from the even rows and columns."""
+    twin = on(unet, "todo")
+    name = patchable_sites(unet, {})[0].name
+    seen = {}
+    layer = twin.get_submodule(name)
+    layer.register_forward_hook(lambda module, args, kwargs, out: seen.update(x=args[0], out=out), with_kwargs=True)
+    call(twin, height=64, width=128)
+    height, width = 8, 16
+    x = seen["x"]
+    rows = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
+    q, k, v = layer.to_q(x), layer.to_k(x[:, rows]), layer.to_v(x[:, rows])
+    q, k, v = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2).double() for part in (q, k, v))
+    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+    expected = layer.to_out[0]((weights @ v).transpose(1, 2).flatten(2).float())
+    assert torch.allclose(seen["out"], expected, atol=1e-5)
+
+
+def test_deepcache_is_the_real_package_and_combines():
+    vanilla, cached, both, agent = (draw(name) for name in ("vanilla", "deepcache", "agentsd+deepcache", "agentsd"))
+    for picture in (cached, both, agent):
+        assert abs(picture - vanilla).max() > 1e-3
+    assert abs(both - cached).max() > 1e-4
+    assert abs(both - agent).max() > 1e-4
+
+
+def test_a_picture_does_not_depend_on_those_before_it():
+    """tomesd's own generator goes on from picture to picture."""
+    subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
+    case = Case("tiny", "tomesd", 0.4, 64, 64, 1)
+    twin = switch_on(subject, tiny_sd(), case, BenchSettings())
+    first, again = (subject.draw(twin, case, 2, ["red apple"], [3]).images[0] for _ in range(2))
+    assert (first == again).all()
+
+
+def test_fewer_steps_is_vanilla():
+    assert (draw("fewer-steps") == draw("vanilla")).all()
+
+
+def test_hidiffusion_runs_or_says_why_not():
+    """Its package reaches into parts of diffusers that newer versions have moved."""
+    with pytest.raises(MethodUnavailable, match=r"hidiffusion (does not run with this diffusers|does not take)"):
+        draw("hidiffusion")
+
+
+@pytest.mark.parametrize(("method", "module"), [("tomesd", "tomesd"), ("deepcache", "DeepCache")])
+def test_a_missing_package_says_how_to_get_it(monkeypatch, method, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MethodUnavailable, match=r"not installed: pip install '\.\[bench\]'"):
+        METHODS[method].apply(tiny_unet(), 0.4, {})
+
+
+def test_a_model_without_self_attention_is_not_timed_as_if_it_had_some():
+    unet = tiny_unet(
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3, mid_block_type="UNetMidBlock2D"
+    )
+    for name, error in (
+        ("agentsd", ValueError),
+        ("attention-free", MethodUnavailable),
+        ("todo", MethodUnavailable),
+        ("tomesd", MethodUnavailable),
+    ):
+        with pytest.raises(error):
+            on(unet, name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters", "sites"), [("sd15", 859_520_964, 5), ("sd21", 865_910_724, 5), ("sdxl", 2_567_463_684, 10)]
+)
+def test_the_shapes_are_the_real_ones(shape, parameters, sites):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES[shape])
+    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+    assert len(patchable_sites(unet, {})) == sites
+
+
+@pytest.mark.parametrize(("shape", "side"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])
+def test_the_shapes_have_the_native_size_of_their_models(shape, side):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SHAPES[shape])
+    assert UNetSubject(shape, 0, torch.device("cpu"), torch.float32).size(unet) == (side, side)
+
+
+def test_inputs_fit_the_model_and_repeat(unet):
+    first, second = unet_inputs(unet, 64, 128), unet_inputs(unet, 64, 128)
+    assert first["sample"].shape == (2, 4, 8, 16)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert unet_inputs(unet, 64, 128, batch=3)["sample"].shape == (6, 4, 8, 16)

@@ -1,0 +1,286 @@
+"""Reports of a benchmark: the same numbers as table, Markdown, CSV, page and plots."""
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from rich.console import Console
+
+from agentsd.bench import BenchError, BenchSettings, Row, load_result, plots
+from agentsd.bench.plots import pareto_front
+from agentsd.bench.report import result_of
+from agentsd.bench.store import RunFolder
+from agentsd.bench.tables import fill_tables
+from agentsd.utils.environment import environment
+
+
+@pytest.fixture
+def facts():
+    return environment("cpu", torch.float32)
+
+
+def record(method, ratio=None, **values):
+    shared = {"model": "sd15", "height": 768, "width": 768, "batch": 1}
+    return {"method": method, "ratio": ratio, **shared, **values}
+
+
+RECORDS = [
+    record("tomesd", 0.4, height=512, width=512, reason="tomesd is not installed"),
+    record("vanilla", height=512, width=512, rounds=5, seconds=2.0, q1=1.9, q3=2.1, of_vanilla=[1.0]),
+    record("attention-free", rounds=5, seconds=28.0, q1=27.0, q3=29.0, of_vanilla=[1.667]),
+    record("vanilla", rounds=5, seconds=50.0, q1=49.0, q3=51.0, of_vanilla=[1.0]),
+    record("tomesd", 0.4, rounds=5, seconds=37.5, q1=37.0, q3=38.0, of_vanilla=[1.3333]),
+    record(
+        "agentsd-agent",
+        0.4,
+        rounds=5,
+        seconds=31.234,
+        q1=31.0,
+        q3=31.987,
+        of_vanilla=[1.6, 1.55, 1.66],
+        of_tomesd=[1.2, 1.14, 1.26],
+        of_free=[0.96, 0.95, 0.98],
+        peak_bytes=7 * 2**30,
+    ),
+]
+
+
+def test_rows_are_sorted(facts):
+    result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts)
+    assert [(row.height, row.method) for row in result.rows] == [
+        (512, "vanilla"),
+        (512, "tomesd"),
+        (768, "vanilla"),
+        (768, "agentsd-agent"),
+        (768, "tomesd"),
+        (768, "attention-free"),
+    ]
+
+
+def test_a_table_fits_a_terminal(facts):
+    result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result.table())
+    text = console.export_text()
+    for word in ("768×768", "agentsd-agent", "31.23 s", "31.00–31.99", "1.600", "0.960", "7.00 GiB", "not run"):
+        assert word in text
+
+
+def test_a_table_of_quality_fits_a_terminal(facts):
+    quality = {
+        "psnr": [21.5, 20.0, 23.0],
+        "ssim": [0.81, 0.8, 0.82],
+        "ms_ssim": [0.9, 0.89, 0.91],
+        "clip": [80.0, 79.0, 81.0],
+        "clip_change": [-0.5, -0.9, -0.1],
+    }
+    rows = [
+        record("vanilla", steps=20, rounds=5, seconds=2.0, q1=1.9, q3=2.1, step_seconds=0.1, of_vanilla=[1.0]),
+        record(
+            "agentsd",
+            0.4,
+            steps=20,
+            rounds=5,
+            seconds=1.9,
+            q1=1.8,
+            q3=2.0,
+            step_seconds=0.09,
+            step_q1=0.08,
+            step_q3=0.095,
+            of_vanilla=[1.05],
+            step_of_vanilla=[1.11, 1.1, 1.12],
+            quality=quality,
+            pictures=64,
+        ),
+    ]
+    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
+    result = result_of(rows, settings, facts)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result.table())
+    assert "…" not in console.export_text()
+    assert "21.5 (20.0–23.0)" in result.to_markdown()
+    assert "| -0.50 (-0.90 to -0.10) |" in result.to_markdown()
+    assert "| 1.050 | 0.090 | 0.080–0.095 | 1.110 (1.100–1.120) |" in result.to_markdown()
+    assert "s/step, step quartiles, step speed-up: of a denoising step" in result.to_markdown()
+    assert "1.11,1.1,1.12" in result.to_csv()
+    assert "mean over 64 pictures" in result.to_markdown()
+    without_features = result_of(rows, {**settings, "features": None, "reference": None}, facts)
+    assert any(
+        note.startswith("no FID, KID and CLIP score: for them, --features") for note in without_features.notes()
+    )
+    assert "95 % intervals" in result.to_markdown()
+    assert not any("95 %" in note for note in result.notes(intervals=False)), "the terminal has no room for them"
+
+
+def test_what_did_not_run_is_told_apart(facts):
+    rows = [record("tomesd", 0.4, model=model, batch=batch, reason="no.") for model in "ab" for batch in (1, 2)]
+    settings = {**BenchSettings.of_suite("speed", repeats=1).to_dict(), "models": ("a", "b")}
+    notes = result_of(rows, settings, facts).notes()
+    assert any("over 1 interleaved round in one process." in note for note in notes)
+    assert notes[-4:] == [
+        f"tomesd 0.4 at {model} 768×768 batch {batch} did not run: no." for model in "ab" for batch in (1, 2)
+    ]
+
+
+def test_every_report_is_written(facts, tmp_path):
+    folder = RunFolder(tmp_path, BenchSettings.of_suite("cpu").to_dict(), facts)
+    for row in RECORDS:
+        folder.cases.append(row)
+    result = load_result(tmp_path)
+    files = {file.name: file for file in result.save(tmp_path)}
+    assert set(files) == {"report.md", "report.csv", "report.html", "speed-size-sd15.png"}
+    markdown = files["report.md"].read_text()
+    assert "| 768×768 | agentsd-agent | 0.4 | 31.23 s |" in markdown
+    assert "tomesd 0.4 at 512×512 did not run: tomesd is not installed." in markdown
+    rows = list(csv.DictReader(io.StringIO(files["report.csv"].read_text())))
+    (agent,) = [row for row in rows if row["method"] == "agentsd-agent"]
+    assert (agent["seconds"], agent["of_tomesd"], agent["of_free_low"]) == ("31.234", "1.2", "0.95")
+    assert "| 1.600 (1.550–1.660) | 1.200 (1.140–1.260) | 0.960 (0.950–0.980) |" in markdown
+    page = files["report.html"].read_text()
+    assert "<td>31.23 s</td>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
+    with PIL.Image.open(files["speed-size-sd15.png"]) as plot:
+        assert np.ptp(np.asarray(plot)) > 100
+
+
+def test_without_matplotlib_there_are_no_plots_but_all_else(facts, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    files = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts).save(tmp_path)
+    assert [file.name for file in files] == ["report.md", "report.csv", "report.html"]
+
+
+def test_brackets_in_the_name_of_a_model_are_no_markup_in_the_terminal(facts):
+    """Nor is what stands in brackets an interval."""
+    rows = [{**record("vanilla", seconds=1.0, of_vanilla=[1.0]), "model": name} for name in ("a [b] (2)", "c [fp16]")]
+    settings = {**BenchSettings().to_dict(), "models": ("a [b] (2)", "c [fp16]")}
+    result = result_of(rows, settings, facts)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result.table())
+    text = console.export_text()
+    assert "a [b] (2) 768×768" in text
+    assert "c [fp16] 768×768" in text
+    assert not any("95 %" in note for note in result.notes())
+
+
+def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
+    rows = [{**record("vanilla"), "model": "<script>", "reason": "<b>"}]
+    settings = {**BenchSettings().to_dict(), "models": ("<script>",)}
+    page = result_of(rows, settings, facts).to_html()
+    assert "<script>" not in page
+    assert "<b>" not in page
+
+
+def test_quality_is_plotted_and_pictures_are_laid_out(facts, tmp_path):
+    rows = [
+        record("vanilla", steps=4, seconds=2.0, of_vanilla=[1.0], pictures=2),
+        record("agentsd", 0.4, steps=4, seconds=1.0, of_vanilla=[2.0], pictures=2, quality={"ssim": [0.9, 0.8, 0.95]}),
+        record(
+            "fewer-steps", 0.4, steps=2, seconds=1.0, of_vanilla=[1.9], pictures=2, quality={"ssim": [0.7, 0.6, 0.8]}
+        ),
+    ]
+    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
+    colours = {"vanilla": (200, 0, 0), "agentsd-0.4": (0, 200, 0), "fewer-steps-0.4": (0, 0, 200)}
+    for name, colour in colours.items():
+        for index in range(2):
+            file = tmp_path / "images" / "sd15-768x768-batch1" / name / f"{index:05d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("RGB", (64, 64), colour).save(file)
+    files = {file.name: file for file in result_of(rows, settings, facts).save(tmp_path)}
+    assert {"quality-speed-sd15-768x768-batch1.png", "pictures-sd15-768x768-batch1.png"} < set(files)
+    with PIL.Image.open(files["pictures-sd15-768x768-batch1.png"]) as sheet:
+        lines = [sheet.getpixel((sheet.width - 50, sheet.height * (2 * line + 1) // 6)) for line in range(3)]
+    assert lines == list(colours.values())
+
+
+def test_intervals_are_drawn_where_there_are_some():
+    assert plots._lengths([[0.75, 0.5, 1.0], [0.5]]) == [[0.25, 0.0], [0.25, 0.0]]
+
+
+def test_each_setting_has_a_plot_of_its_own_with_vanilla_in_it(facts, tmp_path, monkeypatch):
+    """A method that is slower and different is on no front: vanilla is at 1 and 1."""
+    fronts = []
+    monkeypatch.setattr(plots, "pareto_front", lambda points: fronts.append(points) or pareto_front(points))
+    rows = [
+        record(
+            "agentsd", 0.4, height=side, width=side, seconds=1.0, of_vanilla=[0.9], quality={"ssim": [0.9, 0.8, 0.95]}
+        )
+        for side in (512, 768)
+    ]
+    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
+    files = [file.name for file in result_of(rows, settings, facts).save(tmp_path)]
+    assert [name for name in files if name.startswith("quality-speed")] == [
+        f"quality-speed-sd15-{side}x{side}-batch1.png" for side in (512, 768)
+    ]
+    assert fronts == [[(1.0, 1.0), (0.9, 0.9)]] * 2
+
+
+def test_the_front_holds_what_nothing_beats():
+    assert pareto_front([(1, 1), (2, 0.5), (1.5, 0.4), (0.9, 0.9)]) == [0, 1]
+    assert pareto_front([(1, 1), (1, 1)]) in ([0], [1])
+
+
+def test_a_folder_that_holds_no_results(facts, tmp_path):
+    with pytest.raises(BenchError, match="not a results folder"):
+        load_result(tmp_path)
+    folder = RunFolder(tmp_path, BenchSettings().to_dict(), facts)
+    folder.cases.append({"method": "vanilla", "speed": 3})
+    with pytest.raises(BenchError, match="another version"):
+        load_result(tmp_path)
+    assert json.loads((tmp_path / "environment.json").read_text())["agentsd"]
+    (tmp_path / "cases.jsonl").write_text("")
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(BenchError, match="another version"):
+        load_result(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(BenchError, match=r"settings\.json cannot be read"):
+            load_result(tmp_path)
+
+
+def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
+    folder = RunFolder(tmp_path / "results", BenchSettings.of_suite("cpu").to_dict(), facts)
+    folder.cases.append(RECORDS[3])
+    document = tmp_path / "README.md"
+    document.write_text("Before.\n<!-- results: results -->\nold\n<!-- /results -->\nAfter.\n")
+    text = fill_tables(document)
+    assert "| 768×768 | vanilla |" in text
+    assert "old" not in text
+    assert text.startswith("Before.\n<!-- results: results -->\n")
+    assert text.endswith("<!-- /results -->\nAfter.\n")
+    document.write_text(text)
+    assert fill_tables(document) == text
+    document.write_text(text.replace("results: results", "results: results without quartiles, peak memory"))
+    narrow = fill_tables(document)
+    assert "| size | method | median | speed-up |" in narrow
+    assert "- median: seconds per UNet call" in narrow
+    document.write_text(text.replace("results: results", "results: results without FOD"))
+    with pytest.raises(BenchError, match="no column 'FOD'"):
+        fill_tables(document)
+    document.write_text("No table.")
+    with pytest.raises(BenchError, match="no results table"):
+        fill_tables(document)
+
+
+def test_a_report_of_a_gpu_names_it(facts):
+    on_gpu = {**facts, "device": "cuda:0", "gpu": "NVIDIA H100"}
+    result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), on_gpu)
+    assert result.machine().startswith("NVIDIA H100,")
+    assert not any("of a process that runs this method alone" in note for note in result.notes())
+
+
+def test_quality_is_plotted_against_speed(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
+    row = Row("m", "agentsd", 0.4, 8, 8, of_vanilla=[2.0], quality={"ssim": [0.9]})
+    plots.plot_quality([row], tmp_path / "plot.png")
+    points = [tuple(drawn.lines[0].get_xydata()[0]) for drawn in figures[0].axes[0].containers]
+    assert (2.0, 0.9) in points

@@ -1,0 +1,281 @@
+"""A run of the benchmark: every case is a row, with what was measured or why it could not be."""
+
+import json
+import platform
+import sys
+import weakref
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_runs import calls, speed
+
+from agentsd.bench import METHODS, BenchError, BenchSettings, case_timer, run_bench, runner
+from agentsd.bench import methods as methods_module
+from agentsd.bench.settings import Case
+from agentsd.bench.shapes import SHAPES
+from agentsd.bench.subjects import UNetSubject, subject_of
+from agentsd.utils.timing import Variant
+
+
+# Generations
+
+
+def test_every_method_at_every_setting_is_a_row(model):
+    told = []
+    settings = speed(model, ratios=(0.3, 0.5), batches=(1, 2), sizes=((64, 64), (64, 96)), repeats=1, steps=1)
+    result = run_bench(settings, progress=lambda *state: told.append(state))
+    names = ["vanilla"]
+    names += [
+        f"{name} {ratio}" for name in ("agentsd", "agentsd-agent", "agentsd-tome", "tomesd") for ratio in (0.3, 0.5)
+    ]
+    names += ["attention-free"]
+    assert [row.name for row in result.rows] == names * 4
+    settings = [(row.height, row.width, row.batch) for row in result.rows[:: len(names)]]
+    assert settings == [(64, 64, 1), (64, 64, 2), (64, 96, 1), (64, 96, 2)]
+    for row in result.rows:
+        assert row.q1 <= row.seconds <= row.q3
+        assert 0 < row.step_q1 <= row.step_seconds <= row.step_q3 < row.q3
+        assert row.step_of_vanilla[0] > 0
+        assert (row.rounds, row.steps, row.reason, row.peak_bytes) == (1, 1, None, None)
+    assert {row.speedup for row in result.rows if row.method == "vanilla"} == {1}
+    assert [row.step_of_vanilla for row in result.rows if row.method == "vanilla"] == [[1.0]] * 4
+    assert result.rows[1].step_of_vanilla[0] != result.rows[1].speedup, "text and decoding take time too"
+    compared = {row.method for row in result.rows if row.of_tomesd}
+    assert compared == {"agentsd", "agentsd-agent", "agentsd-tome"}, "with tomesd at their own ratio"
+    assert {row.method for row in result.rows if row.of_free} == compared | {"tomesd"}
+    assert told[0] == (0, 80, "tiny 64×64 vanilla")
+    assert told[-1] == (80, 80, "done")
+    assert result.environment["device"] == "cpu"
+    assert result.environment["dtype"] == "float32"
+    assert result.environment["sdpa"] == "flash attention"
+    if platform.libc_ver()[0] == "glibc":
+        assert result.environment["malloc"] == "keeps freed memory"
+
+
+def test_a_model_draws_at_its_own_size_by_default(model):
+    (row,) = run_bench(speed(model, sizes=(), methods=("vanilla",), repeats=1)).rows
+    assert (row.height, row.width) == (128, 128)
+
+
+def test_every_other_round_is_in_reverse_order(model, tmp_path):
+    run_bench(speed(model, methods=("vanilla", "agentsd", "tomesd"), repeats=3), out=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    orders = [list(row["samples"]) for row in rows if row["kind"] == "round"]
+    assert orders == [orders[0], orders[0][::-1], orders[0]]
+
+
+def test_memory_is_measured_for_each_method(model):
+    rows = run_bench(speed(model, methods=("vanilla", "agentsd"), memory=True, repeats=1)).rows
+    assert all(100 * 2**20 < row.peak_bytes < 8 * 2**30 for row in rows)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.5, 3), (0.6, 3), (2.0, 6)])
+def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps):
+    """As many as fit in half of the time, say; never more than vanilla has, also where agentsd is slower."""
+    taken = []
+
+    def time_round(variants, device, on_call=None, on_error=None):
+        seconds = {"vanilla": 1.0, "agentsd 0.4": share}
+        taken.append([variant.name for variant in variants])
+        return {
+            variant.name: Sample(6 * seconds.get(variant.name, 1), seconds.get(variant.name, 1))
+            for variant in variants
+        }
+
+    from agentsd.utils.timing import Sample
+
+    monkeypatch.setattr(case_timer, "time_round", time_round)
+    rows = run_bench(speed(model, methods=("vanilla", "fewer-steps"), steps=6, repeats=2)).rows
+    assert [row.steps for row in rows] == [6, steps]
+    in_turn = [["vanilla", "agentsd 0.4"], ["vanilla", "fewer-steps 0.4"]]
+    assert taken == [order for names in in_turn for order in (names, names[::-1])]
+
+
+@pytest.mark.parametrize("with_memory", [False, True], ids=["here", "in_a_process_of_its_own"])
+def test_a_peer_that_cannot_run_is_a_row_that_says_why(model, monkeypatch, with_memory):
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    result = run_bench(speed(model, methods=("vanilla", "tomesd", "hidiffusion"), memory=with_memory))
+    vanilla, tomesd, hidiffusion = result.rows
+    assert vanilla.seconds > 0
+    assert tomesd.seconds is None
+    assert "not installed" in tomesd.reason
+    assert hidiffusion.reason.startswith("hidiffusion does not")
+    assert "not run" in result.to_markdown()
+    assert any("tomesd 0.4 at 64×64 did not run: tomesd is not installed" in note for note in result.notes())
+
+
+def run_out_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 EiB")
+
+
+def run_out_on_a_cpu():
+    torch.empty(2**46, dtype=torch.uint8)  # 64 TiB
+
+
+@pytest.mark.parametrize("run_out", [run_out_on_a_gpu, run_out_on_a_cpu])
+def test_out_of_memory_is_a_cell(model, monkeypatch, run_out):
+    class Greedy(methods_module.Vanilla):
+        def apply(self, pipe, ratio, options):
+            calls = []
+
+            def refuse(module, args):
+                calls.append(module)
+                if len(calls) > 1:  # the warm-up still fits
+                    run_out()
+
+            pipe.unet.register_forward_pre_hook(refuse)
+
+    monkeypatch.setitem(METHODS, "greedy", Greedy("greedy"))
+    result = run_bench(speed(model, methods=("vanilla", "greedy"), steps=1))
+    vanilla, greedy = result.rows
+    assert vanilla.rounds == 2
+    assert greedy.reason == "out of memory"
+    assert "| greedy |  | out of memory |" in result.to_markdown()
+
+
+def test_no_method_that_can_run_is_an_error(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    with pytest.raises(BenchError, match="None of the methods can run here: tomesd is not installed"):
+        run_bench(speed(model, methods=("tomesd",)))
+
+
+def test_compiled_on_both_sides(model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    result = run_bench(speed(model, methods=("vanilla", "agentsd"), compile=True, repeats=1))
+    assert len(compiled) == 2
+    assert "torch.compile" in result.title
+
+
+def test_every_variant_is_really_compiled(model, monkeypatch):
+    """More of them than Dynamo keeps by default: past that it would go on uncompiled, in silence."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # capturing is what is tested
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(cache_size_limit=2):
+        run_bench(speed(model, methods=("vanilla", "agentsd"), compile=True, repeats=1, steps=5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "one for vanilla, and one for each phase"
+
+
+# Calls of a UNet
+
+
+def test_the_cpu_suite_computes_the_whole_schedule(shape, tmp_path):
+    result = run_bench(calls(), out=tmp_path)
+    methods = ["vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free"]
+    assert [row.method for row in result.rows] == methods * 2
+    assert [(row.height, row.width) for row in result.rows[::6]] == [(64, 64), (128, 64)]
+
+    rounds = [record["samples"] for record in RunFolderReader(tmp_path).rounds if record["height"] == 64]
+    seconds = [{name: sample["seconds"] for name, sample in samples.items()} for samples in rounds]
+    whole = [0.4 * one["agentsd-agent 0.4"] + 0.6 * one["agentsd-tome 0.4"] for one in seconds]
+    row = result.rows[3]
+    assert [row.method for row in result.rows if row.is_computed] == ["agentsd", "agentsd"]
+    assert row.seconds == pytest.approx(sum(whole) / 2)
+    speedups = [one["vanilla"] / time for one, time in zip(seconds, whole, strict=True)]
+    assert row.speedup == pytest.approx(sum(speedups) / 2)
+    for (value,), other in ((row.of_tomesd, "tomesd 0.4"), (row.of_free, "attention-free")):
+        ratios = [one[other] / time for one, time in zip(seconds, whole, strict=True)]
+        assert value == pytest.approx(sum(ratios) / 2), "round by round, not of two medians"
+    assert "agentsd †" in result.to_markdown()
+    assert "0.4 of the agent phase's time plus 0.6 of the ToMe phase's" in result.to_markdown()
+
+
+def test_one_phase_for_all_steps_is_called_not_computed(shape):
+    """Naming `sx`, `sy` or `agent_ratio` leaves no schedule to compute."""
+    methods = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd")
+    for options in ({"sx": 2}, {"sy": 4}, {"agent_ratio": 0.9}):
+        result = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1, options=options))
+        row = result.rows[3]
+        assert (row.method, row.is_computed, row.rounds) == ("agentsd", False, 1)
+        assert row.seconds > 0
+        assert "computed" not in result.to_markdown()
+
+
+class RunFolderReader:
+    def __init__(self, path):
+        self.rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+        self.rounds = [record for record in self.rounds if record["kind"] == "round"]
+
+
+def test_what_needs_a_generation_says_so_in_a_call(shape):
+    rows = run_bench(calls(methods=("vanilla", "deepcache", "agentsd"), sizes=((64, 64),))).rows
+    assert "over a generation's steps" in rows[1].reason
+    assert "agentsd-agent and agentsd-tome, which did not both run" in rows[2].reason
+
+
+def test_sizes_after_the_budget_are_left_out(shape):
+    rows = run_bench(calls(methods=("vanilla",), budget_minutes=1e-4)).rows
+    assert [row.reason for row in rows] == [None, "left out: the 0.0001 minutes were used up"]
+
+
+@pytest.mark.slow
+def test_the_real_shape_runs():
+    result = run_bench(BenchSettings.of_suite("cpu", sizes=((128, 128),), repeats=1))
+    assert all(row.seconds > 0 for row in result.rows)
+
+
+def test_what_compiles_later_is_warmed_up_for_longer(monkeypatch):
+    """DeepCache makes another graph in its second call, which must not be compiled in the first timed round."""
+    graphs = iter([0, 1, 1, 2, 2, 2])  # looked at before and after each call
+    monkeypatch.setattr(case_timer, "compiled_graphs", lambda: next(graphs))
+    called = []
+    for compiled, wanted in ((True, 3), (False, 1)):
+        called.clear()
+        bench = SimpleNamespace(
+            settings=BenchSettings(compile=compiled),
+            counter=SimpleNamespace(step=lambda name: None),
+            subject=SimpleNamespace(device=torch.device("cpu")),
+        )
+        graphs = iter([0, 1, 1, 2, 2, 2])
+        case_timer.CaseTimer._warm_up(bench, Variant("deepcache", called.append))
+        assert len(called) == wanted
+
+
+def test_every_row_has_its_own_memory(model, monkeypatch):
+    def peak(device, prepare, others=0):
+        _, case, _ = prepare.args
+        return case.width + (case.method == "agentsd")
+
+    monkeypatch.setattr(case_timer, "peak_memory", peak)
+    settings = speed(model, methods=("vanilla", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
+    assert [row.peak_bytes for row in run_bench(settings).rows] == [64, 65, 96, 97]
+
+
+def test_the_budget_is_in_minutes(shape, monkeypatch):
+    clock = iter([0.0, 0.0, 89.0])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    rows = run_bench(calls(methods=("vanilla",), budget_minutes=1.5)).rows
+    assert [row.reason for row in rows] == [None, None]
+
+
+def test_a_call_has_the_batch_of_its_case(shape):
+    """With guidance, twice as many samples as pictures."""
+    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
+    call = subject.call(subject.load(), Case("sd15", "vanilla", None, 64, 128, 3), 1)
+    assert call.args[1]["sample"].shape == (6, 4, 8, 16)
+
+
+def test_models_are_loaded_in_the_precision_asked_for(model, shape):
+    half = torch.bfloat16
+    assert subject_of(model, speed(model, dtype="bfloat16"), "a", "cpu").load().unet.dtype == half
+    assert UNetSubject("sd15", 0, torch.device("cpu"), half).load().dtype == half
+
+
+def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
+    """Memory may have room for one only."""
+    monkeypatch.setitem(SHAPES, "sd21", SHAPES["sd15"])
+    made, alive, load = [], [], UNetSubject.load
+
+    def watched(self):
+        alive.extend(ref() is not None for ref in made)
+        unet = load(self)
+        made.append(weakref.ref(unet))
+        return unet
+
+    monkeypatch.setattr(UNetSubject, "load", watched)
+    settings = {"methods": ("vanilla",), "sizes": ((64, 64),), "repeats": 1, "memory": False, "device": "cpu"}
+    run_bench(BenchSettings.of_suite("shapes", models=("sd15", "sd21"), **settings))
+    assert alive == [False]

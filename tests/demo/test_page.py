@@ -1,0 +1,377 @@
+"""The web page in a real browser: every tab, its numbers, stopping, errors, and what it must not give away."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from browser import open_tab, set_number, start_browser
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from huggingface_hub import SpaceCard
+from playwright.sync_api import expect, sync_playwright
+from typer.testing import CliRunner
+
+import agentsd
+from agentsd.cli import app
+from agentsd.demo import build_demo, launch_demo
+from agentsd.demo.engine import Engine
+from agentsd.demo.requests import Limits
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "notebooks" / "results" / "cpu"
+# A picture or a text comes when it comes: it is waited for, never read at once.
+SLOW = 120_000
+expect.set_options(timeout=SLOW)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6))
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    demo = build_demo(engine, [RESULTS])
+    _, address, _ = launch_demo(demo, prevent_thread_lock=True, quiet=True)
+    yield address
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        yield start_browser(playwright)
+
+
+@pytest.fixture
+def open_page(browser, address):
+    contexts = []
+
+    def open_page(width=1280, height=900, query=""):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(SLOW)
+        page.seen = []
+        page.on("request", lambda request: page.seen.append(request.url))
+        page.goto(address + query)
+        expect(page.get_by_role("button", name="Compare", exact=True)).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def table(page, name):
+    """The cells of a table of numbers, by the first cell of each row."""
+    lines = page.locator(f"#{name} tr")
+    expect(lines.first).to_be_visible()
+    cells = lines.evaluate_all("lines => lines.map(line => [...line.cells].map(cell => cell.innerText.trim()))")
+    return {line[0]: line[1:] for line in cells}
+
+
+def compare(page):
+    page.locator("#compare-start").click()
+    expect(page.locator("#compare-status")).to_contain_text("Speed-up per step")
+    return table(page, "compare-numbers")
+
+
+def number(text):
+    return float(re.match(r"[\d.]+", text)[0])
+
+
+def test_compare_shows_both_pictures_and_true_numbers(open_page):
+    page = open_page()
+    page.get_by_label("Prompt", exact=True).fill("a red heart")
+    set_number(page, "Steps", 3)
+    numbers = compare(page)
+    for row in ("per step", "total"):
+        before, after, gain = numbers[row]
+        ratio = number(before) / number(after)
+        assert abs(number(gain) - ratio) < 0.02 * ratio + 0.01
+        assert ("slower" in gain) == (number(gain) < 1)
+    assert all(0.3 < number(text) < 20 for text in numbers["peak memory"][:2])
+    assert 10 < number(numbers["PSNR"][1]) < 60
+    assert 0.3 < number(numbers["SSIM"][1]) < 1
+    for place in (0, 1):
+        expect(page.locator("#compare-slider img").nth(place)).to_have_js_property("naturalWidth", 256)
+    expect(page.locator("#compare-difference img")).to_have_attribute("alt", re.compile("differ"))
+    expect(page.locator("#compare-difference")).to_contain_text("times as bright")
+    page.get_by_text("What was patched").click()
+    expect(page.locator("#compare-report")).to_contain_text("1024")
+
+    # The same again with another ratio: the plain run is not repeated, and says so.
+    plain = numbers["per step"][0]
+    set_number(page, "Ratio", 0.8)
+    page.locator("#compare-start").click()
+    expect(page.locator("#compare-numbers")).to_contain_text("(cached)")
+    expect(page.locator("#compare-status")).to_contain_text("earlier run")
+    assert table(page, "compare-numbers")["per step"][0] == plain
+
+
+def test_every_picture_and_field_has_a_name(open_page):
+    page = open_page()
+    set_number(page, "Steps", 1)
+    compare(page)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('input, textarea, select, button')]
+            .filter(field => field.offsetParent && field.type !== 'hidden')
+            .filter(field => !(field.labels?.length || field.getAttribute('aria-label') || field.title
+                || field.getAttribute('aria-labelledby') || field.innerText.trim()
+                || field.placeholder || field.querySelector('img[alt]:not([alt=""])')))
+            .map(field => field.outerHTML)"""
+    )
+    assert nameless == []
+    expect(page.locator("#compare-difference img")).to_be_visible()
+    expect(page.locator("img:visible:not([alt]), img:visible[alt='']")).to_have_count(0)
+
+
+def test_a_click_stops_a_run(open_page):
+    page = open_page()
+    set_number(page, "Steps", 200)
+    page.locator("#compare-start").click()
+    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
+    page.locator("#compare-stop").click()
+    expect(page.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
+    set_number(page, "Steps", 1)
+    compare(page)
+    page.locator("#compare-stop").click()
+    expect(page.locator("#compare-status")).to_have_text("You have nothing running.")
+
+
+@pytest.mark.parametrize(
+    "tab, names",
+    [
+        ("Compare", ["without agentsd", "with agentsd"]),
+        ("Tokens", ["with agentsd"]),
+        ("Sweep", ["without agentsd", "with tomesd 0.4", "with agentsd 0.4"]),
+    ],
+)
+def test_a_picture_that_is_none_is_a_warning_in_every_tab(open_page, engine, monkeypatch, tab, names):
+    bias = engine._pipes["emoji"].vae.decoder.conv_out.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
+    page = open_page()
+    set_number(page, "Steps", 1)
+    open_tab(page, tab)
+    if tab == "Sweep":
+        page.get_by_label("Ratios").fill("0.4")
+    page.locator(f"#{tab.lower()}-start").click()
+    for name in names:
+        expect(page.get_by_text(f"The picture {name} has values that are not finite")).to_be_visible()
+
+
+def test_tokens_shows_what_was_merged_at_each_step(open_page):
+    page = open_page()
+    set_number(page, "Steps", 4)
+    open_tab(page, "Tokens")
+    page.locator("#tokens-start").click()
+    status = page.locator("#tokens-status")
+    expect(status).to_have_text("Step 1: 1,024 tokens merged to 615, 64 agents.")
+    picture = page.locator("#tokens-drawing img")
+    first = picture.get_attribute("src")
+    set_number(page, "Step", 4)
+    expect(status).to_have_text("Step 4: 1,024 tokens merged to 615, no agents (token merging only).")
+    expect(picture).not_to_have_attribute("src", first)
+    expect(picture).to_have_js_property("naturalWidth", 768)
+
+
+def test_sweep_compares_methods(open_page):
+    page = open_page()
+    set_number(page, "Steps", 2)
+    open_tab(page, "Sweep")
+    page.get_by_label("Ratios").fill("0.3, 0.6")
+    page.locator("#sweep-start").click()
+    numbers = table(page, "sweep-numbers")
+    assert list(numbers)[1:] == ["vanilla", "tomesd 0.3", "tomesd 0.6", "agentsd 0.3", "agentsd 0.6"]
+    assert numbers["vanilla"][1] == "1.00×"
+    assert number(numbers["agentsd 0.6"][2]) < number(numbers["agentsd 0.3"][2]) < 60
+    expect(page.locator("#sweep-gallery").get_by_text(re.compile(r"agentsd 0.6: .*×.* dB"))).to_be_visible()
+    page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500")
+    page.get_by_label("Ratios").fill("0.3; 0.6")
+    page.locator("#sweep-start").click()
+    expect(page.get_by_text("must be numbers separated by commas")).to_be_visible()
+
+
+def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
+    page = open_page()
+    open_tab(page, "Benchmark")
+    page.get_by_label("Recorded results").click()
+    page.get_by_role("option").first.click()
+    expect(page.locator("#benchmark-table")).to_contain_text("attention-free")
+    expect(page.locator("#benchmark-plots img").first).to_be_visible()
+    upload = page.locator("#benchmark-upload input[type=file]")
+    (tmp_path / "cases.jsonl").write_text("")
+    upload.set_input_files(tmp_path)
+    expect(page.get_by_text("settings.json cannot be read")).to_be_visible()
+
+
+def test_what_is_out_of_range_is_a_message(open_page):
+    page = open_page()
+    set_number(page, "Height in pixels", 68)
+    page.locator("#compare-start").click()
+    expect(page.get_by_text("multiples of 8")).to_be_visible()
+    assert "Traceback" not in page.content()
+
+
+def test_new_seeds_are_rolled(open_page):
+    page = open_page()
+    page.get_by_role("button", name="New seed").click()
+    expect(page.get_by_label("Seed", exact=True)).not_to_have_value("0")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_comes_from_elsewhere_and_all_fits(open_page, address, width, theme):
+    page = open_page(width, query=f"?__theme={theme}")
+    for name in ("Compare", "Tokens", "Sweep", "Benchmark"):
+        open_tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+    assert [url for url in page.seen if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def test_two_visitors_do_not_see_each_other(open_page):
+    mine, yours = open_page(), open_page()
+    set_number(mine, "Steps", 200)
+    mine.locator("#compare-start").click()
+    expect(mine.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
+    set_number(yours, "Steps", 1)
+    yours.locator("#compare-start").click()
+    expect(yours.get_by_text(re.compile("waiting for another generation, 1 ahead of yours"))).to_be_visible()
+    mine.locator("#compare-stop").click()
+    expect(yours.locator("#compare-status")).to_contain_text("Speed-up per step")
+    expect(mine.locator("#compare-status")).to_contain_text("Stopped")
+    assert mine.locator("#compare-slider img").count() == 0
+
+
+def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
+    page = open_page()
+    set_number(page, "Steps", 200)
+    page.locator("#compare-start").click()
+    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
+    assert engine._line
+    page.close()
+    deadline = time.monotonic() + 8  # the run itself would take more than twenty
+    while engine._line and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not engine._line
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", str(ROOT / "README.md"), str(RESULTS / "cases.jsonl"), "agentsd/demo.py", "../../etc/passwd"],
+)
+def test_no_file_can_be_read_through_the_page(address, path):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(f"{address}gradio_api/file={path}")
+    assert refusal.value.code in (403, 404)
+
+
+def test_an_uploaded_result_cannot_name_files_of_the_server(open_page, tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    PIL.Image.new("RGB", (64, 64), "red").save(secret / "picture.png")
+    upload = tmp_path / "upload"
+    upload.mkdir()
+    for name in ("settings.json", "environment.json", "cases.jsonl"):
+        shutil.copy(RESULTS / name, upload)
+    row = json.loads((upload / "cases.jsonl").read_text().splitlines()[0])
+    page = open_page()
+    open_tab(page, "Benchmark")
+    field = page.locator("#benchmark-upload input[type=file]")
+    with (upload / "cases.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "method": str(secret)}) + "\n")
+    field.set_input_files(upload)
+    expect(page.get_by_text("there is no method")).to_be_visible()
+    assert page.locator("#benchmark-plots img").count() == 0
+
+
+def test_the_queue_cannot_be_skipped(address):
+    request = urllib.request.Request(
+        f"{address}gradio_api/run/compare", data=b'{"data": []}', headers={"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request)
+    assert refusal.value.code in (401, 403, 404)
+
+
+def test_programs_get_messages_too(address):
+    client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
+    asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
+    patch = [0.4, 0.4, 1, 0.3, 0.075, True, False, False]
+    status, pictures, *_ = client.predict(*asked, *patch, api_name="/compare")
+    assert "Speed-up per step" in status
+    assert PIL.Image.open(pictures[0]).size == (256, 256)
+    for values, message in (
+        ([*asked[:4], 201, *asked[5:], *patch], "201 is greater"),
+        ([*asked, 1.5, *patch[1:]], "1.5 is greater"),
+        ([*asked[:2], "/etc", *asked[3:], *patch], "/etc"),
+    ):
+        with pytest.raises(AppError, match=message):
+            client.predict(*values, api_name="/compare")
+
+
+def test_the_page_listens_to_this_machine_only(address):
+    assert address.startswith("http://127.0.0.1:")
+
+
+def test_a_space_can_be_made_of_the_folder():
+    card = SpaceCard.load(ROOT / "apps" / "README.md").data.to_dict()
+    assert (ROOT / "apps" / card["app_file"]).is_file()
+    assert f"gradio=={card['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
+    wheel = f"./agentsd-{agentsd.__version__}-py3-none-any.whl[demo]"
+    assert wheel in (ROOT / "apps" / "requirements.txt").read_text().splitlines()
+
+
+def test_the_command_of_the_readme_serves_the_page_until_it_is_interrupted():
+    (line,) = re.findall(r"(?m)^agentsd (demo .*)$", (ROOT / "README.md").read_text(encoding="utf-8"))
+    command = [sys.executable, "-c", "from agentsd.cli import main; main()", *shlex.split(line)]
+    # A port that is free, beside others that test this just now.
+    command[-1] = str(free_port())
+    assert command[-2] == "--port"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            lines = iter(process.stdout.readline, "")
+            address = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            assert address.endswith(command[-1])
+            assert b"agentsd" in urllib.request.urlopen(address).read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) in (0, 130)
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--results", "nowhere"], "nowhere is not a results folder"),
+        (["--model", "nowhere"], "There is no model 'nowhere'"),
+        (["--max-side", "8"], "limit on side must be at least 64"),
+        (["--model", "emoji", "--model", "emoji"], "same name"),
+    ],
+)
+def test_bad_options_of_the_command(options, message):
+    result = CliRunner().invoke(app, ["demo", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr

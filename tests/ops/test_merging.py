@@ -1,0 +1,245 @@
+"""Partition, match, merge and unmerge against plain float64 loops, and their properties on arbitrary input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from agentsd.ops.merging import (
+    Merging,
+    Partition,
+    cell_grid,
+    match_tokens,
+    merge_tokens,
+    mix_key,
+    partition_tokens,
+    plan_merging,
+    random_members,
+    take_tokens,
+    unmerge_tokens,
+)
+
+
+CPU = torch.device("cpu")
+
+layouts = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4)).filter(
+    lambda layout: layout[0] >= layout[3] and layout[1] >= layout[2]
+)
+
+
+def make_partition(height, width, sx, sy, keys=(981,), seed=0, use_rand=True) -> Partition:
+    cells, leftover = cell_grid(height, width, sx, sy, CPU)
+    member = random_members(len(cells), sx * sy, mix_key(torch.tensor(keys), seed)) if use_rand else None
+    return partition_tokens(cells, leftover, member)
+
+
+def make_merging(x, partition, count) -> Merging:
+    return plan_merging(partition, match_tokens(x, partition), count)
+
+
+def reference_merge(x, partition, count):
+    """Merging written as loops over tokens, in float64: the mean of each group, and the group of each token."""
+    x = x.double()
+    merged, owner = [], []
+    for b in range(len(x)):
+        dst = partition.dst.expand(len(x), -1)[b].tolist()
+        src = partition.src.expand(len(x), -1)[b].tolist()
+        unit = x[b] / x[b].norm(dim=1, keepdim=True).clamp_min(1e-6)
+        best = {s: max((float(unit[s] @ unit[d]), -i) for i, d in enumerate(dst)) for s in src}
+        chosen = sorted(src, key=lambda s: best[s][0], reverse=True)[:count]
+        groups = {d: [d] for d in dst}
+        for s in chosen:
+            groups[dst[-best[s][1]]].append(s)
+        groups.update({s: [s] for s in src if s not in chosen})
+        merged.append({head: x[b, members].mean(0) for head, members in groups.items()})
+        owner.append({token: head for head, members in groups.items() for token in members})
+    return merged, owner
+
+
+@given(layouts)
+@settings(deadline=None)
+def test_cells_and_leftover_hold_every_token_once(layout):
+    height, width, sx, sy = layout
+    cells, leftover = cell_grid(height, width, sx, sy, CPU)
+    assert cells.shape == ((height // sy) * (width // sx), sx * sy)
+    assert sorted(cells.flatten().tolist() + leftover.tolist()) == list(range(height * width))
+    for cell in cells.tolist():
+        rows, columns = {token // width for token in cell}, {token % width for token in cell}
+        assert (max(rows) - min(rows) + 1, max(columns) - min(columns) + 1) == (sy, sx)
+
+
+def test_cells_of_fake_tensors_and_real_ones_do_not_mix():
+    """Tables are kept; one made while shapes are found out with fake tensors is of no use afterwards, nor before."""
+    for _ in range(2):
+        with FakeTensorMode():
+            assert {type(table) for table in cell_grid(7, 11, 2, 3, CPU)} == {FakeTensor}
+        assert {type(table) for table in cell_grid(7, 11, 2, 3, CPU)} == {torch.Tensor}
+
+
+@given(layouts, st.booleans(), st.integers(-(2**70), 2**70))
+@settings(deadline=None)
+def test_a_partition_has_one_destination_a_cell(layout, use_rand, seed):
+    height, width, sx, sy = layout
+    partition = make_partition(height, width, sx, sy, keys=(1, 2**31), seed=seed & 0xFFFFFFFF, use_rand=use_rand)
+    cells, _ = cell_grid(height, width, sx, sy, CPU)
+    for dst, src in zip(partition.dst.tolist(), partition.src.tolist(), strict=True):
+        assert sorted(dst + src) == list(range(height * width))
+        assert all(token in cell for token, cell in zip(dst, cells.tolist(), strict=True))
+
+
+def test_without_randomness_the_top_left_member_is_the_destination():
+    assert make_partition(4, 6, 3, 2, use_rand=False).dst.tolist() == [[0, 3, 12, 15]]
+
+
+def test_random_members_are_uniform_and_independent_between_keys_seeds_and_cells():
+    """A biased choice would sample some picture positions more often than others at every step."""
+    member = random_members(4096, 16, mix_key(torch.arange(64), seed=3))
+    shares = torch.bincount(member.flatten(), minlength=16) / member.numel()
+    assert shares.sub(1 / 16).abs().max() < 0.002
+    for other in (
+        member.roll(1, 0),
+        member.roll(1, 1),
+        member.roll(4, 1),
+        random_members(4096, 16, mix_key(torch.arange(64), 4)),
+    ):
+        assert abs((member == other).float().mean().item() - 1 / 16) < 0.002
+
+
+def test_random_members_of_a_key_do_not_depend_on_the_other_keys():
+    both = random_members(64, 4, mix_key(torch.tensor([7, 981]), seed=0))
+    assert torch.equal(both[1:], random_members(64, 4, mix_key(torch.tensor([981]), seed=0)))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 2, 2), (3, 9, 7, 4, 2), (2, 12, 5, 3, 4)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("use_rand", [True, False])
+def test_merge_and_unmerge_agree_with_loops_in_float64(shape, share, use_rand):
+    batch, height, width, sx, sy = shape
+    x = torch.randn(batch, height * width, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    partition = make_partition(height, width, sx, sy, keys=range(batch), use_rand=use_rand)
+    count = max(1, int(partition.src.shape[1] * share))
+    expected, owner = reference_merge(x, partition, count)
+
+    merging = make_merging(x, partition, count)
+    restored = unmerge_tokens(merge_tokens(x, merging), merging)
+    assert merge_tokens(x, merging).shape == (batch, height * width - count, 6)
+    for b in range(batch):
+        for token in range(height * width):
+            wanted = expected[b][owner[b][token]]
+            torch.testing.assert_close(restored[b, token], wanted)
+
+
+@given(layouts, st.floats(0, 1), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_merging_keeps_the_sum_and_unmerging_restores_what_was_not_merged(layout, share, seed):
+    """The mean of each group times its size is the group's sum, so nothing is lost or counted twice."""
+    height, width, sx, sy = layout
+    x = torch.randn(2, height * width, 3, generator=torch.Generator().manual_seed(seed))
+    partition = make_partition(height, width, sx, sy)
+    count = int(partition.src.shape[1] * share)
+    merging = make_merging(x, partition, count)
+    merged = merge_tokens(x, merging)
+    sizes = torch.ones(merged.shape[:2])
+    sizes[:, merged.shape[1] - merging.size.shape[1] :] = merging.size
+    torch.testing.assert_close((merged * sizes.unsqueeze(2)).sum(1), x.sum(1), rtol=1e-4, atol=1e-4)
+
+    restored = unmerge_tokens(merged, merging)
+    alone = merging.members[:, : merged.shape[1] - merging.size.shape[1]]
+    assert torch.equal(take_tokens(restored, alone), take_tokens(x, alone))
+    assert torch.equal(
+        merging.position.sort(1).values.diff(dim=1).clamp(max=1).sum(1), torch.tensor([merged.shape[1] - 1] * 2)
+    )
+
+
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("bfloat16_by_default")
+def test_many_tokens_of_a_cell_are_counted_exactly():
+    partition = Partition(dst=torch.tensor([[0]]), src=torch.arange(1, 1000).unsqueeze(0))
+    merging = make_merging(torch.ones(1, 1000, 4), partition, 999)
+    assert merging.size.item() == 1000
+    assert merging.size.dtype == torch.float32
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size in bytes of the largest tensor that any operation returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *(x.nbytes for x in tensors)])
+        return output
+
+
+def test_many_tokens_are_matched_a_few_at_a_time():
+    """All similarities of a 2048 pixel picture, held at once, would take gigabytes."""
+    x = torch.randn(2, 64 * 64, 8, generator=torch.Generator().manual_seed(0))
+    partition = make_partition(64, 64, 2, 2, keys=(981, 41))
+    with LargestTensor() as largest:
+        matches = match_tokens(x, partition)
+    all_at_once = 2 * 3072 * 1024 * 4
+    assert largest.nbytes < 0.7 * all_at_once
+
+    unit = torch.nn.functional.normalize(x.double(), dim=2)
+    for b in range(2):
+        expected = (unit[b, partition.src[b]] @ unit[b, partition.dst[b]].T).max(dim=1)
+        assert torch.equal(matches.cell[b], expected.indices)
+        torch.testing.assert_close(matches.score[b].double(), expected.values, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_tokens_merge_without_change():
+    """Merging what is redundant must cost nothing: this is the promise of the method."""
+    patches = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))
+    x = patches.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(1, 16, 5)
+    merging = make_merging(x, make_partition(4, 4, 2, 2), 12)
+    torch.testing.assert_close(unmerge_tokens(merge_tokens(x, merging), merging), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_and_tiny_tokens_give_no_nan(dtype):
+    x = torch.zeros(1, 16, 4, dtype=dtype)
+    x[:, 3] = 1e-7
+    merging = make_merging(x, make_partition(4, 4, 2, 2), 6)
+    assert merge_tokens(x, merging).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_token_of_zeros_is_like_no_other(dtype):
+    """Neither as a destination, which would draw all sources, nor as a source."""
+    metric = torch.tensor([[[0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 0.0]]], dtype=dtype)
+    matches = match_tokens(metric, Partition(dst=torch.tensor([[0, 1]]), src=torch.tensor([[2, 3]])))
+    assert matches.cell[0, 0] == 1
+    assert matches.score.tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_half_precision_tokens_are_exact_to_rounding(dtype):
+    """Adding hundreds of bfloat16 values one by one in bfloat16 stops growing at 256."""
+    x = torch.full((1, 1024, 2), 1.0, dtype=dtype)
+    merging = make_merging(x, make_partition(32, 32, 32, 32), 1023)
+    assert torch.equal(merge_tokens(x, merging), torch.ones(1, 1, 2, dtype=dtype))
+
+
+def test_gradients_pass_through_merge_and_unmerge():
+    x = torch.randn(2, 16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    merging = make_merging(x, make_partition(4, 4, 2, 2), 5)
+    weights = torch.randn(2, 16, 3, dtype=torch.float64)
+    (unmerge_tokens(merge_tokens(x, merging), merging) * weights).sum().backward()
+    gradient = x.grad.clone()
+
+    matrix = torch.zeros(2, 16, 16, dtype=torch.float64)
+    for b in range(2):
+        for n in range(16):
+            matrix[b, n] = (merging.position[b] == merging.position[b, n]).double()
+    matrix /= matrix.sum(2, keepdim=True)
+    torch.testing.assert_close(gradient, matrix.transpose(1, 2) @ weights)
