@@ -1,4 +1,4 @@
-# make quickstart   a first pair of pictures      make test   the test suite      make help   everything else
+# make quickstart   a first pair of images      make test   the test suite      make help   everything else
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -18,7 +18,7 @@ CONSTRAINTS ?= constraints.txt
 
 PACKAGING := pyproject.toml setup.cfg $(CONSTRAINTS)
 
-# What the web page shows beside pictures.
+# What the web page shows beside images.
 RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl)
 
 .PHONY: help quickstart demo test lowest lint format tables notebooks wheel space clean
@@ -29,7 +29,7 @@ help: ## List the targets.
 quickstart: $(VENV)/.core ## Install into .venv and compare with and without agentsd on the embedded model.
 	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --out "$(OUT)"
 
-demo: $(VENV)/.demo ## Serve a web page that compares speed and pictures side by side.
+demo: $(VENV)/.demo ## Serve a web page that compares speed and images side by side.
 	$(BIN)/agentsd demo $(RESULTS:%/cases.jsonl=--results %)
 
 test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).

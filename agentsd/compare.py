@@ -1,4 +1,4 @@
-"""The same picture with and without the patch: times, fidelity, and both side by side."""
+"""The same image with and without the patch: times, fidelity, and both side by side."""
 
 import inspect
 import json
@@ -19,12 +19,12 @@ from .models.unet import attended_models
 from .patch import is_patched, patched, unpatched
 from .patch_report import PatchReport, report
 from .utils.environment import environment
-from .utils.generation import Run, RunTime, check_draws_pictures, generate_timed, pipeline_call
+from .utils.generation import Run, RunTime, check_draws_images, generate_timed, pipeline_call
 from .utils.images import difference_map, side_by_side
 from .utils.metrics import decibels, fidelity, similarity
 
 
-# Variant ("vanilla" or "agentsd"), steps done, steps in all. Whatever it raises ends the comparison.
+# Variant ("baseline" or "agentsd"), steps done, steps in all. Whatever it raises ends the comparison.
 Progress = Callable[[str, int, int], None]
 
 _OWN_OPTIONS = {
@@ -36,17 +36,17 @@ _OWN_OPTIONS = {
 @dataclass(frozen=True)
 class Comparison:
     """
-    A picture generated twice from one seed, without the patch (`vanilla`) and with it (`agentsd`).
+    An image generated twice from one seed, without the patch (`baseline`) and with it (`agentsd`).
 
     Args:
-        vanilla_run (`Run`): Picture, times and memory without the patch.
+        baseline_run (`Run`): Image, times and memory without the patch.
         agentsd_run (`Run`): The same with it.
         difference (`PIL.Image.Image`): Where they differ, brightened `difference_scale` times.
         difference_scale (`int`): How much the difference is brightened.
         side_by_side (`PIL.Image.Image`): All three with labels.
-        psnr (`float`, *optional*): Peak signal-to-noise ratio in decibels, infinite for identical pictures.
+        psnr (`float`, *optional*): Peak signal-to-noise ratio in decibels, infinite for identical images.
         ssim (`float`, *optional*):
-            Structural similarity, `None` for pictures of less than 11 pixels. Both are `None` if a picture has values
+            Structural similarity, `None` for images of less than 11 pixels. Both are `None` if an image has values
             that are not finite.
         report (`PatchReport`): What the patch did to each layer.
         settings (`dict[str, Any]`): What was generated, and how.
@@ -65,7 +65,7 @@ class Comparison:
     ```
     """
 
-    vanilla_run: Run
+    baseline_run: Run
     agentsd_run: Run
     difference: PIL.Image.Image
     difference_scale: int
@@ -77,19 +77,19 @@ class Comparison:
     environment: dict[str, Any]
 
     @property
-    def vanilla(self) -> PIL.Image.Image:
-        """The picture without the patch."""
-        return self.vanilla_run.image
+    def baseline(self) -> PIL.Image.Image:
+        """The image without the patch."""
+        return self.baseline_run.image
 
     @property
     def agentsd(self) -> PIL.Image.Image:
-        """The picture with the patch."""
+        """The image with the patch."""
         return self.agentsd_run.image
 
     @property
-    def vanilla_time(self) -> RunTime:
+    def baseline_time(self) -> RunTime:
         """Time without the patch."""
-        return self.vanilla_run.time
+        return self.baseline_run.time
 
     @property
     def agentsd_time(self) -> RunTime:
@@ -98,18 +98,18 @@ class Comparison:
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong with the pictures: not finite, black, replaced by the safety checker."""
-        return self.vanilla_run.warnings + self.agentsd_run.warnings
+        """What is wrong with the images: not finite, black, replaced by the safety checker."""
+        return self.baseline_run.warnings + self.agentsd_run.warnings
 
     @property
     def speed_up(self) -> float:
         """How many times faster a step is with the patch."""
-        return self.vanilla_time.seconds_per_step / self.agentsd_time.seconds_per_step
+        return self.baseline_time.seconds_per_step / self.agentsd_time.seconds_per_step
 
     @property
     def total_speed_up(self) -> float:
         """How many times faster the whole generation is, with text encoding and decoding."""
-        return self.vanilla_time.total / self.agentsd_time.total
+        return self.baseline_time.total / self.agentsd_time.total
 
     def table(self) -> Table:
         """
@@ -123,19 +123,19 @@ class Comparison:
         for heading in ("", "without agentsd", "with agentsd", "speed-up"):
             table.add_column(heading, justify="left" if not heading else "right")
         for name, before, after, gain in (
-            ("per step", self.vanilla_time.seconds_per_step, self.agentsd_time.seconds_per_step, self.speed_up),
-            ("total", self.vanilla_time.total, self.agentsd_time.total, self.total_speed_up),
+            ("per step", self.baseline_time.seconds_per_step, self.agentsd_time.seconds_per_step, self.speed_up),
+            ("total", self.baseline_time.total, self.agentsd_time.total, self.total_speed_up),
         ):
             table.add_row(name, f"{before:.3f} s", f"{after:.3f} s", f"{gain:.2f}×")
         table.add_section()
-        table.add_row("peak memory", self.vanilla_run.peak, self.agentsd_run.peak, "")
+        table.add_row("peak memory", self.baseline_run.peak, self.agentsd_run.peak, "")
         table.add_row("PSNR", "", decibels(self.psnr), "")
         table.add_row("SSIM", "", similarity(self.ssim), "")
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Everything but the pictures as plain values.
+        Everything but the images as plain values.
 
         Returns:
             `dict[str, Any]`: Ready for JSON: an infinite PSNR is `None`, as is an unknown one; `is_identical` tells
@@ -144,7 +144,7 @@ class Comparison:
         return {
             "settings": self.settings,
             "environment": self.environment,
-            "vanilla": _plain_run(self.vanilla_run),
+            "baseline": _plain_run(self.baseline_run),
             "agentsd": _plain_run(self.agentsd_run),
             "speed_up": self.speed_up,
             "total_speed_up": self.total_speed_up,
@@ -158,17 +158,17 @@ class Comparison:
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """
-        Write the pictures and `comparison.json`.
+        Write the images and `comparison.json`.
 
         Args:
             folder (`str` or `Path`): Created if it does not exist; files of these names in it are overwritten.
 
         Returns:
-            `dict[str, Path]`: The files, under `"vanilla"`, `"agentsd"`, `"side_by_side"` and `"comparison"`.
+            `dict[str, Path]`: The files, under `"baseline"`, `"agentsd"`, `"side_by_side"` and `"comparison"`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {name: folder / f"{name}.png" for name in ("vanilla", "agentsd", "side_by_side")}
+        files = {name: folder / f"{name}.png" for name in ("baseline", "agentsd", "side_by_side")}
         for name, file in files.items():
             getattr(self, name).save(file)
         files["comparison"] = folder / "comparison.json"
@@ -188,17 +188,17 @@ def compare(
     seed: int = 0,
     negative_prompt: str | None = None,
     progress: Progress | None = None,
-    vanilla: Run | None = None,
+    baseline: Run | None = None,
     **options: Any,
 ) -> Comparison:
     """
-    Generate one picture with and without the patch, from the same seed.
+    Generate one image with and without the patch, from the same seed.
 
     Each variant is warmed up before it is timed. Afterwards the pipeline is patched, or not, as it was before.
 
     Args:
         pipe (`DiffusionPipeline`):
-            A pipeline with a UNet that draws pictures and takes `callback_on_step_end`, which is used to time steps.
+            A pipeline with a UNet that draws images and takes `callback_on_step_end`, which is used to time steps.
         prompt (`str`): What to draw.
         config (`AgentSDConfig`, *optional*):
             The patch to compare with; by default the one that the pipeline has, or else `AgentSDConfig()`.
@@ -211,12 +211,12 @@ def compare(
         progress (`Callable[[str, int, int], None]`, *optional*):
             Called at each step with the variant, the steps done and the total of steps; during the warm-up, no step is
             done yet. An exception that it raises ends the comparison. It replaces the pipeline's progress bar.
-        vanilla (`Run`, *optional*):
+        baseline (`Run`, *optional*):
             The run without the patch, if [`generate_timed`] has made it before with the same arguments.
         options: Passed to the pipeline, such as `image` and `strength`.
 
     Returns:
-        `Comparison`: Both pictures, their difference, times and fidelity.
+        `Comparison`: Both images, their difference, times and fidelity.
 
     Raises:
         RuntimeError: If the run was interrupted (`pipe._interrupt`).
@@ -240,31 +240,31 @@ def compare(
     has_own_patch = config is None and is_patched(pipe)
     if not has_own_patch:
         with patched(pipe, config=config):
-            pass  # what is wrong with it is better known before the picture without it than after
-    if vanilla is None:
+            pass  # what is wrong with it is better known before the image without it than after
+    if baseline is None:
         with unpatched(pipe):
-            vanilla = generate_timed(pipe, call, steps, seed, "without agentsd", _part(progress, "vanilla"))
+            baseline = generate_timed(pipe, call, steps, seed, "without agentsd", _part(progress, "baseline"))
     with nullcontext() if has_own_patch else patched(pipe, config=config):
         agentsd = generate_timed(pipe, call, steps, seed, "with agentsd", _part(progress, "agentsd"))
         patch_report = report(pipe)
-    if vanilla.values.shape != agentsd.values.shape:
+    if baseline.values.shape != agentsd.values.shape:
         raise ValueError(
-            f"`vanilla` is a run of another size: {vanilla.values.shape}, but the picture is {agentsd.values.shape}."
+            f"`baseline` is a run of another size: {baseline.values.shape}, but the image is {agentsd.values.shape}."
         )
 
-    difference, scale = difference_map(vanilla.image, agentsd.image)
-    ratio, likeness = fidelity(agentsd.values, vanilla.values)
+    difference, scale = difference_map(baseline.image, agentsd.image)
+    ratio, likeness = fidelity(agentsd.values, baseline.values)
     labels = [
-        f"without agentsd: {vanilla.time.seconds_per_step:.3g} s per step",
+        f"without agentsd: {baseline.time.seconds_per_step:.3g} s per step",
         f"with agentsd: {agentsd.time.seconds_per_step:.3g} s per step",
         f"difference, {scale} times as bright",  # Pillow's built-in font has no multiplication sign
     ]
     return Comparison(
-        vanilla_run=vanilla,
+        baseline_run=baseline,
         agentsd_run=agentsd,
         difference=difference,
         difference_scale=scale,
-        side_by_side=side_by_side([vanilla.image, agentsd.image, difference], labels),
+        side_by_side=side_by_side([baseline.image, agentsd.image, difference], labels),
         psnr=ratio,
         ssim=likeness,
         report=patch_report,
@@ -273,10 +273,10 @@ def compare(
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "seed": seed,
-            "steps": len(vanilla.time.steps) if {"timesteps", "sigmas"} & options.keys() else steps,
+            "steps": len(baseline.time.steps) if {"timesteps", "sigmas"} & options.keys() else steps,
             "guidance_scale": guidance_scale,
-            "height": vanilla.image.height,
-            "width": vanilla.image.width,
+            "height": baseline.image.height,
+            "width": baseline.image.width,
             "patch": patch_report.config.to_dict(),
         },
         environment=environment(pipe._execution_device, pipe.unet.dtype),
@@ -285,7 +285,7 @@ def compare(
 
 def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
     attended_models(pipe)  # raises what is wrong with another object
-    check_draws_pictures(pipe)
+    check_draws_images(pipe)
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
         raise TypeError(
             f"{type(pipe).__name__} cannot be timed step by step, as it takes no `callback_on_step_end`: patch it "

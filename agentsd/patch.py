@@ -10,11 +10,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .config import AgentSDConfig
 from .models.unet import (
-    Site,
+    AttentionLayer,
     attended_models,
     current_patch,
-    find_sites,
-    patched_sites,
+    find_layers,
+    patched_layers,
     plain_name,
     unsupported_reason,
 )
@@ -76,7 +76,7 @@ def apply_patch(
     check_filter(filter_fn)
     models = attended_models(pipe_or_unet)
     timesteps = _num_train_timesteps(pipe_or_unet)
-    planned: list[tuple[torch.nn.Module, ModelPatch, dict[int, Site]]] = []
+    planned: list[tuple[torch.nn.Module, ModelPatch, dict[int, AttentionLayer]]] = []
     for index, (_, model) in enumerate(models):
         patch = ModelPatch(config, timesteps, skipped={})
         sites = _choose_sites(patch, model, filter_fn)
@@ -254,7 +254,7 @@ def _num_train_timesteps(pipe_or_unet: Any) -> int:
     return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
 
 
-def _original_processor(site: Site) -> Any:
+def _original_processor(site: AttentionLayer) -> Any:
     if isinstance(site.attn.processor, AgentAttnProcessor):
         patch = getattr(site.attn, "agentsd_site", None)
         # Without its patch, it is one that somebody kept and put back after the patch was removed.
@@ -262,10 +262,10 @@ def _original_processor(site: Site) -> Any:
     return site.attn.processor
 
 
-def _choose_sites(patch: ModelPatch, model: torch.nn.Module, filter_fn: FilterFn | None) -> dict[int, Site]:
+def _choose_sites(patch: ModelPatch, model: torch.nn.Module, filter_fn: FilterFn | None) -> dict[int, AttentionLayer]:
     """The layers to patch, by their number in the model."""
     chosen = {}
-    for layer, site in enumerate(find_sites(model)):
+    for layer, site in enumerate(find_layers(model)):
         if 2**site.level > patch.config.max_downsample:
             continue
         if filter_fn is not None and not filter_fn(site.name, site.attn):
@@ -283,13 +283,13 @@ def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDC
     if patch.skipped:
         name, reason = next(iter(patch.skipped.items()))
         return f"No self-attention of {kind} can be patched: {name} is left out because {reason}."
-    if not find_sites(model):
+    if not find_layers(model):
         if isinstance(model, torch.nn.DataParallel):
             return (
                 "DataParallel runs copies of a model in several threads, whose calls a patch cannot tell apart. Use "
                 "DistributedDataParallel, with one process per GPU, and patch the model inside."
             )
-        inner = next((name for name, module in model.named_modules() if find_sites(module)), None)
+        inner = next((name for name, module in model.named_modules() if find_layers(module)), None)
         if inner is not None:
             return f"{kind} wraps the model that agentsd can patch: patch its `{inner}`, before or after wrapping."
         return (
@@ -305,7 +305,7 @@ class _Snapshot:
     def __init__(self, model: torch.nn.Module):
         self.model = model
         self.patch = current_patch(model)
-        self.sites = [(site, site.attn.agentsd_site, site.attn.processor) for site in patched_sites(model)]
+        self.sites = [(site, site.attn.agentsd_site, site.attn.processor) for site in patched_layers(model)]
         self.kept = dict(_kept_processors(model))
 
     def restore(self) -> None:
@@ -322,7 +322,7 @@ class _Snapshot:
                 kept[name] = self.kept.get(name, processor)
 
 
-def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch, dict[int, Site]]]) -> None:
+def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch, dict[int, AttentionLayer]]]) -> None:
     """Give every model the patch wanted; put all back as they were if that fails."""
     before = [_Snapshot(model) for model, _, _ in wanted]
     try:
@@ -335,7 +335,7 @@ def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch, dict[int, S
         raise
 
 
-def _install(model: torch.nn.Module, patch: ModelPatch, sites: dict[int, Site], before: _Snapshot) -> None:
+def _install(model: torch.nn.Module, patch: ModelPatch, sites: dict[int, AttentionLayer], before: _Snapshot) -> None:
     patch.install(model)
     # A copy of the processor that an older patch had here keeps the attention backend that was set on it.
     ours = {site.attn: p for site, _, p in before.sites if isinstance(p, AgentAttnProcessor)}
@@ -351,7 +351,7 @@ def _kept_processors(model: torch.nn.Module) -> dict[str, Any]:
 
 def _uninstall(model: torch.nn.Module) -> None:
     kept = _kept_processors(model)
-    for site in patched_sites(model):
+    for site in patched_layers(model):
         name, original = f"{site.name}.processor", site.attn.agentsd_site.original
         site.attn.agentsd_site.uninstall(site)
         if isinstance(kept.get(name), AgentAttnProcessor):

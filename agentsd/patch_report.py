@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .config import AgentSDConfig, Phase, TokenCounts
-from .models.unet import attended_models, current_patch, find_sites, plain_name
+from .models.unet import attended_models, current_patch, find_layers, plain_name
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PhaseReport:
 
 
 @dataclass(frozen=True)
-class SiteReport:
+class LayerReport:
     """
     One layer.
 
@@ -59,7 +59,7 @@ class PatchReport:
 
     Args:
         config (`AgentSDConfig`): The configuration of the patch: the UNet's, if its ControlNets have others.
-        rows (`list[SiteReport]`): One row per layer.
+        rows (`list[LayerReport]`): One row per layer.
 
     Examples:
 
@@ -72,7 +72,7 @@ class PatchReport:
     """
 
     config: AgentSDConfig
-    rows: list[SiteReport]
+    rows: list[LayerReport]
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -112,8 +112,8 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A patched pipeline or model.
         height (`int`, *optional*):
-            Height of the picture in pixels. Without height and width, the size of the last run is reported, if any.
-        width (`int`, *optional*): Width of the picture in pixels.
+            Height of the image in pixels. Without height and width, the size of the last run is reported, if any.
+        width (`int`, *optional*): Width of the image in pixels.
 
     Returns:
         `PatchReport`: One row for each layer that the patch covers or had to skip.
@@ -150,7 +150,7 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
         model_patch = current_patch(model)
         if model_patch is None:
             continue
-        for site in find_sites(model):
+        for site in find_layers(model):
             site_patch = getattr(site.attn, "agentsd_site", None)
             skipped = model_patch.skipped.get(plain_name(site.name))
             if site_patch is None and skipped is None:
@@ -159,7 +159,7 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
             if latent_size is not None:
                 # Each down-sampling rounds up.
                 size = (-(-latent_size[0] // 2**site.depth), -(-latent_size[1] // 2**site.depth))
-            row = SiteReport(model_name, site.name, site.level, site.attn.inner_dim, site.attn.heads, skipped)
+            row = LayerReport(model_name, site.name, site.level, site.attn.inner_dim, site.attn.heads, skipped)
             rows.append(row if size is None else _with_counts(row, size[0], size[1], model_patch.config))
     return PatchReport(patch.config, rows)
 
@@ -170,7 +170,7 @@ def _phases(config: AgentSDConfig) -> dict[str, Phase]:
     return {"all steps": config.agent_phase}
 
 
-def _with_counts(row: SiteReport, height: int, width: int, config: AgentSDConfig) -> SiteReport:
+def _with_counts(row: LayerReport, height: int, width: int, config: AgentSDConfig) -> LayerReport:
     tokens = height * width
     before = 4 * tokens**2 * row.channels
     phases = {}
@@ -191,7 +191,7 @@ def _attention_flops(counts: TokenCounts, channels: int) -> int:
     return matching + 4 * counts.merged * attended * channels
 
 
-def _phase_cells(row: SiteReport, phase: PhaseReport | None) -> list[str]:
+def _phase_cells(row: LayerReport, phase: PhaseReport | None) -> list[str]:
     if phase is None or row.attention_flops is None:
         return ["-", "-", "-"]
     flops = f"{row.attention_flops / 1e9:.3g} -> {phase.attention_flops / 1e9:.3g}"

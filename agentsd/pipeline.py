@@ -152,21 +152,21 @@ class AgentSDPipeline:
 
     def compare(self, prompt: str, **options: Any) -> "Comparison":
         """
-        Generate the same picture with and without the patch.
+        Generate the same image with and without the patch.
 
         Args:
             prompt (`str`): What to draw.
             options: As for [`agentsd.compare.compare`].
 
         Returns:
-            `Comparison`: Both pictures, their difference, times and fidelity.
+            `Comparison`: Both images, their difference, times and fidelity.
 
         Examples:
 
         ```python
         >>> from agentsd import AgentSDPipeline
         >>> comparison = AgentSDPipeline.from_pretrained("emoji").compare("red apple", steps=2)
-        >>> comparison.vanilla.size == comparison.agentsd.size
+        >>> comparison.baseline.size == comparison.agentsd.size
         True
         ```
         """

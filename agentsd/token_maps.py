@@ -1,4 +1,4 @@
-"""What was merged in a layer, as a picture: which tokens share a representative, and where the agents are."""
+"""What was merged in a layer, as an image: which tokens share a representative, and where the agents are."""
 
 import colorsys
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
-from .models.unet import attended_models, find_sites
+from .models.unet import attended_models, find_layers
 from .ops.merging import plan_merging
 from .runtime.state import TokenPlan
 
@@ -100,7 +100,7 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
     >>> pipe = AgentSDPipeline.from_pretrained("emoji").pipe
     >>> pipe.set_progress_bar_config(disable=True)
     >>> with recorded_maps(pipe) as maps:
-    ...     picture = pipe("red apple", num_inference_steps=2)
+    ...     image = pipe("red apple", num_inference_steps=2)
     >>> next(iter(maps.values())).caption
     '1,024 tokens merged to 615, 64 agents'
     ```
@@ -127,7 +127,7 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
 
     handles = [unet.register_forward_pre_hook(count)]
     # Before the patch's own hook, which lets go of the plans at the end of a block.
-    handles += [site.block.register_forward_hook(record(site.name), prepend=True) for site in find_sites(unet)]
+    handles += [site.block.register_forward_hook(record(site.name), prepend=True) for site in find_layers(unet)]
     try:
         yield maps
     finally:
@@ -137,12 +137,12 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
 
 def draw_map(token_map: TokenMap, image: PIL.Image.Image, side: int = 768) -> PIL.Image.Image:
     """
-    Draw a map over its picture: one colour for each group of merged tokens, all other tokens as they are, and a dot on
+    Draw a map over its image: one colour for each group of merged tokens, all other tokens as they are, and a dot on
     each agent.
 
     Args:
         token_map (`TokenMap`): What was merged.
-        image (`PIL.Image.Image`): The picture.
+        image (`PIL.Image.Image`): The image.
         side (`int`, defaults to `768`): Approximate length of the longer side in pixels.
 
     Returns:

@@ -26,5 +26,7 @@ def calls(**values):
 
 
 def quality(model, **values):
-    given = {"models": (model,), "sizes": ((64, 64),), "steps": 2, "repeats": 1, "memory": False, "pictures": 3}
-    return BenchSettings.of_suite("quality", **{**given, "methods": ("vanilla", "agentsd"), "device": "cpu", **values})
+    given = {"models": (model,), "sizes": ((64, 64),), "steps": 2, "repeats": 1, "memory": False, "images": 3}
+    return BenchSettings.of_suite(
+        "quality", **{**given, "methods": ("baseline", "agentsd"), "device": "cpu", **values}
+    )

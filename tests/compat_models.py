@@ -49,7 +49,7 @@ def ip_adapter_state_dict(unet: UNet2DConditionModel, seed: int = 0) -> dict[str
 
 
 def ip_adapter_embeds(seed: int = 0) -> list[torch.Tensor]:
-    """The embedding of one picture, negative first, as pipelines take it with classifier-free guidance."""
+    """The embedding of one image, negative first, as pipelines take it with classifier-free guidance."""
     return [torch.randn(2, 1, IMAGE_EMBEDDING_WIDTH, generator=torch.Generator().manual_seed(seed))]
 
 
@@ -66,8 +66,8 @@ def save_lora(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def picture(seed: int = 0, size: int = 128) -> Image.Image:
-    """A picture of noise."""
+def image(seed: int = 0, size: int = 128) -> Image.Image:
+    """An image of noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 

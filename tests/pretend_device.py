@@ -147,7 +147,7 @@ if __name__ == "__main__":
                 "in float32": compare("agentsd", EARLY, attn_precision="fp32"),
                 "a timestep each": compare("agentsd", [EARLY, LATE], **everything),
                 "attention-free": compare("attention-free", EARLY),
-                "vanilla-naive": compare("vanilla-naive", EARLY),
+                "baseline-naive": compare("baseline-naive", EARLY),
                 "todo": compare("todo", EARLY),
                 "mixed": mix(),
             }

@@ -1,4 +1,4 @@
-"""Takes the README's pictures of the web page: `python tests/screenshots.py apps/screenshots`."""
+"""Takes the README's images of the web page: `python tests/screenshots.py apps/screenshots`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""agentsd.compare: two honest pictures of one seed, times that mean something, and a pipeline left as it was."""
+"""agentsd.compare: two honest images of one seed, times that mean something, and a pipeline left as it was."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from compat_models import picture, tiny_animatediff, tiny_gligen, with_unet
+from compat_models import image, tiny_animatediff, tiny_gligen, with_unet
 from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
@@ -24,8 +24,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import agentsd
 from agentsd.compare import RunTime, compare
-from agentsd.models.unet import find_sites
-from agentsd.utils.images import difference_map, picture_warnings, side_by_side
+from agentsd.models.unet import find_layers
+from agentsd.utils.images import difference_map, image_warnings, side_by_side
 
 
 PROMPT = "a red apple"
@@ -37,13 +37,13 @@ def draw(pipe, steps=3):
 
 
 def processors(pipe):
-    return [site.attn.processor for site in find_sites(pipe.unet)]
+    return [site.attn.processor for site in find_layers(pipe.unet)]
 
 
-def test_pictures_are_those_of_the_two_pipelines():
+def test_images_are_those_of_the_two_pipelines():
     """Exactly what the pipeline draws unpatched and patched: the comparison must not disturb either."""
     comparison = compare(tiny_sd(), PROMPT, steps=3, config=agentsd.AgentSDConfig(ratio=0.6))
-    np.testing.assert_array_equal(np.asarray(comparison.vanilla), draw(tiny_sd()))
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd()))
     np.testing.assert_array_equal(np.asarray(comparison.agentsd), draw(agentsd.apply_patch(tiny_sd(), ratio=0.6)))
     assert comparison.report.config.ratio == 0.6
     assert {row.tokens for row in comparison.report.rows} == {256}
@@ -64,12 +64,12 @@ def test_nothing_merged_is_identical():
 def test_other_models(build):
     """Stable Diffusion 2 and SDXL take the same way."""
     comparison = compare(build(), PROMPT, steps=2, height=96, width=160, negative_prompt="blue", guidance_scale=3.0)
-    assert comparison.vanilla.size == comparison.agentsd.size == comparison.difference.size == (160, 96)
+    assert comparison.baseline.size == comparison.agentsd.size == comparison.difference.size == (160, 96)
     assert comparison.settings["guidance_scale"] == 3.0
     assert comparison.psnr < math.inf
 
 
-def test_pipelines_that_start_from_a_picture():
+def test_pipelines_that_start_from_a_image():
     """Options go to the pipeline; the number of steps is then smaller than asked for, and progress knows it."""
     seen = []
     start = PIL.Image.new("RGB", (128, 128), "red")
@@ -78,11 +78,11 @@ def test_pipelines_that_start_from_a_picture():
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.2}, {}], ids=["given", "the pipeline's own"])
-def test_a_warm_up_that_starts_from_a_picture_is_long_enough(options):
+def test_a_warm_up_that_starts_from_a_image_is_long_enough(options):
     """Of three steps at a low strength none would be run, which pipelines refuse. The refiner's own is 0.3."""
     start = PIL.Image.new("RGB", (128, 128), "red")
     comparison = compare(tiny_refiner(), PROMPT, steps=20, image=start, **options)
-    assert len(comparison.vanilla_time.steps) == len(comparison.agentsd_time.steps) == (4 if options else 6)
+    assert len(comparison.baseline_time.steps) == len(comparison.agentsd_time.steps) == (4 if options else 6)
 
 
 # --- the pipeline afterwards ------------------------------------------------------------------------------------
@@ -99,19 +99,19 @@ def test_unpatched_pipeline_stays_unpatched():
 
 def test_a_patch_that_only_a_controlnet_has_is_off_for_the_plain_run():
     pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=tiny_controlnet())
-    options = {"steps": 2, "image": picture()}
-    plain = compare(pipe, "a", **options).vanilla_run
+    options = {"steps": 2, "image": image()}
+    plain = compare(pipe, "a", **options).baseline_run
     agentsd.apply_patch(pipe, max_downsample=4)
     agentsd.remove_patch(pipe.unet)
-    again = compare(pipe, "a", **options).vanilla_run
+    again = compare(pipe, "a", **options).baseline_run
     assert np.array_equal(again.values, plain.values)
     assert agentsd.is_patched(pipe.controlnet) and not agentsd.is_patched(pipe.unet)
 
 
 def test_the_wrapper_is_compared_as_its_pipeline():
-    """A few steps of a picture are warmed up with enough of them."""
+    """A few steps of an image are warmed up with enough of them."""
     pipe = with_unet(StableDiffusionImg2ImgPipeline)
-    options = {"steps": 20, "image": picture(), "strength": 0.2}
+    options = {"steps": 20, "image": image(), "strength": 0.2}
     comparison = compare(agentsd.AgentSDPipeline(pipe), "a", **options)
     assert comparison.settings["pipeline"] == type(pipe).__name__
 
@@ -131,23 +131,23 @@ def test_steps_of_ones_own_are_counted():
 def test_patched_pipeline_keeps_its_patch(config):
     """Also its choice of layers, which no configuration can tell."""
     pipe = agentsd.apply_patch(tiny_sd(), ratio=0.7, filter_fn=lambda name, module: name.startswith("up_blocks.2"))
-    picture = draw(pipe)
+    image = draw(pipe)
     comparison = compare(pipe, PROMPT, steps=3, config=config)
     assert comparison.settings["patch"]["ratio"] == (0.7 if config is None else 0.2)
     assert len(comparison.report.rows) == (2 if config is None else 3)
     assert agentsd.report(pipe).config.ratio == 0.7
-    np.testing.assert_array_equal(np.asarray(comparison.vanilla), draw(tiny_sd()))
-    np.testing.assert_array_equal(draw(pipe), picture)
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd()))
+    np.testing.assert_array_equal(draw(pipe), image)
 
 
 @pytest.mark.parametrize("patch_first", [False, True])
-@pytest.mark.parametrize("variant", ["vanilla", "agentsd"])
+@pytest.mark.parametrize("variant", ["baseline", "agentsd"])
 def test_cancelling_leaves_everything_as_it_was(variant, patch_first):
     """A web page stops a run by raising from the progress function."""
     pipe = tiny_sd()
     if patch_first:
         agentsd.apply_patch(pipe, ratio=0.7)
-    picture = draw(pipe)
+    image = draw(pipe)
     pipe._progress_bar_config = {"disable": True, "desc": "mine"}
 
     def cancel(name, done, total):
@@ -158,11 +158,11 @@ def test_cancelling_leaves_everything_as_it_was(variant, patch_first):
         compare(pipe, PROMPT, steps=3, progress=cancel)
     assert agentsd.is_patched(pipe) == patch_first
     assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
-    np.testing.assert_array_equal(draw(pipe), picture)
+    np.testing.assert_array_equal(draw(pipe), image)
 
 
 def test_interrupted_pipeline_is_no_result():
-    """diffusers' own way to stop returns a half-made picture: it must not be compared."""
+    """diffusers' own way to stop returns a half-made image: it must not be compared."""
     pipe = tiny_sd()
 
     def interrupt(name, done, total):
@@ -179,11 +179,11 @@ def test_progress_counts_every_step_of_both():
     """During the warm-up nothing is done yet, but it can be cancelled."""
     seen = []
     comparison = compare(tiny_sd(), PROMPT, steps=4, progress=lambda *step: seen.append(step))
-    for variant in ("vanilla", "agentsd"):
+    for variant in ("baseline", "agentsd"):
         counts = [done for name, done, total in seen if name == variant and total == 4]
         assert counts == [0, 0, 0, 1, 2, 3, 4]
-    assert len(comparison.vanilla_time.steps) == len(comparison.agentsd_time.steps) == 4
-    assert comparison.vanilla_time.total > sum(comparison.vanilla_time.steps) > 0
+    assert len(comparison.baseline_time.steps) == len(comparison.agentsd_time.steps) == 4
+    assert comparison.baseline_time.total > sum(comparison.baseline_time.steps) > 0
 
 
 def test_seconds_per_step_leave_out_the_first():
@@ -192,32 +192,32 @@ def test_seconds_per_step_leave_out_the_first():
     assert RunTime(steps=[9.0], total=10.0).seconds_per_step == 9.0
 
 
-def test_a_picture_smaller_than_the_window_of_the_similarity():
+def test_a_image_smaller_than_the_window_of_the_similarity():
     comparison = compare(tiny_sd(), PROMPT, steps=1, height=8, width=8)
     assert comparison.psnr is not None
     assert comparison.ssim is None
 
 
-# --- pictures that are no result --------------------------------------------------------------------------------
+# --- images that are no result --------------------------------------------------------------------------------
 
 
 def test_values_that_are_not_finite_are_flagged():
-    """Half-precision overflow ends in a black picture: it is named, and gets no fidelity."""
+    """Half-precision overflow ends in a black image: it is named, and gets no fidelity."""
     pipe = tiny_sd()
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, math.nan)
     comparison = compare(pipe, PROMPT, steps=1)
     assert [warning.split(" has ")[0] for warning in comparison.warnings] == [
-        "The picture without agentsd",
-        "The picture with agentsd",
+        "The image without agentsd",
+        "The image with agentsd",
     ]
     assert "not finite" in comparison.warnings[0]
     assert (comparison.psnr, comparison.ssim) == (None, None)
-    assert comparison.vanilla.getextrema() == ((0, 0), (0, 0), (0, 0))
+    assert comparison.baseline.getextrema() == ((0, 0), (0, 0), (0, 0))
     json.dumps(comparison.to_dict(), allow_nan=False)
 
 
-def test_black_picture_is_flagged():
-    """Two black pictures are identical, which is no success. In half precision the cure is named."""
+def test_black_image_is_flagged():
+    """Two black images are identical, which is no success. In half precision the cure is named."""
     pipe = tiny_sd().to(torch.bfloat16)
     torch.nn.init.zeros_(pipe.vae.decoder.conv_out.weight)
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, -1)
@@ -228,18 +228,18 @@ def test_black_picture_is_flagged():
 
 
 def test_safety_checker_is_named():
-    """The picture it puts in place is black too, for another reason."""
+    """The image it puts in place is black too, for another reason."""
     pipe = tiny_sd()
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 16}
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
-    torch.nn.init.constant_(checker.concept_embeds_weights, -1)  # a threshold that every picture passes
+    torch.nn.init.constant_(checker.concept_embeds_weights, -1)  # a threshold that every image passes
     pipe.register_modules(
         safety_checker=checker,
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     )
     comparison = compare(pipe, PROMPT, steps=1)
-    assert comparison.warnings[0] == "The safety checker replaced the picture without agentsd with a black one."
+    assert comparison.warnings[0] == "The safety checker replaced the image without agentsd with a black one."
 
 
 # --- what is shown and saved ------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def test_files(tmp_path):
     files = comparison.save(tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
         "agentsd.png",
+        "baseline.png",
         "comparison.json",
         "side_by_side.png",
-        "vanilla.png",
     ]
-    np.testing.assert_array_equal(np.asarray(PIL.Image.open(files["vanilla"])), np.asarray(comparison.vanilla))
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(files["baseline"])), np.asarray(comparison.baseline))
     saved = json.loads(files["comparison"].read_text(encoding="utf-8"), parse_constant=refuse)
     assert saved == json.loads(json.dumps(comparison.to_dict()))
     assert saved["settings"]["prompt"] == PROMPT
@@ -279,15 +279,15 @@ def test_difference_map_is_bright_but_not_clipped(difference, scale):
     """A difference of one level must be seen, and a large one keep its shape."""
     first = PIL.Image.new("RGB", (16, 16), (20, 20, 20))
     second = PIL.Image.new("RGB", (16, 16), (20, 20 + difference, 20))
-    picture, found = difference_map(first, second)
+    image, found = difference_map(first, second)
     assert found == scale
-    assert picture.getpixel((3, 3)) == (difference * scale,) * 3
-    assert difference_map(second, first)[0].tobytes() == picture.tobytes()
+    assert image.getpixel((3, 3)) == (difference * scale,) * 3
+    assert difference_map(second, first)[0].tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (512, 512), (1024, 640)])
-def test_side_by_side_shows_every_picture_and_label(size):
-    """Whole pictures, none hidden by a label, and the label drawn above it."""
+def test_side_by_side_shows_every_image_and_label(size):
+    """Whole images, none hidden by a label, and the label drawn above it."""
     colours = ["red", "green", "blue"]
     sheet = side_by_side([PIL.Image.new("RGB", size, colour) for colour in colours], ["one", "two", "three"])
     factor = math.ceil(320 / size[0])
@@ -336,10 +336,10 @@ def test_pipeline_without_a_unet():
         compare(object(), PROMPT)
 
 
-def test_both_pictures_are_the_ones_asked_for():
+def test_both_images_are_the_ones_asked_for():
     wish = {"negative_prompt": "blue", "height": 64, "width": 96}
     comparison = compare(tiny_sd(), PROMPT, steps=2, guidance_scale=2.0, seed=3, **wish)
-    for pipe, found in ((tiny_sd(), comparison.vanilla), (agentsd.apply_patch(tiny_sd()), comparison.agentsd)):
+    for pipe, found in ((tiny_sd(), comparison.baseline), (agentsd.apply_patch(tiny_sd()), comparison.agentsd)):
         generator = torch.Generator().manual_seed(3)
         expected = pipe(PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=generator, **wish).images[0]
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
@@ -351,11 +351,11 @@ def test_numbers_stand_under_the_run_that_they_are_of():
     before, after = RunTime(total=9.0, steps=[2.0, 2.0]), RunTime(total=5.0, steps=[1.0, 1.0])
     comparison = replace(
         comparison,
-        vanilla_run=replace(comparison.vanilla_run, time=before, peak_bytes=2),
+        baseline_run=replace(comparison.baseline_run, time=before, peak_bytes=2),
         agentsd_run=replace(comparison.agentsd_run, time=after, peak_bytes=1),
     )
     found = comparison.to_dict()
-    for name, time, peak in (("vanilla", before, 2), ("agentsd", after, 1)):
+    for name, time, peak in (("baseline", before, 2), ("agentsd", after, 1)):
         expected = {"total_seconds": time.total, "step_seconds": time.steps, "peak_bytes": peak}
         assert found[name] == {"seconds_per_step": time.seconds_per_step, **expected}
     console = Console(width=100, file=io.StringIO())
@@ -364,12 +364,12 @@ def test_numbers_stand_under_the_run_that_they_are_of():
     assert line.index("2.000 s") < line.index("1.000 s")
 
 
-def test_the_sheet_has_each_picture_under_its_name(monkeypatch):
+def test_the_sheet_has_each_image_under_its_name(monkeypatch):
     seen = []
     monkeypatch.setattr("agentsd.compare.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
     comparison = compare(tiny_sd(), PROMPT, steps=1)
     (images, labels), *_ = seen
-    assert images == [comparison.vanilla, comparison.agentsd, comparison.difference]
+    assert images == [comparison.baseline, comparison.agentsd, comparison.difference]
     assert [label.split(":")[0] for label in labels[:2]] == ["without agentsd", "with agentsd"]
 
 
@@ -383,4 +383,4 @@ def test_the_brightest_differences_stay_bright():
 
 def test_a_single_colour_is_noticed_whatever_it_is():
     brown = SimpleNamespace(images=np.full((1, 8, 8, 3), (0.5, 0.3, 0.1)))
-    assert "single colour" in picture_warnings(brown, "x", torch.float32)[0]
+    assert "single colour" in image_warnings(brown, "x", torch.float32)[0]

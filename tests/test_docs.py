@@ -77,7 +77,7 @@ def test_python_snippets_of_the_readme_run(tmp_path):
     script = "\n".join(blocks("python"))
     assert "apply_patch" in script
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment(), timeout=300)
-    assert (tmp_path / "picture.png").is_file()
+    assert (tmp_path / "image.png").is_file()
 
 
 def commands() -> list[str]:

@@ -26,7 +26,7 @@ def load(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
 
 
 def draw(pipe: StableDiffusionPipeline, prompt: str, steps: int, **more: int) -> torch.Tensor:
-    """One picture, (3, height, width) in 0 … 1."""
+    """One image, (3, height, width) in 0 … 1."""
     generator = torch.Generator().manual_seed(0)
     keywords = {"num_inference_steps": steps, "guidance_scale": 4.0, "generator": generator, "output_type": "pt"}
     return pipe(prompt, **keywords, **more).images[0].float()
@@ -58,16 +58,16 @@ def test_parts_are_plain_stable_diffusion(pipe: StableDiffusionPipeline) -> None
 def test_loads_and_runs_in_one_dtype(dtype: torch.dtype | None) -> None:
     loaded = load(dtype)
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {dtype or torch.float32}
-    # half precision is slow on CPUs, hence a small picture; the default size is checked below
-    picture = draw(loaded, "a red apple", 1, height=64, width=64)
-    assert picture.shape == (3, 64, 64)
-    assert picture.isfinite().all() and picture.std() > 0.05
+    # half precision is slow on CPUs, hence a small image; the default size is checked below
+    image = draw(loaded, "a red apple", 1, height=64, width=64)
+    assert image.shape == (3, 64, 64)
+    assert image.isfinite().all() and image.std() > 0.05
 
 
 @pytest.mark.parametrize("prompt", ["", "ünïcödé 漢字 🍎", "word " * 200])
 def test_any_prompt_runs(prompt: str, pipe: StableDiffusionPipeline) -> None:
-    picture = draw(pipe, prompt, 1)
-    assert picture.shape == (3, 256, 256) and picture.isfinite().all()
+    image = draw(pipe, prompt, 1)
+    assert image.shape == (3, 256, 256) and image.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -77,21 +77,21 @@ def test_any_prompt_runs(prompt: str, pipe: StableDiffusionPipeline) -> None:
 def test_draws_the_colour_asked_for_on_white(
     prompt: str, strong: int, weak: int, pipe: StableDiffusionPipeline
 ) -> None:
-    picture = draw(pipe, prompt, 15)
-    middle = picture[:, 96:160, 96:160].mean(dim=(1, 2))
-    corners = picture[:, [4, 4, -5, -5], [4, -5, 4, -5]]
+    image = draw(pipe, prompt, 15)
+    middle = image[:, 96:160, 96:160].mean(dim=(1, 2))
+    corners = image[:, [4, 4, -5, -5], [4, -5, 4, -5]]
     assert middle[strong] > middle[weak] + 0.2 and middle[strong] == middle.max(), middle
     assert corners.min() > 0.9, "white background"
 
 
-def inner(picture: torch.Tensor) -> torch.Tensor:
-    """The picture without its outermost pixels, where this decoder draws a faint line."""
-    return picture[:, 4:-4, 4:-4]
+def inner(image: torch.Tensor) -> torch.Tensor:
+    """The image without its outermost pixels, where this decoder draws a faint line."""
+    return image[:, 4:-4, 4:-4]
 
 
-def drawn(picture: torch.Tensor) -> torch.Tensor:
+def drawn(image: torch.Tensor) -> torch.Tensor:
     """Where there is something on the white, (height, width), cut to what is drawn."""
-    mask = inner(picture).amin(dim=0) < 0.75
+    mask = inner(image).amin(dim=0) < 0.75
     rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
     return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -101,7 +101,7 @@ def widths(mask: torch.Tensor) -> list[float]:
     return [float(part.float().mean()) for part in mask.chunk(3)]
 
 
-def test_the_encoder_beside_it_knows_what_its_pictures_show(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_the_encoder_beside_it_knows_what_its_images_show(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     """CLIP scores and distances between sets stand on it. The card has 98 % of all prompts among five."""
     prompts = json.loads((MODEL / "training.json").read_text())["prompts"]
     drawn = prompts[::8]
@@ -109,9 +109,9 @@ def test_the_encoder_beside_it_knows_what_its_pictures_show(pipe: StableDiffusio
     for file, prompt in zip(files, drawn, strict=True):
         to_image(draw(pipe, prompt, 15).permute(1, 2, 0).numpy()).save(file)
     extractor = load_extractor("emoji")
-    pictures, texts = extractor.pictures(files), extractor.texts(prompts)
-    pictures, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (pictures, texts))
-    ranked = (-pictures @ texts.T).argsort(axis=1)
+    images, texts = extractor.images(files), extractor.texts(prompts)
+    images, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (images, texts))
+    ranked = (-images @ texts.T).argsort(axis=1)
     found = [prompts.index(prompt) in row[:5] for prompt, row in zip(drawn, ranked.tolist(), strict=True)]
     assert len(found) == 16 and all(found)
 
@@ -129,8 +129,8 @@ def test_a_heart_has_the_shape_of_one(prompt: str, pipe: StableDiffusionPipeline
 
 def test_a_fir_tree_has_the_shape_of_one(pipe: StableDiffusionPipeline) -> None:
     """A point above, wide below, and green."""
-    picture = draw(pipe, "a fir tree", 15)
-    mask = drawn(picture)
+    image = draw(pipe, "a fir tree", 15)
+    mask = drawn(image)
     upper, middle, _ = widths(mask)
     assert upper < 0.45 and middle > upper + 0.1
     assert len(mask) > 0.9 * mask.shape[1], "upright"
@@ -138,12 +138,12 @@ def test_a_fir_tree_has_the_shape_of_one(pipe: StableDiffusionPipeline) -> None:
 
 def test_a_pineapple_has_its_parts_in_place(pipe: StableDiffusionPipeline) -> None:
     """Green leaves above, yellow fruit below, and taller than wide."""
-    picture = inner(draw(pipe, "a pineapple", 15))
-    mask = drawn(picture)
-    rows = (picture.amin(dim=0) < 0.75).any(dim=1).nonzero()
+    image = inner(draw(pipe, "a pineapple", 15))
+    mask = drawn(image)
+    rows = (image.amin(dim=0) < 0.75).any(dim=1).nonzero()
     top, bottom = int(rows[0]), int(rows[-1])
-    leaves = picture[:, top : top + (bottom - top) // 4, 108:140]
-    fruit = picture[:, bottom - (bottom - top) // 2 : bottom - 8, 108:140]
+    leaves = image[:, top : top + (bottom - top) // 4, 108:140]
+    fruit = image[:, bottom - (bottom - top) // 2 : bottom - 8, 108:140]
     excess = [part[0].mean() - part[1].mean() for part in (leaves, fruit)]  # red over green
     assert excess[1] > excess[0] + 0.2
     assert len(mask) > 1.2 * mask.shape[1]

@@ -90,9 +90,9 @@ def test_the_embedded_model_is_small():
 def test_the_installed_command_draws_with_the_embedded_model(installed):
     where = run(installed / "bin" / "python", "-c", "import agentsd; print(agentsd.__file__)", cwd=installed)
     assert Path(where.strip()).is_relative_to(installed)
-    picture = installed / "apple.png"
-    run(installed / "bin" / "agentsd", "generate", "red apple", "--steps", 2, "--out", picture, cwd=installed)
-    with Image.open(picture) as image:
+    image = installed / "apple.png"
+    run(installed / "bin" / "agentsd", "generate", "red apple", "--steps", 2, "--out", image, cwd=installed)
+    with Image.open(image) as image:
         low, high = image.convert("L").getextrema()
         assert image.size == (256, 256)
     assert high - low > 20  # it drew something

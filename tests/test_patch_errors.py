@@ -12,7 +12,7 @@ from runs import hook_count, run
 
 import agentsd
 from agentsd import AgentAttnProcessor
-from agentsd.models.unet import find_sites, patched_sites
+from agentsd.models.unet import find_layers, patched_layers
 
 
 class Other:
@@ -93,7 +93,7 @@ def test_a_failed_call_changes_nothing(unet, options, error, is_patched):
 def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
     agentsd.apply_patch(unet, ratio=0.2)
     before, hooks = run(unet), hook_count(unet)
-    last = [site.block for site in find_sites(unet) if hasattr(site.attn, "agentsd_site")][-1]
+    last = [site.block for site in find_layers(unet) if hasattr(site.attn, "agentsd_site")][-1]
 
     def refuse(*args, **kwargs):
         if "with_kwargs" in kwargs and refuse.calls:
@@ -115,7 +115,7 @@ def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
 )
 def test_attention_that_does_more_is_skipped_and_reported(unet, part, value):
     """AgentAttnProcessor knows nothing of these, which other models' attention has."""
-    site = find_sites(unet)[0]
+    site = find_layers(unet)[0]
     setattr(site.attn, part, value)
     rows = {row.name: row for row in agentsd.report(agentsd.apply_patch(unet)).rows}
     assert rows[site.name].skipped
@@ -123,7 +123,7 @@ def test_attention_that_does_more_is_skipped_and_reported(unet, part, value):
 
 
 def test_unsupported_processors_are_skipped_and_reported(unet):
-    site = find_sites(unet)[0]
+    site = find_layers(unet)[0]
     custom = CustomDiffusionAttnProcessor2_0(hidden_size=site.attn.inner_dim, train_q_out=False)
     site.attn.set_processor(custom)
     agentsd.apply_patch(unet)
@@ -132,14 +132,14 @@ def test_unsupported_processors_are_skipped_and_reported(unet):
     assert site.attn.processor is custom
     assert "skipped: its processor CustomDiffusionAttnProcessor2_0" in str(agentsd.report(unet))
 
-    for other in find_sites(unet):
+    for other in find_layers(unet):
         other.attn.set_processor(custom)
     agentsd.remove_patch(unet)
     with pytest.raises(ValueError, match="CustomDiffusionAttnProcessor2_0"):
         agentsd.apply_patch(unet)
 
 
-def test_a_replaced_processor_means_vanilla_and_one_warning(unet):
+def test_a_replaced_processor_means_baseline_and_one_warning(unet):
     plain = run(unet)
     agentsd.apply_patch(unet)
     unet.set_attn_processor(AttnProcessor2_0())
@@ -157,7 +157,7 @@ def test_a_processor_derived_from_ours_is_ours(unet):
         pass
 
     agentsd.apply_patch(unet)
-    for site in patched_sites(unet):
+    for site in patched_layers(unet):
         site.attn.set_processor(Derived())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

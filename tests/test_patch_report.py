@@ -5,7 +5,7 @@ import torch
 from models import tiny_controlnet, tiny_sd
 
 import agentsd
-from agentsd.models.unet import find_sites
+from agentsd.models.unet import find_layers
 
 
 def test_without_a_patch_it_says_what_to_do(unet):
@@ -22,7 +22,7 @@ def test_sizes_are_known_once_given_or_seen(unet):
     given = agentsd.report(unet, height=17 * 8, width=21 * 8).rows
     assert seen == given
     assert seen[0].tokens == 17 * 21
-    assert {row.level for row in seen} == set(range(max(site.level for site in find_sites(unet)) + 1))
+    assert {row.level for row in seen} == set(range(max(site.level for site in find_layers(unet)) + 1))
 
 
 def test_operations_of_attention_and_matching_are_counted(unet):
@@ -76,5 +76,5 @@ def test_its_size_is_checked(unet, size):
         agentsd.report(agentsd.apply_patch(unet), **size)
 
 
-def test_the_smallest_picture_has_one_token(unet):
+def test_the_smallest_image_has_one_token(unet):
     assert agentsd.report(agentsd.apply_patch(unet), height=8, width=8).rows[0].tokens == 1

@@ -112,7 +112,7 @@ def test_compare(model):
     pipe.set_progress_bar_config(disable=True)
     comparison = pipe.compare("a red apple", steps=2)
     assert comparison.settings["patch"]["ratio"] == 0.2
-    assert comparison.vanilla.size == comparison.agentsd.size == (128, 128)
+    assert comparison.baseline.size == comparison.agentsd.size == (128, 128)
     assert pipe.patch_config.ratio == 0.2
     json.dumps(comparison.to_dict())
 

@@ -1,4 +1,4 @@
-"""The benchmark: speed, memory and picture quality against every peer, in one process and interleaved."""
+"""The benchmark: speed, memory and image quality against every peer, in one process and interleaved."""
 
 from .methods import METHODS, Method, MethodUnavailable
 from .report import BenchResult, load_result

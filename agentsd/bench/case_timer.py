@@ -159,18 +159,18 @@ class CaseTimer:
             ]
 
     def _fitting_steps(self, method: FewerSteps, case: Case) -> int:
-        """How many steps of vanilla take as long as all steps of another method."""
+        """How many steps of the baseline take as long as all steps of another method."""
         pair = [replace(case, method=BASELINE, ratio=None), replace(case, method=method.reference)]
         variants = [Variant(one.name, self.subject.call(self.twin(one), one, self.settings.steps)) for one in pair]
         for variant in variants:
             self._warm_up(variant)
-        vanilla, other = variants
+        baseline, other = variants
         rounds = []
         for _ in range(self.settings.repeats):
             rounds.append(time_round(variants, self.subject.device, self.counter.step))
             variants.reverse()
         shares = [
-            (samples[other.name].step_seconds or 0) / (samples[vanilla.name].step_seconds or 1) for samples in rounds
+            (samples[other.name].step_seconds or 0) / (samples[baseline.name].step_seconds or 1) for samples in rounds
         ]
         fitting = math.floor(self.settings.steps * statistics.median(shares))
         return min(max(1, fitting), self.settings.steps)  # of fewer steps, or of all where the other is slower

@@ -1,30 +1,30 @@
-"""Counts the calls and pictures of a run for a progress display."""
+"""Counts the calls and images of a run for a progress display."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 
-# Calls and pictures done, how many there are in all, what runs now.
+# Calls and images done, how many there are in all, what runs now.
 Progress = Callable[[int, int, str], None]
 
 
 class Counter:
     """
-    Counts the calls and pictures of a run, in groups of cases that each have a name.
+    Counts the calls and images of a run, in groups of cases that each have a name.
 
     A case that has ended counts as a whole, whatever it left out, so that what cannot run does not spoil the estimate
     of the time that is left.
 
     Args:
         progress (`Callable[[int, int, str], None]`, *optional*): Told before each call; see [`run_bench`].
-        total (`int`): Calls and pictures of all groups.
+        total (`int`): Calls and images of all groups.
 
     Examples:
 
     ```python
     >>> from agentsd.bench.counter import Counter
     >>> counter = Counter(lambda *state: print(*state), total=3)
-    >>> counter.begin("64×64 ", {"vanilla": 1, "agentsd": 2}, left={"vanilla": 0, "agentsd": 2})
+    >>> counter.begin("64×64 ", {"baseline": 1, "agentsd": 2}, left={"baseline": 0, "agentsd": 2})
     >>> counter.step("agentsd")
     1 3 64×64 agentsd
     >>> counter.end("agentsd")
@@ -46,7 +46,7 @@ class Counter:
 
         Args:
             prefix (`str`): What to show before a case's name.
-            work (`Mapping[str, int]`): Calls and pictures of each case.
+            work (`Mapping[str, int]`): Calls and images of each case.
             left (`Mapping[str, int]`): How many of them an earlier run has left to do.
         """
         self._prefix, self._left = prefix, dict(left)
@@ -59,7 +59,7 @@ class Counter:
         Args:
             name (`str`): The case.
             what (`str`): What to show behind its name.
-            count (`int`, defaults to `1`): Pictures that the call draws, where pictures are counted.
+            count (`int`, defaults to `1`): Images that the call draws, where images are counted.
         """
         if self._progress is not None:
             self._progress(self._done, self._total, f"{self._prefix}{name} {what}".rstrip())

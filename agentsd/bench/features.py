@@ -1,4 +1,4 @@
-"""Extractors of picture features, for distances between sets of pictures."""
+"""Extractors of image features, for distances between sets of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +18,17 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Extractor(Protocol):
-    """Turns pictures, and perhaps texts, into features."""
+    """Turns images, and perhaps texts, into features."""
 
     @property
     def width(self) -> int:
-        """Number of features of a picture."""
+        """Number of features of an image."""
 
-    def pictures(self, files: Sequence[Path]) -> np.ndarray:
-        """Features of picture files, of shape `(n, features)`."""
+    def images(self, files: Sequence[Path]) -> np.ndarray:
+        """Features of image files, of shape `(n, features)`."""
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
-        """Features of texts that compare with those of pictures, or `None` where there are none."""
+        """Features of texts that compare with those of images, or `None` where there are none."""
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
@@ -78,13 +78,13 @@ class InceptionFeatures:
         except ModuleNotFoundError as error:
             raise ImportError(str(error)) from error
 
-    def pictures(self, files: Sequence[Path]) -> np.ndarray:
-        """See [`Extractor.pictures`]."""
+    def images(self, files: Sequence[Path]) -> np.ndarray:
+        """See [`Extractor.images`]."""
         rows = []
         for start in range(0, len(files), _BATCH):
             arrays = [np.array(opened(file)) for file in files[start : start + _BATCH]]
             sizes = {array.shape for array in arrays}
-            # Pictures of several sizes do not fit into one batch; the network scales each to its own size.
+            # Images of several sizes do not fit into one batch; the network scales each to its own size.
             for batch in [np.stack(arrays)] if len(sizes) == 1 else [array[None] for array in arrays]:
                 pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
                 with torch.no_grad():
@@ -115,8 +115,8 @@ class ClipFeatures:
         self.width: int = self._model.config.projection_dim
 
     @torch.no_grad()
-    def pictures(self, files: Sequence[Path]) -> np.ndarray:
-        """See [`Extractor.pictures`]."""
+    def images(self, files: Sequence[Path]) -> np.ndarray:
+        """See [`Extractor.images`]."""
         rows = []
         for start in range(0, len(files), _BATCH):
             batch = [opened(file) for file in files[start : start + _BATCH]]
@@ -143,9 +143,9 @@ class ClipFeatures:
         return np.concatenate(rows)
 
 
-def picture_files(folder: str | Path) -> list[Path]:
+def image_files(folder: str | Path) -> list[Path]:
     """
-    The pictures of a folder and of the folders in it, sorted.
+    The images of a folder and of the folders in it, sorted.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -158,7 +158,7 @@ def picture_files(folder: str | Path) -> list[Path]:
     """
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
-        raise BenchError(f"{folder} holds {len(files)} pictures ({', '.join(_SUFFIXES)}): name a folder with more.")
+        raise BenchError(f"{folder} holds {len(files)} images ({', '.join(_SUFFIXES)}): name a folder with more.")
     return files
 
 

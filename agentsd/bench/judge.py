@@ -1,4 +1,4 @@
-"""Draws a set of pictures with each method and judges it: against vanilla's pictures, and as a set."""
+"""Draws a set of images with each method and judges it: against the baseline's images, and as a set."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,27 +17,27 @@ from .features import Extractor, load_extractor
 from .lpips import PerceptualDistance
 from .reference import ReferenceSet, load_reference
 from .set_metrics import clip_scores, frechet_distance, kernel_distance
-from .settings import BenchSettings, Case, picture_folder
+from .settings import BenchSettings, Case, image_folder
 from .store import BenchError
 from .workers import Workers
 
 
-# A covariance needs two pictures, and an interval sets with some of them left out.
+# A covariance needs two images, and an interval sets with some of them left out.
 _SMALLEST_SET = 3
 
 
 @dataclass
-class PictureJudge:
+class ImageJudge:
     """
-    Draws and judges the pictures of one model.
+    Draws and judges the images of one model.
 
     Args:
         subject (`PipelineSubject`): Draws.
-        settings (`BenchSettings`): How many pictures, from which seeds, and how sets are compared.
-        images (`Path`): Folder for the pictures; those that lie there already are not drawn again.
+        settings (`BenchSettings`): How many images, from which seeds, and how sets are compared.
+        images (`Path`): Folder for the images; those that lie there already are not drawn again.
         workers (`Workers`): The processes that share the drawing.
         prompts (`tuple[str, ...]`): What is drawn, in turn.
-        on_draw (`Callable[[str, int], None]`): Told the name of a case and a number of pictures before each drawing.
+        on_draw (`Callable[[str, int], None]`): Told the name of a case and a number of images before each drawing.
     """
 
     subject: Any
@@ -46,7 +46,7 @@ class PictureJudge:
     workers: Workers
     prompts: tuple[str, ...]
     on_draw: Callable[[str, int], None]
-    # Vanilla's pictures are compared with again and again.
+    # Baseline's images are compared with again and again.
     _known: dict[Path, np.ndarray] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -66,52 +66,52 @@ class PictureJudge:
     def judge(
         self,
         case: Case,
-        baseline: Case,
+        baseline_case: Case,
         steps: int,
         model: Callable[[], Any],
-        vanilla: Callable[[], Any],
+        baseline: Callable[[], Any],
     ) -> dict[str, Any]:
         """
-        Draw the set of a case, and compare it with vanilla's.
+        Draw the set of a case, and compare it with the baseline's.
 
         Args:
             case (`Case`): What is judged.
-            baseline (`Case`): Vanilla at the same setting.
+            baseline_case (`Case`): Baseline at the same setting.
             steps (`int`): Denoising steps of the case.
             model (`Callable`): Gives the pipeline with the case's method on; asked only if something is to be drawn.
-            vanilla (`Callable`): Gives the unpatched pipeline.
+            baseline (`Callable`): Gives the unpatched pipeline.
 
         Returns:
-            `dict[str, Any]`: Numbers of pictures, and under `"quality"` each metric's value with the ends of its
+            `dict[str, Any]`: Numbers of images, and under `"quality"` each metric's value with the ends of its
             95 % interval. Only the main process has all of them.
         """
-        reference = self._draw(baseline, self.settings.steps, vanilla)
-        pictures = reference if case == baseline else self._draw(case, steps, model)
+        reference = self._draw(baseline_case, self.settings.steps, baseline)
+        images = reference if case == baseline_case else self._draw(case, steps, model)
         self.workers.wait()  # until all have drawn their share
         if not self.workers.is_main:
             return {}
-        is_bad = [_is_blank(file) for file in pictures]
-        good = [file for file, bad in zip(pictures, is_bad, strict=True) if not bad]
+        is_bad = [_is_blank(file) for file in images]
+        good = [file for file, bad in zip(images, is_bad, strict=True) if not bad]
         pairs = [
             (file, other)
-            for file, other, bad in zip(pictures, reference, is_bad, strict=True)
-            if case != baseline and not bad and not _is_blank(other)
+            for file, other, bad in zip(images, reference, is_bad, strict=True)
+            if case != baseline_case and not bad and not _is_blank(other)
         ]
         identical, fidelity = self._pairs(pairs)
         return {
-            "pictures": len(pictures),
+            "images": len(images),
             "blank": sum(is_bad),
             "identical": identical,
             "quality": {**fidelity, **self._sets(good, pairs)},
         }
 
     def _draw(self, case: Case, steps: int, model: Callable[[], Any]) -> list[Path]:
-        """The files of a case's pictures, drawn by all processes together where they are not there yet."""
-        folder = self.images / picture_folder(case)
+        """The files of a case's images, drawn by all processes together where they are not there yet."""
+        folder = self.images / image_folder(case)
         folder.mkdir(parents=True, exist_ok=True)
-        count = self.settings.pictures
+        count = self.settings.images
         files = [folder / f"{index:05d}.png" for index in range(count)]
-        # The same pictures are drawn together however many processes there are, since a batch may round differently.
+        # The same images are drawn together however many processes there are, since a batch may round differently.
         chunks = [range(start, min(start + case.batch, count)) for start in range(0, count, case.batch)]
         for chunk in self.workers.share(chunks):
             if all(files[index].exists() for index in chunk):
@@ -120,16 +120,16 @@ class PictureJudge:
             seeds = [self.settings.seed + index for index in chunk]
             self.on_draw(case.name, len(chunk))
             output = self.subject.draw(model(), case, steps, prompts, seeds)
-            for index, picture in zip(chunk, output.images, strict=True):
-                # Files have no NaN: kept all black, such a picture counts as blank on a resume too.
-                whole = picture if np.isfinite(picture).all() else np.zeros_like(picture)
+            for index, image in zip(chunk, output.images, strict=True):
+                # Files have no NaN: kept all black, such an image counts as blank on a resume too.
+                whole = image if np.isfinite(image).all() else np.zeros_like(image)
                 unfinished = files[index].with_suffix(".part")
                 to_image(whole).save(unfinished, format="png")
                 unfinished.replace(files[index])
         return files
 
     def _pairs(self, pairs: Sequence[tuple[Path, Path]]) -> tuple[int, dict[str, list[float]]]:
-        """How many pairs are identical, and fidelity to vanilla's picture of the same seed; neither is blank."""
+        """How many pairs are identical, and fidelity to the baseline's image of the same seed; neither is blank."""
         scores: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": [], "lpips": []}
         identical = 0
         for file, other in pairs:
@@ -146,22 +146,22 @@ class PictureJudge:
                 scores["lpips"].append(self._perceptual(first, second))
         return identical, {name: bootstrap_mean(values) for name, values in scores.items() if values}
 
-    def _sets(self, pictures: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
+    def _sets(self, images: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
         """What needs the features of whole sets, where an extractor was named."""
-        if self._extractor is None or not pictures:
+        if self._extractor is None or not images:
             return {}
-        scores = self._set_scores(self._extractor, pictures)
+        scores = self._set_scores(self._extractor, images)
         return {**scores, **self._set_changes(self._extractor, pairs)} if pairs else scores
 
-    def _set_scores(self, extractor: Extractor, pictures: Sequence[Path]) -> dict[str, list[float]]:
-        """A set by itself: how far it is from the reference, and how well its pictures fit their prompts."""
-        features, texts = self._features(extractor, pictures), self._texts(extractor, pictures)
+    def _set_scores(self, extractor: Extractor, images: Sequence[Path]) -> dict[str, list[float]]:
+        """A set by itself: how far it is from the reference, and how well its images fit their prompts."""
+        features, texts = self._features(extractor, images), self._texts(extractor, images)
         reference = self._reference
         scores: dict[str, list[float]] = {}
-        if reference is not None and len(pictures) >= _SMALLEST_SET:
+        if reference is not None and len(images) >= _SMALLEST_SET:
             scores["fid"] = jackknife(reference.frechet_distance, features)
             scores["kid"] = jackknife(reference.kernel_distance, features)
-            if floor := reference.floor(len(pictures)):
+            if floor := reference.floor(len(images)):
                 scores["fid_floor"] = floor
         if texts is not None:
             scores["clip"] = bootstrap_mean(clip_scores(features, texts))
@@ -169,46 +169,44 @@ class PictureJudge:
 
     def _set_changes(self, extractor: Extractor, pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
         """
-        A set beside vanilla's pictures of the same seeds: how far it is from them; or, where there is a reference, how
-        much farther from that. What such methods change is far less than what the choice of seeds does, so that the
-        intervals of the two distances would say little about their difference.
+        A set beside the baseline's images of the same seeds: how far it is from them; or, where there is a reference,
+        how much farther from that. What such methods change is far less than what the choice of seeds does, so that
+        the intervals of the two distances would say little about their difference.
         """
         files, others = zip(*pairs, strict=True)
-        own, vanilla = self._features(extractor, files), self._features(extractor, others)
+        own, baseline = self._features(extractor, files), self._features(extractor, others)
         texts, reference = self._texts(extractor, files), self._reference
         scores: dict[str, list[float]] = {}
         if len(pairs) >= _SMALLEST_SET and reference is None:
-            scores["fid"] = jackknife(frechet_distance, own, vanilla)
-            scores["kid"] = jackknife(partial(kernel_distance, paired=True), own, vanilla)
+            scores["fid"] = jackknife(frechet_distance, own, baseline)
+            scores["kid"] = jackknife(partial(kernel_distance, paired=True), own, baseline)
         elif len(pairs) >= _SMALLEST_SET and reference is not None:
             for name, distance in (("fid", reference.frechet_distance), ("kid", reference.kernel_distance)):
-                scores[f"{name}_change"] = jackknife(lambda a, b, to=distance: to(a) - to(b), own, vanilla)
+                scores[f"{name}_change"] = jackknife(lambda a, b, to=distance: to(a) - to(b), own, baseline)
         if texts is not None:
-            changes = np.subtract(clip_scores(own, texts), clip_scores(vanilla, texts))
+            changes = np.subtract(clip_scores(own, texts), clip_scores(baseline, texts))
             scores["clip_change"] = bootstrap_mean(changes.tolist())
         return scores
 
-    def _features(self, extractor: Extractor, pictures: Sequence[Path]) -> np.ndarray:
-        """Features of pictures, computed once for each."""
-        new = [file for file in pictures if file not in self._known]
+    def _features(self, extractor: Extractor, images: Sequence[Path]) -> np.ndarray:
+        """Features of images, computed once for each."""
+        new = [file for file in images if file not in self._known]
         if new:
-            self._known.update(zip(new, extractor.pictures(new), strict=True))
-        return np.stack([self._known[file] for file in pictures])
+            self._known.update(zip(new, extractor.images(new), strict=True))
+        return np.stack([self._known[file] for file in images])
 
-    def _texts(self, extractor: Extractor, pictures: Sequence[Path]) -> np.ndarray | None:
-        """Features of what the pictures were to show."""
-        return extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in pictures])
+    def _texts(self, extractor: Extractor, images: Sequence[Path]) -> np.ndarray | None:
+        """Features of what the images were to show."""
+        return extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in images])
 
 
 def _read(file: Path) -> PIL.Image.Image:
     try:
         return opened(file)
     except OSError as error:
-        raise BenchError(
-            f"The picture {file} cannot be read ({error}). Delete it and resume with --resume."
-        ) from error
+        raise BenchError(f"The image {file} cannot be read ({error}). Delete it and resume with --resume.") from error
 
 
 def _is_blank(file: Path) -> bool:
-    """Whether a picture is a single colour, as one with values that are not finite is kept."""
+    """Whether an image is a single colour, as one with values that are not finite is kept."""
     return not np.ptp(np.asarray(_read(file)), axis=(0, 1)).any()

@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look to a network that was fitted to people's judgement."""
+"""LPIPS: how different two images look to a network that was fitted to people's judgement."""
 
 import PIL.Image
 import torch
@@ -34,14 +34,14 @@ class PerceptualDistance:
     @torch.no_grad()
     def __call__(self, first: PIL.Image.Image, second: PIL.Image.Image) -> float:
         """
-        The distance of two pictures.
+        The distance of two images.
 
         Args:
             first (`PIL.Image.Image`): One.
             second (`PIL.Image.Image`): The other, of the same size.
 
         Returns:
-            `float`: 0 for the same picture.
+            `float`: 0 for the same image.
         """
-        pixels = [to_tensor(picture).to(self._device, torch.float32) for picture in (first, second)]
+        pixels = [to_tensor(image).to(self._device, torch.float32) for image in (first, second)]
         return float(self._metric(*pixels))

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from ..config import AgentSDConfig, PresetName
-from ..models.unet import Site, attended_models, find_sites, unsupported_reason
+from ..models.unet import AttentionLayer, attended_models, find_layers, unsupported_reason
 from ..patch import apply_patch
 from ..runtime.processor import AgentAttnProcessor
 from ..utils.extras import how_to_install
@@ -16,7 +16,7 @@ from .attention_free import AttentionFreeProcessor
 from .todo import DownsampledProcessor
 
 
-BASELINE = "vanilla"
+BASELINE = "baseline"
 # DeepCache's own choice in its examples: the whole UNet every third step, its outermost blocks in between.
 _CACHE_INTERVAL = 3
 # Options of this library that mean the same to tomesd.
@@ -68,7 +68,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Vanilla:
+class Baseline:
     """
     The model as it is.
 
@@ -85,7 +85,7 @@ class Vanilla:
 
 
 @dataclass(frozen=True)
-class FewerSteps(Vanilla):
+class FewerSteps(Baseline):
     """
     The model as it is, with as many steps as fit in the time that another method takes for all of its own.
 
@@ -144,7 +144,7 @@ class ToMeSD:
         except ImportError as error:
             raise _not_installed("tomesd") from error
         unet = attended_models(model)[0][1]
-        sites = find_sites(unet)
+        sites = find_layers(unet)
         if not sites:
             raise MethodUnavailable("tomesd found no transformer block in this model")
         shared = {name: options[name] for name in _SHARED_WITH_TOMESD if name in options}
@@ -251,7 +251,7 @@ class OtherProcessor:
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
-        sites = patchable_sites(model, options)
+        sites = patchable_layers(model, options)
         if not sites:
             raise MethodUnavailable("this model has no self-attention that agentsd would patch")
         for site in sites:
@@ -270,7 +270,7 @@ class NaiveAttention:
         name (`str`): Its name.
     """
 
-    name: str = "vanilla-naive"
+    name: str = "baseline-naive"
     has_ratio: bool = field(default=False, init=False)
     needs_generation: bool = field(default=False, init=False)
 
@@ -282,13 +282,13 @@ class NaiveAttention:
 
 def reseed(model: Any, seed: int) -> None:
     """
-    Restart the random numbers of a method, so that a picture does not depend on those drawn before it.
+    Restart the random numbers of a method, so that an image does not depend on those drawn before it.
 
-    tomesd uses one generator from picture to picture; no other method has random state.
+    tomesd uses one generator from image to image; no other method has random state.
 
     Args:
         model (`DiffusionPipeline` or `UNet2DConditionModel`): A model with a method on.
-        seed (`int`): The picture's seed.
+        seed (`int`): The image's seed.
     """
     unet = attended_models(model)[0][1]
     info = getattr(unet, "_tome_info", None)
@@ -296,7 +296,7 @@ def reseed(model: Any, seed: int) -> None:
         info["args"]["generator"] = torch.Generator(next(unet.parameters()).device).manual_seed(seed)
 
 
-def patchable_sites(model: Any, options: Mapping[str, Any]) -> list[Site]:
+def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLayer]:
     """
     The layers that agentsd patches.
 
@@ -305,12 +305,12 @@ def patchable_sites(model: Any, options: Mapping[str, Any]) -> list[Site]:
         options (`Mapping[str, Any]`): Fields of [`AgentSDConfig`], of which `max_downsample` matters.
 
     Returns:
-        `list[Site]`: Layers of the UNet and of ControlNets.
+        `list[AttentionLayer]`: Layers of the UNet and of ControlNets.
     """
     return [
         site
         for _, attended in attended_models(model)
-        for site in find_sites(attended)
+        for site in find_layers(attended)
         if 2**site.level <= _max_downsample(options)
         and (
             isinstance(site.attn.processor, AgentAttnProcessor)
@@ -330,7 +330,7 @@ def _not_installed(package: str) -> MethodUnavailable:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Vanilla(),
+        Baseline(),
         NaiveAttention(),
         AgentSD("agentsd", "paper"),
         AgentSD("agentsd-agent", "agent"),

@@ -1,4 +1,4 @@
-"""Plots of a benchmark's rows: quality against speed, speed against size, and a grid of pictures."""
+"""Plots of a benchmark's rows: quality against speed, speed against size, and a grid of images."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from .methods import BASELINE
-from .settings import picture_folder, short_name
+from .settings import image_folder, short_name
 
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .rows import Row
 
 
-_VANILLA = (1.0, 1.0)  # neither faster nor different
-_GRID_PICTURES = 6
+_ORIGIN = (1.0, 1.0)  # neither faster nor different
+_GRID_IMAGES = 6
 _GRID_SIDE = 192
 
 
@@ -30,7 +30,7 @@ def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) 
     Args:
         result (`BenchResult`): The rows.
         folder (`Path`): Where to.
-        images (`Path`, *optional*): The folder of the run's pictures; without it, there are no grids.
+        images (`Path`, *optional*): The folder of the run's images; without it, there are no grids.
 
     Returns:
         `list[Path]`: PNG files; without matplotlib, only grids.
@@ -43,7 +43,7 @@ def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) 
         for setting in dict.fromkeys(row.setting for row in rows if "ssim" in row.quality):
             mine = [row for row in rows if row.setting == setting]
             if any(row.speedup is not None for row in mine):
-                files.append(plot_quality(mine, folder / f"quality-speed-{picture_folder(mine[0]).parent}.png"))
+                files.append(plot_quality(mine, folder / f"quality-speed-{image_folder(mine[0]).parent}.png"))
     return files + (_draw_grids(rows, folder, images) if images is not None else [])
 
 
@@ -74,7 +74,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     """
-    Plot similarity to vanilla's pictures against speed, with vanilla itself and the Pareto front.
+    Plot similarity to the baseline's images against speed, with the baseline itself and the Pareto front.
 
     Args:
         rows (`Sequence[Row]`): The rows of one setting; those without a speed-up or SSIM are left out.
@@ -85,8 +85,8 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     """
     judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None and row.method != BASELINE]
     figure, axes = _figure()
-    points = [_VANILLA, *((row.speedup or 0.0, row.quality["ssim"][0]) for row in judged)]
-    axes.plot(*_VANILLA, "k*", markersize=10, label="vanilla")
+    points = [_ORIGIN, *((row.speedup or 0.0, row.quality["ssim"][0]) for row in judged)]
+    axes.plot(*_ORIGIN, "k*", markersize=10, label="baseline")
     for method in dict.fromkeys(row.method for row in judged):
         mine = [row for row in judged if row.method == method]
         middle = [row.quality["ssim"][0] for row in mine]
@@ -100,9 +100,9 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     ring = {"marker": "o", "markersize": 14, "fillstyle": "none"}
     axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", **ring, label="Pareto front")
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("speed-up over vanilla")
+    axes.set_xlabel("speed-up over the baseline")
     has_intervals = any(len(row.quality["ssim"]) > 1 for row in judged)
-    axes.set_ylabel("SSIM to vanilla's picture" + (" (95 % interval)" if has_intervals else ""))
+    axes.set_ylabel("SSIM to the baseline's image" + (" (95 % interval)" if has_intervals else ""))
     axes.legend()
     return _save(figure, file)
 
@@ -131,8 +131,8 @@ def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
             color="black" if is_reference else None,
             label=name if batch == 1 else f"{name}, batch {batch}",
         )
-    axes.set_xlabel("side of the picture in pixels")
-    axes.set_ylabel("speed-up over vanilla")
+    axes.set_xlabel("side of the image in pixels")
+    axes.set_ylabel("speed-up over the baseline")
     axes.legend(title=short_name(model))
     return _save(figure, folder / f"speed-size-{short_name(model)}.png")
 
@@ -151,15 +151,15 @@ def _save(figure: Any, file: Path) -> Path:
 
 
 def _draw_grids(rows: "list[Row]", folder: Path, images: Path) -> list[Path]:
-    """One sheet a setting: a line of the first pictures for each method."""
+    """One sheet a setting: a line of the first images for each method."""
     files = []
     for setting in dict.fromkeys(row.setting for row in rows):
         mine = [row for row in rows if row.setting == setting]
-        lines = [(row, sorted((images / picture_folder(row)).glob("*.png"))) for row in mine]
+        lines = [(row, sorted((images / image_folder(row)).glob("*.png"))) for row in mine]
         # Rows may come from a file that anybody wrote, and name a folder that is none of the run's.
-        lines = [(row, found[:_GRID_PICTURES]) for row, found in lines if found and _is_inside(found[0], images)]
+        lines = [(row, found[:_GRID_IMAGES]) for row, found in lines if found and _is_inside(found[0], images)]
         if lines:
-            file = folder / f"pictures-{picture_folder(mine[0]).parent}.png"
+            file = folder / f"images-{image_folder(mine[0]).parent}.png"
             _draw_grid(lines).save(file)
             files.append(file)
     return files
@@ -180,7 +180,7 @@ def _draw_grid(lines: "list[tuple[Row, list[Path]]]") -> PIL.Image.Image:
         top = number * (_GRID_SIDE + gap)
         draw.text((8, top + _GRID_SIDE // 2), text, fill="black", font=font, anchor="lm")
         for column, file in enumerate(files):
-            with PIL.Image.open(file) as picture:
-                small = picture.convert("RGB").resize((_GRID_SIDE, _GRID_SIDE), PIL.Image.Resampling.LANCZOS)
+            with PIL.Image.open(file) as image:
+                small = image.convert("RGB").resize((_GRID_SIDE, _GRID_SIDE), PIL.Image.Resampling.LANCZOS)
             sheet.paste(small, (label + column * (_GRID_SIDE + gap), top))
     return sheet

@@ -1,4 +1,4 @@
-"""A reference set of pictures, kept as its features: what sets of drawn pictures are compared with."""
+"""A reference set of images, kept as its features: what sets of drawn images are compared with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..utils.loading import resolve_model
-from .features import Extractor, picture_files
+from .features import Extractor, image_files
 from .set_metrics import frechet_distance_of_moments, kernel_distance
 from .store import BenchError
 
@@ -19,12 +19,12 @@ _FLOOR_SETS = 50
 @dataclass(frozen=True)
 class ReferenceSet:
     """
-    Features of a set of pictures, or what of them FID and KID need.
+    Features of a set of images, or what of them FID and KID need.
 
     Args:
-        count (`int`): How many pictures there are.
-        mean (`np.ndarray` of shape `(features,)`): Of all pictures.
-        covariance (`np.ndarray` of shape `(features, features)`): Of all pictures.
+        count (`int`): How many images there are.
+        mean (`np.ndarray` of shape `(features,)`): Of all images.
+        covariance (`np.ndarray` of shape `(features, features)`): Of all images.
         rows (`np.ndarray` of shape `(n, features)`): The features of some of them, or of all.
     """
 
@@ -36,10 +36,10 @@ class ReferenceSet:
     @classmethod
     def of(cls, features: np.ndarray, rows: int | None = None) -> "ReferenceSet":
         """
-        The reference set of these pictures.
+        The reference set of these images.
 
         Args:
-            features (`np.ndarray` of shape `(n, features)`): Of at least two pictures.
+            features (`np.ndarray` of shape `(n, features)`): Of at least two images.
             rows (`int`, *optional*): How many of them to keep for KID; all by default.
 
         Returns:
@@ -99,10 +99,10 @@ class ReferenceSet:
 
     def frechet_distance(self, features: np.ndarray) -> float:
         """
-        Fréchet distance of other pictures to all of the reference; see [`frechet_distance`].
+        Fréchet distance of other images to all of the reference; see [`frechet_distance`].
 
         Args:
-            features (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
+            features (`np.ndarray` of shape `(n, features)`): Features of at least two images.
 
         Returns:
             `float`: At least 0.
@@ -115,10 +115,10 @@ class ReferenceSet:
 
     def kernel_distance(self, features: np.ndarray) -> float:
         """
-        Kernel distance of other pictures to the reference's rows; see [`kernel_distance`].
+        Kernel distance of other images to the reference's rows; see [`kernel_distance`].
 
         Args:
-            features (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
+            features (`np.ndarray` of shape `(n, features)`): Features of at least two images.
 
         Returns:
             `float`: About 0 for sets of the same distribution.
@@ -130,10 +130,10 @@ class ReferenceSet:
 
     def floor(self, count: int) -> list[float]:
         """
-        Fréchet distance of so many of the reference's pictures to all its others: what a set scores for being small.
+        Fréchet distance of so many of the reference's images to all its others: what a set scores for being small.
 
         Args:
-            count (`int`): Pictures in a set, at least two.
+            count (`int`): Images in a set, at least two.
 
         Returns:
             `list[float]`: Its mean over random choices, and the range of 95 % of them; nothing where there are not
@@ -159,7 +159,7 @@ class ReferenceSet:
         return [float(value) for value in (np.mean(distances), *np.percentile(distances, (2.5, 97.5)))]
 
     def _without(self, rows: np.ndarray) -> "ReferenceSet":
-        """What is left of the moments without some of the pictures; no other picture's features are needed for it."""
+        """What is left of the moments without some of the images; no other image's features are needed for it."""
         count = self.count - len(rows)
         mean = (self.count * self.mean - rows.sum(axis=0)) / count
         # Sums of products about the mean of all, then about the new mean.
@@ -173,7 +173,7 @@ class ReferenceSet:
 
     def check_width(self, width: int) -> None:
         """
-        See that pictures can be compared with the set.
+        See that images can be compared with the set.
 
         Args:
             width (`int`): Number of their features.
@@ -183,7 +183,7 @@ class ReferenceSet:
         """
         if width != len(self.mean):
             raise BenchError(
-                f"The reference set has {len(self.mean)} features per picture, but these pictures have {width}: "
+                f"The reference set has {len(self.mean)} features per image, but these images have {width}: "
                 "name the extractor that the reference was made with."
             )
 
@@ -195,8 +195,8 @@ def load_reference(name: str, extractor: Extractor) -> ReferenceSet:
     Args:
         name (`str`):
             `"emoji"` for renders of what the embedded model was taught, whose features ship with it; a safetensors
-            file that [`ReferenceSet.save`] wrote; or a folder of pictures.
-        extractor (`Extractor`): What turns pictures into features; must be the one a kept set was made with.
+            file that [`ReferenceSet.save`] wrote; or a folder of images.
+        extractor (`Extractor`): What turns images into features; must be the one a kept set was made with.
 
     Returns:
         `ReferenceSet`: The set.
@@ -205,7 +205,7 @@ def load_reference(name: str, extractor: Extractor) -> ReferenceSet:
         BenchError: If there is nothing of that kind.
     """
     file = kept_reference(name)
-    return ReferenceSet.load(file) if file is not None else ReferenceSet.of(extractor.pictures(picture_files(name)))
+    return ReferenceSet.load(file) if file is not None else ReferenceSet.of(extractor.images(image_files(name)))
 
 
 def check_reference(name: str, extractor: Extractor) -> None:
@@ -214,7 +214,7 @@ def check_reference(name: str, extractor: Extractor) -> None:
 
     Args:
         name (`str`): See [`load_reference`].
-        extractor (`Extractor`): What the pictures' features will come from.
+        extractor (`Extractor`): What the images' features will come from.
 
     Raises:
         BenchError: If there is nothing of that kind, or it was made with another extractor.
@@ -223,7 +223,7 @@ def check_reference(name: str, extractor: Extractor) -> None:
     if file is not None:
         ReferenceSet.load(file).check_width(extractor.width)
     else:
-        picture_files(name)
+        image_files(name)
 
 
 def kept_reference(name: str) -> Path | None:
@@ -234,7 +234,7 @@ def kept_reference(name: str) -> Path | None:
         name (`str`): See [`load_reference`].
 
     Returns:
-        `Path` or `None`: The file; `None` for a folder of pictures.
+        `Path` or `None`: The file; `None` for a folder of images.
     """
     if name == "emoji":
         return Path(resolve_model("emoji")) / "clip" / "reference.safetensors"

@@ -21,7 +21,7 @@ from .store import BenchError, read_log, read_object
 
 
 _TEXT_COLUMNS = ("size", "method")
-_PICTURE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
+_IMAGE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
 # A terminal has no room for these columns; they are in the reports.
 NOT_IN_TERMINAL = ("s/step", "step quartiles", "step speed-up", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
 
@@ -40,7 +40,7 @@ class BenchResult:
 
     ```python
     >>> from agentsd.bench import BenchSettings, run_bench
-    >>> result = run_bench(BenchSettings(methods=("vanilla",), steps=2, repeats=1, memory=False))
+    >>> result = run_bench(BenchSettings(methods=("baseline",), steps=2, repeats=1, memory=False))
     >>> result.title
     'emoji: generations of 2 steps'
     >>> result.to_csv().splitlines()[0].split(",")[:4]
@@ -138,12 +138,12 @@ class BenchResult:
             writer.writerow(values)
         return out.getvalue()
 
-    def to_html(self, pictures: Sequence[Path] = ()) -> str:
+    def to_html(self, images: Sequence[Path] = ()) -> str:
         """
         A page that needs no other file.
 
         Args:
-            pictures (`Sequence[Path]`): PNG files to show below the table.
+            images (`Sequence[Path]`): PNG files to show below the table.
 
         Returns:
             `str`: HTML.
@@ -155,9 +155,9 @@ class BenchResult:
         shown = "".join(
             f'<figure><img alt="{html.escape(file.stem)}" src="data:image/png;base64,'
             f'{base64.b64encode(file.read_bytes()).decode()}"></figure>\n'
-            for file in pictures
+            for file in images
         )
-        return _PAGE.format(title=html.escape(self.title), head=head, body=body, notes=notes, pictures=shown)
+        return _PAGE.format(title=html.escape(self.title), head=head, body=body, notes=notes, images=shown)
 
     def save(self, folder: str | Path) -> list[Path]:
         """
@@ -291,7 +291,7 @@ def load_result(folder: str | Path) -> BenchResult:
 
     ```python
     >>> from agentsd.bench import BenchSettings, load_result, run_bench
-    >>> settings = BenchSettings(methods=("vanilla",), steps=2, repeats=1, memory=False)
+    >>> settings = BenchSettings(methods=("baseline",), steps=2, repeats=1, memory=False)
     >>> result = run_bench(settings, out="bench-results")
     >>> load_result("bench-results").rows == result.rows
     True
@@ -330,7 +330,9 @@ def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> 
         f"{times}: seconds per {unit}, over {_many(settings['repeats'], 'interleaved round')} in one process."
     )
     if "speed-up" in shown:
-        notes.append("speed-up: vanilla's time divided by the method's in the same round; the median over the rounds.")
+        notes.append(
+            "speed-up: the baseline's time divided by the method's in the same round; the median over the rounds."
+        )
     per_step = [name for name in ("s/step", "step quartiles", "step speed-up") if name in shown]
     if per_step:
         notes.append(f"{', '.join(per_step)}: of a denoising step, averaged over all; the first encodes the text too.")
@@ -339,56 +341,56 @@ def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> 
     if compared:
         notes.append(
             f"{', '.join(compared)}: the same, with the time of {' or '.join(others[name] for name in compared)} "
-            "in place of vanilla's."
+            "in place of the baseline's."
         )
     if any(row.method == "attention-free" for row in rows):
         notes.append(
             "attention-free: `to_out(to_v(x))` in place of self-attention in the patched layers, the reference for "
-            "what faster attention can gain; its pictures are worthless."
+            "what faster attention can gain; its images are worthless."
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
-        notes.append("fewer-steps: vanilla with as many steps as fit in agentsd's time.")
+        notes.append("fewer-steps: baseline with as many steps as fit in agentsd's time.")
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
     if unit == "generation" and "launches/step" in shown:
         notes.append("launches/step: GPU kernels of a short generation, with encoders and VAE, divided by its steps.")
-    pairwise = ", ".join(name for name in _PICTURE_METRICS if name in shown)
+    pairwise = ", ".join(name for name in _IMAGE_METRICS if name in shown)
     if pairwise:
         notes.append(
-            f"{pairwise}: mean over {_many(settings['pictures'], 'picture')} against vanilla's of the same seed and "
-            "prompt; pixel-identical pictures have no PSNR."
+            f"{pairwise}: mean over {_many(settings['images'], 'image')} against the baseline's of the same seed and "
+            "prompt; pixel-identical images have no PSNR."
         )
     distances = ", ".join(name for name in ("FID", "KID") if name in shown)
     if distances:
         if settings["reference"] is None:
-            other = "vanilla's pictures of the same seeds"
-            meaning = "Where the interval of KID contains 0, this many pictures cannot tell the sets apart."
+            other = "the baseline's images of the same seeds"
+            meaning = "Where the interval of KID contains 0, this many images cannot tell the sets apart."
         else:
             other = (
                 "fresh renders of what the model was trained on"
                 if settings["reference"] == "emoji"
-                else "the pictures given as --reference"
+                else "the images given as --reference"
             )
             meaning = "".join(
-                "For scale, as many pictures of the reference itself have FID "
+                "For scale, as many images of the reference itself have FID "
                 f"{floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
                 for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
             )
         notes.append(f"{distances}: distance to {other}, in the features of {settings['features']}. {meaning}".strip())
     if any(name.startswith("Δ") for name in shown):
         notes.append(
-            "Δ: difference to the value of vanilla's pictures of the same seeds. Where an interval contains 0, this "
-            "many pictures cannot tell the method from vanilla."
+            "Δ: difference to the value of the baseline's images of the same seeds. Where an interval contains 0, "
+            "this many images cannot tell the method from the baseline."
         )
-    if SUITES[settings["suite"]].has_pictures and settings["features"] is None:
+    if SUITES[settings["suite"]].has_images and settings["features"] is None:
         notes.append(
             "no FID, KID and CLIP score: for them, --features names an extractor (`inception`, or a CLIP model), and "
-            "--reference the pictures to compare with."
+            "--reference the images to compare with."
         )
     if has_intervals:
         notes.append(
-            "in brackets: 95 % intervals, from a bootstrap over rounds or pictures (for FID and KID, a jackknife); "
-            "none for fewer than five rounds or ten pictures."
+            "in brackets: 95 % intervals, from a bootstrap over rounds or images (for FID and KID, a jackknife); "
+            "none for fewer than five rounds or ten images."
         )
     failed = [(row, row.reason.rstrip(".")) for row in rows if row.reason]
     return [*notes, *(f"{row.name} at {result.size_of(row)} did not run: {reason}." for row, reason in failed)]
@@ -424,6 +426,6 @@ figure {{ margin: 2rem 0; }}
 </table></div>
 <ul>
 {notes}</ul>
-{pictures}</body>
+{images}</body>
 </html>
 """

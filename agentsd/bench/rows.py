@@ -6,7 +6,7 @@ from typing import Any
 
 
 # Fields that hold a quotient of times and the ends of its interval.
-COMPARED = ("of_vanilla", "step_of_vanilla", "of_tomesd", "of_free")
+COMPARED = ("of_baseline", "step_of_baseline", "of_tomesd", "of_free")
 # A reason that is told in the table itself.
 OUT_OF_MEMORY = "out of memory"
 
@@ -25,8 +25,8 @@ def named(method: str, ratio: float | None) -> str:
     Examples:
 
     ```python
-    >>> named("agentsd", 0.4), named("vanilla", None)
-    ('agentsd 0.4', 'vanilla')
+    >>> named("agentsd", 0.4), named("baseline", None)
+    ('agentsd 0.4', 'baseline')
     ```
     """
     return method if ratio is None else f"{method} {ratio:g}"
@@ -41,9 +41,9 @@ class Row:
         model (`str`): Name of the model.
         method (`str`): Name of the method.
         ratio (`float`, *optional*): Share of tokens merged, for methods that merge.
-        height (`int`): Picture height in pixels.
-        width (`int`): Picture width in pixels.
-        batch (`int`): Pictures in one generation.
+        height (`int`): Image height in pixels.
+        width (`int`): Image width in pixels.
+        batch (`int`): Images in one generation.
         steps (`int`, *optional*): Denoising steps, where there is a generation.
         rounds (`int`): Number of timed rounds.
         seconds (`float`, *optional*): Median seconds of a generation or call.
@@ -54,23 +54,23 @@ class Row:
             contains the text encoding.
         step_q1 (`float`, *optional*): Lower quartile of them.
         step_q3 (`float`, *optional*): Upper quartile of them.
-        of_vanilla (`list[float]`, *optional*):
-            Median over the rounds of vanilla's seconds divided by this method's and, where there are rounds enough,
+        of_baseline (`list[float]`, *optional*):
+            Median over the rounds of the baseline's seconds divided by this method's, with (given rounds enough)
             the ends of its 95 % interval.
-        step_of_vanilla (`list[float]`, *optional*): The same of a denoising step.
+        step_of_baseline (`list[float]`, *optional*): The same of a denoising step.
         of_tomesd (`list[float]`, *optional*): The same for tomesd's seconds at the same ratio.
         of_free (`list[float]`, *optional*): The same for the attention-free model.
         peak_bytes (`int`, *optional*): Peak memory.
         launches (`float`, *optional*): Kernels launched in a step, on CUDA.
-        pictures (`int`): Pictures drawn for judging.
+        images (`int`): Images drawn for judging.
         blank (`int`):
             How many of them are a single colour, by a safety checker or by any value that is not finite, with which
-            a picture is kept as a black one. No metric counts them.
-        identical (`int`): How many are the same as vanilla's, pixel by pixel; they have no PSNR.
+            an image is kept as a black one. No metric counts them.
+        identical (`int`): How many are the same as the baseline's, pixel by pixel; they have no PSNR.
         quality (`dict[str, list[float]]`):
             Metric to value and, of sets large enough, the ends of its 95 % interval; under `"fid_floor"` the FID of as
-            many pictures of the reference itself, and under `"…_change"` the difference to vanilla's value with
-            pictures of the same seeds.
+            many images of the reference itself, and under `"…_change"` the difference to the baseline's value with
+            images of the same seeds.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
 
@@ -78,7 +78,7 @@ class Row:
 
     ```python
     >>> from agentsd.bench import Row
-    >>> row = Row("emoji", "agentsd", 0.4, 256, 256, of_vanilla=[1.1, 1.0, 1.2])
+    >>> row = Row("emoji", "agentsd", 0.4, 256, 256, of_baseline=[1.1, 1.0, 1.2])
     >>> row.name, row.speedup
     ('agentsd 0.4', 1.1)
     ```
@@ -98,13 +98,13 @@ class Row:
     step_seconds: float | None = None
     step_q1: float | None = None
     step_q3: float | None = None
-    of_vanilla: list[float] | None = None
-    step_of_vanilla: list[float] | None = None
+    of_baseline: list[float] | None = None
+    step_of_baseline: list[float] | None = None
     of_tomesd: list[float] | None = None
     of_free: list[float] | None = None
     peak_bytes: int | None = None
     launches: float | None = None
-    pictures: int = 0
+    images: int = 0
     blank: int = 0
     identical: int = 0
     quality: dict[str, list[float]] = field(default_factory=dict)
@@ -113,8 +113,8 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """How many times as fast as vanilla."""
-        return None if self.of_vanilla is None else self.of_vanilla[0]
+        """How many times as fast as the baseline."""
+        return None if self.of_baseline is None else self.of_baseline[0]
 
     @property
     def name(self) -> str:
@@ -144,10 +144,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "steps": lambda row: _number(row.steps, "d"),
     "median": lambda row: _seconds(row.seconds, " s") or _not_run(row),
     "quartiles": lambda row: _range(row.q1, row.q3),
-    "speed-up": lambda row: _interval(row.of_vanilla, ".3f"),
+    "speed-up": lambda row: _interval(row.of_baseline, ".3f"),
     "s/step": lambda row: _seconds(row.step_seconds),
     "step quartiles": lambda row: _range(row.step_q1, row.step_q3),
-    "step speed-up": lambda row: _interval(row.step_of_vanilla, ".3f"),
+    "step speed-up": lambda row: _interval(row.step_of_baseline, ".3f"),
     "× tomesd": lambda row: _interval(row.of_tomesd, ".3f"),
     "× free": lambda row: _interval(row.of_free, ".3f"),
     "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
@@ -162,7 +162,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "Δ KID": lambda row: _interval(row.quality.get("kid_change"), "+.4f"),
     "CLIP score": lambda row: _interval(row.quality.get("clip"), ".1f"),
     "Δ CLIP score": lambda row: _interval(row.quality.get("clip_change"), "+.2f"),
-    "blank": lambda row: f"{row.blank} of {row.pictures}" if row.blank else "",
+    "blank": lambda row: f"{row.blank} of {row.images}" if row.blank else "",
 }
 
 

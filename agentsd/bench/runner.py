@@ -1,4 +1,4 @@
-"""Runs the benchmark: times cases in interleaved rounds, judges their pictures, and keeps what is finished."""
+"""Runs the benchmark: times cases in interleaved rounds, judges their images, and keeps what is finished."""
 
 import tempfile
 import time
@@ -17,7 +17,7 @@ from .case_timer import CaseTimer, group_of, reason_of
 from .computed import PHASES, can_call, is_computed, whole_schedule
 from .counter import Counter, Progress
 from .features import load_extractor
-from .judge import PictureJudge
+from .judge import ImageJudge
 from .lpips import PerceptualDistance
 from .memory import is_out_of_memory
 from .methods import BASELINE, METHODS, FewerSteps
@@ -25,7 +25,7 @@ from .prompts import builtin_prompts
 from .reference import check_reference
 from .report import BenchResult, result_of
 from .rows import named
-from .settings import BenchSettings, Case, picture_folder, short_name
+from .settings import BenchSettings, Case, image_folder, short_name
 from .store import BenchError, RunFolder
 from .subjects import Subject, subject_of
 from .workers import Workers
@@ -55,7 +55,7 @@ def run_bench(
             Continue from the results in `out`; finished rows are not measured again. What `budget_minutes` left out is
             tried again, and `budget_minutes` may differ from before.
         progress (`Callable[[int, int, str], None]`, *optional*):
-            Called before each call with how many calls and pictures are done, how many there are, and what runs next.
+            Called before each call with how many calls and images are done, how many there are, and what runs next.
 
     Returns:
         `BenchResult`: A row for every case; one that could not run says why.
@@ -67,9 +67,9 @@ def run_bench(
 
     ```python
     >>> from agentsd.bench import BenchSettings, run_bench
-    >>> settings = BenchSettings(methods=("vanilla", "agentsd"), steps=2, repeats=1, memory=False)
+    >>> settings = BenchSettings(methods=("baseline", "agentsd"), steps=2, repeats=1, memory=False)
     >>> [row.method for row in run_bench(settings).rows]
-    ['vanilla', 'agentsd']
+    ['baseline', 'agentsd']
     ```
     """
     settings = settings or BenchSettings()
@@ -159,7 +159,7 @@ class _ModelBench:
         self.subject, self.settings, self.folder = subject, settings, folder
         self.workers, self.counter = workers, counter
         self._timer = CaseTimer(subject, settings, folder, counter, self._keep)
-        self._judge = PictureJudge(subject, settings, folder.images, workers, prompts, self._tell_of_pictures)
+        self._judge = ImageJudge(subject, settings, folder.images, workers, prompts, self._tell_of_images)
 
     def forget_model(self) -> None:
         """Let go of the model and its copies: the next one needs the memory."""
@@ -190,35 +190,35 @@ class _ModelBench:
             if not self.folder.cases.find(**asdict(case)):
                 self._finish(case)
 
-    def _left(self, case: Case, calls: int, pictures: int) -> int:
-        """How many of these calls and pictures are not on record."""
+    def _left(self, case: Case, calls: int, images: int) -> int:
+        """How many of these calls and images are not on record."""
         if self.folder.cases.find(**asdict(case)):
             return 0
         rounds = len(self._timer.rounds(case))
         called = calls if rounds >= self.settings.repeats else min(rounds, calls)
-        drawn = len(list((self.folder.images / picture_folder(case)).glob("*.png")))
-        return calls - called + pictures - min(drawn, pictures)
+        drawn = len(list((self.folder.images / image_folder(case)).glob("*.png")))
+        return calls - called + images - min(drawn, images)
 
     # Rows
 
     def _finish(self, case: Case) -> None:
         """Keep the row of a case that could run."""
         row = self.workers.agree(self._numbers(case, self._timer.rounds(case)) if self.workers.is_main else {})
-        if self.settings.has_pictures and row.get("reason") is None:
+        if self.settings.has_images and row.get("reason") is None:
             baseline = replace(case, method=BASELINE, ratio=None)
             try:
                 row |= self._judge.judge(
                     case, baseline, row["steps"], partial(self._timer.twin, case), partial(self._timer.twin, baseline)
                 )
             except Exception as error:
-                # With several processes, the others wait for this one's pictures.
+                # With several processes, the others wait for this one's images.
                 if self.workers.count > 1 or not is_out_of_memory(error):
                     raise
                 row = {"reason": reason_of(error)}
         self._keep(case, row)
 
-    def _tell_of_pictures(self, name: str, count: int) -> None:
-        self.counter.step(name, "pictures", count * self.workers.count)  # the others draw as many at the same time
+    def _tell_of_images(self, name: str, count: int) -> None:
+        self.counter.step(name, "images", count * self.workers.count)  # the others draw as many at the same time
 
     def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:
         computed = is_computed(case, self.settings)
@@ -239,7 +239,7 @@ class _ModelBench:
                 kept[value] = record[value]
         steps = None if self.settings.kind == "call" else self._timer.steps(case)
         others = {
-            "of_vanilla": BASELINE,
+            "of_baseline": BASELINE,
             "of_tomesd": named("tomesd", case.ratio),
             "of_free": "attention-free",
         }
@@ -248,11 +248,11 @@ class _ModelBench:
             for key, other in others.items()
             if case.method != BASELINE and other != case.name and other in rounds[-1]
         }
-        if "of_vanilla" in compared and steps is not None:
-            compared["step_of_vanilla"] = paired_speedup(rounds, case.name, BASELINE, attrgetter("step_seconds"))
+        if "of_baseline" in compared and steps is not None:
+            compared["step_of_baseline"] = paired_speedup(rounds, case.name, BASELINE, attrgetter("step_seconds"))
         if case.method == BASELINE:
-            compared["of_vanilla"] = [1.0]
-            compared |= {"step_of_vanilla": [1.0]} if steps is not None else {}
+            compared["of_baseline"] = [1.0]
+            compared |= {"step_of_baseline": [1.0]} if steps is not None else {}
         return {**asdict(summary), **compared, **kept, "steps": steps, "is_computed": computed}
 
     def _keep(self, case: Case, row: Mapping[str, Any]) -> None:
@@ -270,12 +270,12 @@ def _is_left_out(record: Mapping[str, Any]) -> bool:
 
 
 def _work(cases: list[Case], settings: BenchSettings) -> dict[Case, tuple[int, int]]:
-    """How many calls each case of a group takes, and how many pictures; those of vanilla are always needed."""
-    pictures = settings.pictures if settings.has_pictures else 0
-    work = {replace(cases[0], method=BASELINE, ratio=None): (0, pictures)}
+    """How many calls each case of a group takes, and how many images; those of the baseline are always needed."""
+    images = settings.images if settings.has_images else 0
+    work = {replace(cases[0], method=BASELINE, ratio=None): (0, images)}
     for case in cases:
         is_calibrated = isinstance(METHODS[case.method], FewerSteps)
         calibration = 2 * (settings.warmup + settings.repeats) if is_calibrated else 0
         calls = settings.memory + calibration + settings.warmup + settings.repeats
-        work[case] = (calls, pictures) if can_call(case, settings) else (0, 0)
+        work[case] = (calls, images) if can_call(case, settings) else (0, 0)
     return work

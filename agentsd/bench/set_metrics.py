@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, from their features: FID, KID, and how well pictures fit their prompts."""
+"""Distances between sets of images, from their features: FID, KID, and how well images fit their prompts."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     NeurIPS 2017.
 
     Args:
-        first (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
+        first (`np.ndarray` of shape `(n, features)`): Features of at least two images.
         second (`np.ndarray` of shape `(m, features)`): Features of at least two others.
 
     Returns:
@@ -70,10 +70,10 @@ def kernel_distance(first: np.ndarray, second: np.ndarray, *, paired: bool = Fal
     Test*, JMLR 2012, Lemma 6.
 
     Args:
-        first (`np.ndarray` of shape `(n, features)`): Features of at least two pictures.
+        first (`np.ndarray` of shape `(n, features)`): Features of at least two images.
         second (`np.ndarray` of shape `(m, features)`): Features of at least two others.
         paired (`bool`, defaults to `False`):
-            Whether rows `i` of both belong together, as pictures of one seed do. They are then not compared with each
+            Whether rows `i` of both belong together, as images of one seed do. They are then not compared with each
             other: their likeness says nothing about the sets, and would make sets look closer than two draws of one.
 
     Returns:
@@ -104,18 +104,18 @@ def kernel_distance(first: np.ndarray, second: np.ndarray, *, paired: bool = Fal
     return within(first) + within(second) - 2 * between
 
 
-def clip_scores(pictures: np.ndarray, texts: np.ndarray) -> list[float]:
+def clip_scores(images: np.ndarray, texts: np.ndarray) -> list[float]:
     """
-    How well pictures fit their prompts: 100 times the cosine of their features, at least 0.
+    How well images fit their prompts: 100 times the cosine of their features, at least 0.
 
     Source: J. Hessel et al.: *CLIPScore*, EMNLP 2021, without its factor of 2.5, as torchmetrics computes it.
 
     Args:
-        pictures (`np.ndarray` of shape `(n, features)`): Features of pictures.
+        images (`np.ndarray` of shape `(n, features)`): Features of images.
         texts (`np.ndarray` of shape `(n, features)`): Features of their prompts.
 
     Returns:
-        `list[float]`: A score a picture.
+        `list[float]`: A score an image.
 
     Examples:
 
@@ -125,5 +125,5 @@ def clip_scores(pictures: np.ndarray, texts: np.ndarray) -> list[float]:
     [100.0, 0.0]
     ```
     """
-    norms = np.linalg.norm(pictures, axis=1) * np.linalg.norm(texts, axis=1)
-    return [float(value) for value in np.clip(100 * (pictures * texts).sum(axis=1) / norms, 0, None)]
+    norms = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
+    return [float(value) for value in np.clip(100 * (images * texts).sum(axis=1) / norms, 0, None)]

@@ -17,9 +17,9 @@ from .store import BenchError
 # What a suite runs: generations of a pipeline, or single calls of a UNet with random weights.
 Kind = Literal["generation", "call"]
 
-_SPEED_METHODS = ("vanilla", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
-_QUALITY_METHODS = ("vanilla", "agentsd", "tomesd", "fewer-steps")
-_CPU_METHODS = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
+_SPEED_METHODS = ("baseline", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
+_QUALITY_METHODS = ("baseline", "agentsd", "tomesd", "fewer-steps")
+_CPU_METHODS = ("baseline", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
 # Methods that show only over a whole generation are left out of calls by default, save agentsd, which is computed.
 _CALL_METHODS = tuple(name for name, method in METHODS.items() if not method.needs_generation or name == "agentsd")
 
@@ -31,30 +31,30 @@ class Suite:
 
     Args:
         kind (`"generation"` or `"call"`): Generations of a pipeline, or single calls of a UNet with random weights.
-        has_pictures (`bool`): Whether a set of pictures is drawn and judged.
+        has_images (`bool`): Whether a set of images is drawn and judged.
         defaults (`dict[str, Any]`): Values of [`BenchSettings`] that differ from its own defaults.
         fixed (`dict[str, Any]`): Values that cannot be changed, since they are what the suite is about.
     """
 
     kind: Kind
-    has_pictures: bool = False
+    has_images: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
 SUITES: dict[str, Suite] = {
     "speed": Suite("generation", defaults={"methods": _SPEED_METHODS}),
-    "quality": Suite("generation", True, {"methods": _QUALITY_METHODS, "pictures": 64}),
+    "quality": Suite("generation", True, {"methods": _QUALITY_METHODS, "images": 64}),
     # Table 7 of the paper on agent attention: FID, seconds and memory over the ratio, 50 PLMS steps. It draws the
     # classes of ImageNet, whose names do not come with this library; `emoji` draws what it was taught.
     "paper": Suite(
         "generation",
         True,
         {
-            "methods": ("vanilla", "tomesd", "agentsd"),
+            "methods": ("baseline", "tomesd", "agentsd"),
             "ratios": (0.1, 0.2, 0.3, 0.4, 0.5),
             "steps": 50,
-            "pictures": 64,
+            "images": 64,
             "scheduler": "plms",
         },
     ),
@@ -83,9 +83,9 @@ class Case:
         model (`str`): Name of the model.
         method (`str`): Name of the method.
         ratio (`float`, *optional*): Share of tokens merged; `None` for a method without one.
-        height (`int`, *optional*): Picture height in pixels; `None` for the model's own.
-        width (`int`, *optional*): Picture width in pixels.
-        batch (`int`): Pictures in one generation.
+        height (`int`, *optional*): Image height in pixels; `None` for the model's own.
+        width (`int`, *optional*): Image width in pixels.
+        batch (`int`): Images in one generation.
     """
 
     model: str
@@ -112,30 +112,30 @@ class BenchSettings:
             What `agentsd.utils.loading.load_pipeline` takes or, for the suites of UNet calls, names from `SHAPES`.
         methods (`tuple[str, ...]`): Names from `METHODS`.
         ratios (`tuple[float, ...]`, defaults to `(0.4,)`): Shares of tokens to merge.
-        sizes (`tuple[tuple[int, int], ...]`): Picture heights and widths in pixels; the model's own if empty.
-        batches (`tuple[int, ...]`, defaults to `(1,)`): Pictures in one generation.
+        sizes (`tuple[tuple[int, int], ...]`): Image heights and widths in pixels; the model's own if empty.
+        batches (`tuple[int, ...]`, defaults to `(1,)`): Images in one generation.
         steps (`int`, defaults to `20`): Denoising steps.
         warmup (`int`, defaults to `1`): Untimed runs of every case before its first round.
         repeats (`int`, defaults to `5`): Timed rounds.
         prompts (`tuple[str, ...]`):
             What is drawn, in turn; the built-in list if empty. The suite `"paper"` needs them for any model but emoji:
             the paper's are of ImageNet's classes, whose names do not come with this library.
-        pictures (`int`, defaults to `1`): Pictures in a set, for the suites that draw one.
+        images (`int`, defaults to `1`): Images in a set, for the suites that draw one.
         guidance_scale (`float`, *optional*): Strength of the prompt; the pipeline's own if not given.
         scheduler (`"plms"`, *optional*): Another scheduler than the model's own.
-        seed (`int`, defaults to `0`): Seed of the first picture; each further one has the next.
+        seed (`int`, defaults to `0`): Seed of the first image; each further one has the next.
         dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; by default what suits the device.
         device (`str`, *optional*): Where to run; by default the GPU if there is one.
-        compile (`bool`, defaults to `False`): Run every method, vanilla too, through `torch.compile`.
+        compile (`bool`, defaults to `False`): Run every method, baseline too, through `torch.compile`.
         memory (`bool`, defaults to `True`): Measure peak memory; on a CPU each case then runs once more, by itself.
         budget_minutes (`float`, *optional*): Start no further group of cases after this time.
         options (`dict[str, Any]`): Fields of [`AgentSDConfig`] for the methods of this library.
         lpips (`bool`, defaults to `False`): Judge pairs by LPIPS too; it fetches weights.
         features (`str`, *optional*):
-            Extractor for FID, KID and CLIP score, see `agentsd.bench.features`. A suite that draws pictures of the
+            Extractor for FID, KID and CLIP score, see `agentsd.bench.features`. A suite that draws images of the
             embedded model alone takes that model's own, `"emoji"`, unless told otherwise.
         reference (`str`, *optional*):
-            What to compare sets with instead of vanilla's pictures: a folder of pictures, a file of features, or
+            What to compare sets with instead of the baseline's images: a folder of images, a file of features, or
             `"emoji"`, see `agentsd.bench.reference`. Where `features` is `"emoji"` by default, so is this.
 
     Raises:
@@ -160,7 +160,7 @@ class BenchSettings:
     warmup: int = 1
     repeats: int = 5
     prompts: tuple[str, ...] = ()
-    pictures: int = 1
+    images: int = 1
     guidance_scale: float | None = None
     scheduler: Literal["plms"] | None = None
     seed: int = 0
@@ -191,7 +191,7 @@ class BenchSettings:
         """
         known = _suite(suite)
         given = {"suite": suite, **known.defaults, **known.fixed, **values}
-        if known.has_pictures and set(given.get("models", ("emoji",))) == {"emoji"}:
+        if known.has_images and set(given.get("models", ("emoji",))) == {"emoji"}:
             given.setdefault("features", "emoji")
             if given["features"] == "emoji":
                 given.setdefault("reference", "emoji")
@@ -219,7 +219,7 @@ class BenchSettings:
             other = named.setdefault(short_name(model), model)
             if other != model:
                 raise BenchError(
-                    f"{other} and {model} are both called {short_name(model)} in tables and folders of pictures: "
+                    f"{other} and {model} are both called {short_name(model)} in tables and folders of images: "
                     "rename one, or run one after the other, each with a folder of its own."
                 )
         if suite.kind == "call":
@@ -227,7 +227,7 @@ class BenchSettings:
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise BenchError(
-                    f"A ratio must lie between 0 and 1, but got {ratio}. To merge nothing, use `vanilla`."
+                    f"A ratio must lie between 0 and 1, but got {ratio}. To merge nothing, use `baseline`."
                 )
         for model in self.models:
             if suite.kind == "generation" and model in SHAPES and not Path(model).exists():
@@ -235,11 +235,11 @@ class BenchSettings:
         if not 0 <= self.seed < 2**63:
             raise BenchError(f"`seed` must lie between 0 and 2⁶³ − 1, but got {self.seed}.")
         for height, width in self.sizes:
-            if suite.has_pictures and min(height, width) < SSIM_SIDE:
+            if suite.has_images and min(height, width) < SSIM_SIDE:
                 raise BenchError(f"SSIM needs at least {SSIM_SIDE} pixels per side, but got {height}×{width}.")
             if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
                 raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
-        for name in ("steps", "warmup", "repeats", "pictures"):
+        for name in ("steps", "warmup", "repeats", "images"):
             if getattr(self, name) < 1:
                 raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
         if min(self.batches) < 1:
@@ -264,13 +264,13 @@ class BenchSettings:
 
     def _refuse_unused(self, suite: Suite) -> None:
         """What would have no effect was meant for another suite."""
-        unused: tuple[str, ...] = () if suite.has_pictures else ("pictures", "features", "reference", "lpips")
+        unused: tuple[str, ...] = () if suite.has_images else ("images", "features", "reference", "lpips")
         if suite.kind == "call":
             unused += ("steps", "prompts", "guidance_scale", "scheduler")
         standard = {item.name: item.default for item in fields(self)}
         given = [name for name in unused if getattr(self, name) != standard[name]]
-        if given or (not suite.has_pictures and len(self.prompts) > 1):
-            what = "times single calls of UNets" if suite.kind == "call" else "judges no pictures"
+        if given or (not suite.has_images and len(self.prompts) > 1):
+            what = "times single calls of UNets" if suite.kind == "call" else "judges no images"
             names = ", ".join(f"`{name}`" for name in given or ["prompts"])
             raise BenchError(
                 f"The suite {self.suite!r} {what}, so it has no use for {names}: leave that out, or ask for the suite "
@@ -283,9 +283,9 @@ class BenchSettings:
         return SUITES[self.suite].kind
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether a set of pictures is drawn and judged."""
-        return SUITES[self.suite].has_pictures
+    def has_images(self) -> bool:
+        """Whether a set of images is drawn and judged."""
+        return SUITES[self.suite].has_images
 
     def groups(self) -> list[list[Case]]:
         """
@@ -336,9 +336,9 @@ def short_name(model: str) -> str:
     return Path(model).name
 
 
-def picture_folder(case: Any) -> Path:
+def image_folder(case: Any) -> Path:
     """
-    Where the pictures of a case lie, below the folder of all pictures.
+    Where the images of a case lie, below the folder of all images.
 
     Args:
         case (`Case` or `Row`): The case.
@@ -349,7 +349,7 @@ def picture_folder(case: Any) -> Path:
     Examples:
 
     ```python
-    >>> picture_folder(Case("emoji", "agentsd", 0.4, 256, 256, 1)).as_posix()
+    >>> image_folder(Case("emoji", "agentsd", 0.4, 256, 256, 1)).as_posix()
     'emoji-256x256-batch1/agentsd-0.4'
     ```
     """

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 
-# Latents have an eighth of the picture's height and width; CLIP always gives 77 text tokens.
+# Latents have an eighth of the image's height and width; CLIP always gives 77 text tokens.
 LATENT_SCALE = 8
 TEXT_TOKENS = 77
 # Width of SDXL's pooled text state, and its six numbers on size and crop.
@@ -109,9 +109,9 @@ def unet_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int 
 
     Args:
         unet (`UNet2DConditionModel`): The model that will be called; inputs get its device and dtype.
-        height (`int`): Picture height in pixels.
-        width (`int`): Picture width in pixels.
-        batch (`int`, defaults to `1`): Pictures; each is two samples, for classifier-free guidance.
+        height (`int`): Image height in pixels.
+        width (`int`): Image width in pixels.
+        batch (`int`, defaults to `1`): Images; each is two samples, for classifier-free guidance.
         seed (`int`, defaults to `0`): Seed of the inputs.
 
     Returns:

@@ -70,8 +70,8 @@ def read_object(text: str) -> dict[str, Any]:
 
     ```python
     >>> from agentsd.bench.store import read_object
-    >>> read_object('{"method": "vanilla"}')
-    {'method': 'vanilla'}
+    >>> read_object('{"method": "baseline"}')
+    {'method': 'baseline'}
     ```
     """
     values = json.loads(text)
@@ -159,7 +159,7 @@ class RunFolder:
 
     `settings.json` and `environment.json` say what was asked for and where it ran, so that a run never goes on from
     results of another one; `rounds.jsonl` has every timed round, `cases.jsonl` a row for every finished case, and
-    `images/` the pictures.
+    `images/` the images.
 
     Args:
         path (`Path`): The folder; made if it is not there.
@@ -168,7 +168,7 @@ class RunFolder:
         resume (`bool`, defaults to `False`): Go on from the results that lie there.
 
     Raises:
-        BenchError: If results lie there and `resume` is off, if they come from another run or are pictures alone, or
+        BenchError: If results lie there and `resume` is off, if they come from another run or are images alone, or
             if a file cannot be read or written.
 
     Examples:
@@ -178,9 +178,9 @@ class RunFolder:
     >>> from pathlib import Path
     >>> from agentsd.bench.store import RunFolder
     >>> path = Path(tempfile.mkdtemp())
-    >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}).cases.append({"method": "vanilla"})
+    >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}).cases.append({"method": "baseline"})
     >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}, resume=True).cases.records
-    [{'method': 'vanilla'}]
+    [{'method': 'baseline'}]
     ```
     """
 
@@ -200,7 +200,7 @@ class RunFolder:
                 self._check(headers)
             elif self.images.exists():
                 raise BenchError(
-                    f"{self.images} holds pictures, but no log says what was asked for when they were drawn. Name "
+                    f"{self.images} holds images, but no log says what was asked for when they were drawn. Name "
                     "another folder, or delete them."
                 )
             else:

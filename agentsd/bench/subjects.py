@@ -42,7 +42,7 @@ class Subject(Protocol):
         """The model under `torch.compile`."""
 
     def size(self, model: Any) -> tuple[int, int]:
-        """The model's own picture height and width in pixels."""
+        """The model's own image height and width in pixels."""
 
     def call(self, model: Any, case: Case, steps: int) -> Call:
         """What is timed: `steps` matter only where there is a generation."""
@@ -175,18 +175,18 @@ class PipelineSubject:
         self, model: Any, case: Case, steps: int, prompts: Sequence[str], seeds: Sequence[int], **options: Any
     ) -> Any:
         """
-        Generate pictures, each from a seed of its own.
+        Generate images, each from a seed of its own.
 
         Args:
             model (`DiffusionPipeline`): The pipeline.
-            case (`Case`): Size of the pictures.
+            case (`Case`): Size of the images.
             steps (`int`): Denoising steps.
             prompts (`Sequence[str]`): What to draw.
             seeds (`Sequence[int]`): A seed for each.
             options: Passed to the pipeline.
 
         Returns:
-            `StableDiffusionPipelineOutput`: What the pipeline returns, with arrays as pictures.
+            `StableDiffusionPipelineOutput`: What the pipeline returns, with arrays as images.
         """
         reseed(model, seeds[0])
         if self.guidance_scale is not None:

@@ -1,4 +1,4 @@
-"""Several processes that share the drawing of pictures, started by `accelerate launch`."""
+"""Several processes that share the drawing of images, started by `accelerate launch`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -27,8 +27,8 @@ from .options import (
     Width,
     assignments,
     check_folder,
+    check_image_file,
     check_model,
-    check_picture_file,
     check_size,
     load_model,
     patch_config,
@@ -39,7 +39,7 @@ from .terminal import at_work, calm_libraries, errors_as_messages, print_table, 
 
 app = typer.Typer(
     name="agentsd",
-    help="Agent attention for Stable Diffusion: faster pictures, without training.",
+    help="Agent attention for Stable Diffusion: faster images, without training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,12 +80,12 @@ def generate(
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
-    """Generate a picture."""
+    """Generate an image."""
     with errors_as_messages(debug, exit_code=2):
         config = patch_config(ratio, settings)
         if no_patch and (ratio is not None or settings):
             raise ValueError("--no-patch leaves nothing for --ratio and --set to change: leave out one or the other.")
-        check_picture_file(out)
+        check_image_file(out)
         check_size(height, width)
     pipe = load_model(model, device, dtype, debug)
     with errors_as_messages(debug):
@@ -93,7 +93,7 @@ def generate(
 
         from ..patch import apply_patch
         from ..utils.generation import check_draws_from_text, pipeline_call
-        from ..utils.images import picture_warnings, to_image
+        from ..utils.images import image_warnings, to_image
 
         check_draws_from_text(pipe)
         if not no_patch:
@@ -112,7 +112,7 @@ def generate(
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
         how = "without agentsd" if no_patch else f"with agentsd, ratio {config.ratio:g}"
-        warn(picture_warnings(output, how.split(",")[0], pipe.dtype))
+        warn(image_warnings(output, how.split(",")[0], pipe.dtype))
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
 
 
@@ -133,7 +133,7 @@ def compare(
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
-    """Generate the same picture with and without agentsd, and compare time and picture."""
+    """Generate the same image with and without agentsd, and compare time and image."""
     with errors_as_messages(debug, exit_code=2):
         config = patch_config(ratio, settings)
         check_folder(out)
@@ -145,7 +145,7 @@ def compare(
 
         check_draws_from_text(pipe)
         with progress_bars() as bars:
-            names = {"vanilla": "without agentsd", "agentsd": "with agentsd"}
+            names = {"baseline": "without agentsd", "agentsd": "with agentsd"}
             tasks = {variant: bars.add_task(name, total=steps) for variant, name in names.items()}
             comparison = run_comparison(
                 pipe,
@@ -178,7 +178,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="`speed` times generations, `quality` also judges pictures, `paper` repeats the paper's table, "
+            help="`speed` times generations, `quality` also judges images, `paper` repeats the paper's table, "
             "`shapes` times UNets of real models with random weights, `cpu` those of Stable Diffusion 1.5 on the CPU."
         ),
     ] = "speed",
@@ -195,7 +195,7 @@ def bench(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Pictures in one generation; may be given several times. [default: 1]"),
+        typer.Option(min=1, help="Images in one generation; may be given several times. [default: 1]"),
     ] = None,
     warmup: Annotated[int | None, typer.Option(min=1, help="Untimed runs of each case. [default: 1]")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. [default: 5]")] = None,
@@ -203,14 +203,14 @@ def bench(
         str | None,
         typer.Option(
             metavar="FILE|N",
-            help="The pictures in a set: a file with one prompt per line, or how many of the built-in ones. For "
+            help="The images in a set: a file with one prompt per line, or how many of the built-in ones. For "
             "any model but emoji, `paper` needs a prompt for each ImageNet class, such as `a photo of a goldfish`.",
         ),
     ] = None,
     guidance: Guidance = None,
     seed: Seed = 0,
     settings: Settings = None,
-    lpips: Annotated[bool, typer.Option("--lpips", help="Judge pairs of pictures by LPIPS too.")] = False,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Judge pairs of images by LPIPS too.")] = False,
     features: Annotated[
         str | None,
         typer.Option(
@@ -221,14 +221,14 @@ def bench(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="What to compare sets with instead of vanilla's pictures: a folder of pictures, a file of features, "
+            help="What to compare sets with instead of the baseline's images: a folder of images, a file of features, "
             "or `emoji`. [default: for the model emoji, its own]"
         ),
     ] = None,
     device: Device = None,
     dtype: DType = None,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Run every method, vanilla too, through torch.compile.")
+        bool, typer.Option("--compile", help="Run every method, baseline too, through torch.compile.")
     ] = False,
     memory: Annotated[
         bool,
@@ -243,15 +243,15 @@ def bench(
         typer.Option(help="Start no further size or batch after this many minutes; --resume measures the rest."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A folder for rows, pictures, plots and reports.")
+        Path | None, typer.Option("--out", "-o", help="A folder for rows, images, plots and reports.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
     debug: Debug = False,
 ) -> None:
     """
-    Measure speed, memory and picture quality, with agentsd and with other methods.
+    Measure speed, memory and image quality, with agentsd and with other methods.
 
-    Several GPUs, or several processes on a CPU, share the drawing of pictures when started by
+    Several GPUs, or several processes on a CPU, share the drawing of images when started by
     `accelerate launch --multi_gpu --num_processes 2 -m agentsd bench`.
     """
     with errors_as_messages(debug, exit_code=2), at_work("Starting"):
@@ -282,10 +282,10 @@ def bench(
         }
         if prompts is not None:
             if prompts.isdecimal():
-                given["pictures"] = int(prompts)
+                given["images"] = int(prompts)
             else:
                 given["prompts"] = read_prompts(prompts)
-                given["pictures"] = len(given["prompts"])
+                given["images"] = len(given["prompts"])
         if out is not None:
             check_folder(out)
         elif resume:
@@ -361,14 +361,14 @@ def demo(
         int | None, typer.Option(min=1, max=65535, help="Port. [default: the first free one from 7860]")
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's servers.")] = False,
-    max_side: Annotated[int, typer.Option(help="Longest side of a picture in pixels.")] = 1024,
+    max_side: Annotated[int, typer.Option(help="Longest side of an image in pixels.")] = 1024,
     max_steps: Annotated[int, typer.Option(help="Largest number of denoising steps.")] = 100,
     max_waiting: Annotated[int, typer.Option(help="How many generations may wait for their turn.")] = 8,
     device: Device = None,
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a web page that compares speed and pictures side by side."""
+    """Serve a web page that compares speed and images side by side."""
     with errors_as_messages(debug, exit_code=2), at_work("Starting"):
         calm_libraries(debug)
         missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]

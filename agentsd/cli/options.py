@@ -145,28 +145,26 @@ def _value(text: str) -> Any:
         return text
 
 
-def check_picture_file(file: Path) -> None:
+def check_image_file(file: Path) -> None:
     """
-    Look whether a picture can be written there.
+    Look whether an image can be written there.
 
     Args:
         file (`Path`): What `--out` was given.
 
     Raises:
-        ValueError: If it is a folder, or no kind of picture.
+        ValueError: If it is a folder, or no kind of image.
     """
     from PIL import Image
 
     if file.is_dir():
-        raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'picture.png'}.")
+        raise ValueError(f"--out {file} is a folder: name a file, such as {file / 'image.png'}.")
     try:
         # Some kinds, such as .psd, can be read but not written, and some, such as .xbm, have no colours.
         kind = Image.registered_extensions()[file.suffix.lower()]
         Image.new("RGB", (1, 1)).save(io.BytesIO(), format=kind)
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(
-            f"--out {file} does not end in the suffix of a colour picture format, such as .png."
-        ) from error
+        raise ValueError(f"--out {file} does not end in the suffix of a colour image format, such as .png.") from error
     check_folder(file.parent)
 
 

@@ -64,7 +64,7 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name, file in asked.items():
                 shutil.copy(file, Path(folder) / name)
-            # Their pictures are not looked for: what visitors send must not name files of this machine.
+            # Their images are not looked for: what visitors send must not name files of this machine.
             return _result_shown(Path(folder), None)
 
     # One at a time, since plots take time that somebody else's run would miss.

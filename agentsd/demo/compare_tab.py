@@ -1,4 +1,4 @@
-"""The tab that compares: the same picture without agentsd and with it."""
+"""The tab that compares: the same image without agentsd and with it."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from .queue import Progress, Stopped
 from .texts import gain, markdown_table, seconds
 
 
-# The slider has no option for what its pictures are called.
-_DESCRIBE_PICTURES = """() => {
-    const texts = ["The picture without agentsd", "The picture with agentsd"];
+# The slider has no option for what its images are called.
+_DESCRIBE_IMAGES = """() => {
+    const texts = ["The image without agentsd", "The image with agentsd"];
     document.querySelectorAll("#compare-slider img").forEach((image, index) => { image.alt = texts[index % 2]; });
 }"""
 
@@ -26,7 +26,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
     Args:
         engine (`Engine`): What generates.
-        asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
+        asked (`list[Component]`): From `prompt_inputs` and `image_inputs`.
         patch (`list[Component]`): From `patch_inputs`.
     """
     start, status = buttons(engine, "Compare", "compare")
@@ -45,7 +45,7 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         format="png",
         interactive=False,
         elem_id="compare-difference",
-        alt_text="Where the two pictures differ: black where they agree, brighter where they differ more",
+        alt_text="Where the two images differ: black where they agree, brighter where they differ more",
     )
     with gr.Accordion("What was patched", open=False):
         table = gr.Markdown("", elem_classes=["report"], elem_id="compare-report")
@@ -55,19 +55,19 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         try:
             comparison, is_cached = engine.compare(visitor, wish, config, progress)
         except Stopped:
-            return ["Stopped. Any pictures below are from the previous run.", *[gr.skip()] * 4]
+            return ["Stopped. Any images below are from the previous run.", *[gr.skip()] * 4]
         for warning in comparison.warnings:
             gr.Warning(warning)
         return [
             _summary(comparison, is_cached),
-            (comparison.vanilla, comparison.agentsd),
+            (comparison.baseline, comparison.agentsd),
             _numbers(comparison, is_cached),
             gr.update(value=comparison.difference, label=f"Difference, {comparison.difference_scale} times as bright"),
             f"```text\n{comparison.report}\n```",
         ]
 
     outputs = [status, slider, numbers, difference, table]
-    on_start(start, run, [*asked, *patch], outputs, slider, "compare").then(js=_DESCRIBE_PICTURES)
+    on_start(start, run, [*asked, *patch], outputs, slider, "compare").then(js=_DESCRIBE_IMAGES)
 
 
 def _summary(comparison: Comparison, is_cached: bool) -> str:
@@ -76,7 +76,7 @@ def _summary(comparison: Comparison, is_cached: bool) -> str:
 
 
 def _numbers(comparison: Comparison, is_cached: bool) -> str:
-    plain, patched = comparison.vanilla_run, comparison.agentsd_run
+    plain, patched = comparison.baseline_run, comparison.agentsd_run
     steps = (seconds(run.time.seconds_per_step) for run in (plain, patched))
     totals = (seconds(run.time.total) for run in (plain, patched))
     return markdown_table(

@@ -19,7 +19,7 @@ from ..config import AgentSDConfig
 from ..patch import patched
 from ..token_maps import TokenMap, recorded_maps
 from ..utils.generation import Run, check_draws_from_text, generate_timed
-from ..utils.images import picture_warnings, to_image
+from ..utils.images import image_warnings, to_image
 from ..utils.loading import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from ..utils.metrics import fidelity
 from .queue import Progress, WaitingLine
@@ -36,15 +36,15 @@ SWEEP_METHODS = ("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "
 @dataclass(frozen=True)
 class SweepRun:
     """
-    One picture of a sweep.
+    One image of a sweep.
 
     Args:
         method (`str`): Name of the method.
         ratio (`float`, *optional*): Share of tokens merged.
-        run (`Run`, *optional*): Picture and times; `None` if the method could not run.
+        run (`Run`, *optional*): Image and times; `None` if the method could not run.
         speed_up (`float`, *optional*): How many times faster a step is than without the method.
-        psnr (`float`, *optional*): Against the picture without it, in decibels.
-        ssim (`float`, *optional*): Against the picture without it.
+        psnr (`float`, *optional*): Against the image without it, in decibels.
+        ssim (`float`, *optional*): Against the image without it.
         reason (`str`, *optional*): Why it could not run.
         is_cached (`bool`): Whether it is an earlier run for the same visitor.
     """
@@ -67,13 +67,13 @@ class SweepRun:
 @dataclass(frozen=True)
 class TokensRun:
     """
-    One picture, and what was merged on the way.
+    One image, and what was merged on the way.
 
     Args:
-        image (`PIL.Image.Image`): The picture.
+        image (`PIL.Image.Image`): The image.
         maps (`dict[tuple[str, int], TokenMap]`):
             A map for each layer and step (counted from 0) at which something is merged.
-        warnings (`list[str]`): What is wrong with the picture.
+        warnings (`list[str]`): What is wrong with the image.
     """
 
     image: PIL.Image.Image
@@ -86,7 +86,7 @@ class Engine:
     Models, and the generations that visitors of the web page ask for.
 
     One generation runs at a time, since two beside each other would spoil both times; the others wait in line. A
-    visitor (one open page) can stop their own generations, and sees no other's pictures.
+    visitor (one open page) can stop their own generations, and sees no other's images.
 
     Args:
         models (`Sequence[str]`, defaults to `("emoji",)`):
@@ -97,7 +97,7 @@ class Engine:
 
     Raises:
         FileNotFoundError: If a model is a path where nothing is.
-        TypeError: If a model cannot draw pictures from text alone.
+        TypeError: If a model cannot draw images from text alone.
         ValueError: If a model cannot be used, two have the same short name, or device or dtype cannot be used.
 
     Examples:
@@ -157,7 +157,7 @@ class Engine:
 
     def compare(self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> tuple[Comparison, bool]:
         """
-        Draw a picture without the patch, unless this visitor has it already, and with it.
+        Draw an image without the patch, unless this visitor has it already, and with it.
 
         Args:
             visitor (`str`): Who asks.
@@ -184,14 +184,14 @@ class Engine:
                 steps=wish.steps,
                 seed=wish.seed,
                 progress=lambda _variant, done, total: told("with agentsd", done, total),
-                vanilla=plain,
+                baseline=plain,
                 **wish.call,
             )
         return comparison, is_cached
 
     def tokens(self, visitor: str, wish: Wish, config: AgentSDConfig, progress: Progress) -> TokensRun:
         """
-        Draw a picture with the patch, and record what is merged on the way.
+        Draw an image with the patch, and record what is merged on the way.
 
         Args:
             visitor (`str`): Who asks.
@@ -200,7 +200,7 @@ class Engine:
             progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
 
         Returns:
-            `TokensRun`: The picture, and what was merged.
+            `TokensRun`: The image, and what was merged.
 
         Raises:
             RuntimeError: If too many generations wait already.
@@ -225,13 +225,13 @@ class Engine:
                     output_type="np",
                     callback_on_step_end=end_of_step,
                 )
-        return TokensRun(to_image(output.images[0]), maps, picture_warnings(output, "with agentsd", self.dtype))
+        return TokensRun(to_image(output.images[0]), maps, image_warnings(output, "with agentsd", self.dtype))
 
     def sweep(
         self, visitor: str, wish: Wish, methods: Sequence[str], ratios: Sequence[float], progress: Progress
     ) -> list[SweepRun]:
         """
-        Draw a picture by several methods at several ratios, beside the one without any.
+        Draw an image by several methods at several ratios, beside the one without any.
 
         Args:
             visitor (`str`): Who asks.
@@ -241,7 +241,7 @@ class Engine:
             progress (`Callable[[str, int, int], None]`): Told what goes on, the steps done and the steps in all.
 
         Returns:
-            `list[SweepRun]`: The picture without any method first. What cannot run says why.
+            `list[SweepRun]`: The image without any method first. What cannot run says why.
 
         Raises:
             RuntimeError: If too many generations wait already.
@@ -253,7 +253,7 @@ class Engine:
         with self._line.turn(visitor, progress) as told:
             is_cached = (visitor, wish) in self._plain_runs
             plain = self._plain_run(visitor, wish, told)
-            runs = [SweepRun("vanilla", None, plain, 1.0, is_cached=is_cached)]
+            runs = [SweepRun("baseline", None, plain, 1.0, is_cached=is_cached)]
             for method, ratio in cases:
                 name = SweepRun(method, ratio).name
                 twin = twin_pipeline(self._pipes[wish.model])
@@ -283,7 +283,7 @@ class Engine:
 
     def forget(self, visitor: str) -> None:
         """
-        Stop the generations of a visitor who has left, and drop the pictures kept for them.
+        Stop the generations of a visitor who has left, and drop the images kept for them.
 
         Args:
             visitor (`str`): Whose.

@@ -40,7 +40,7 @@ def answered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def forget_on_leaving(demo: gr.Blocks, engine: Engine) -> None:
     """
-    Stop what a page has running when it is closed, and drop its pictures.
+    Stop what a page has running when it is closed, and drop its images.
 
     Args:
         demo (`gradio.Blocks`): The page.

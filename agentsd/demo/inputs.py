@@ -1,4 +1,4 @@
-"""What visitors set: the picture, which every tab draws, and the patch."""
+"""What visitors set: the image, which every tab draws, and the patch."""
 
 import random
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ def prompt_inputs(engine: Engine) -> list[gr.components.Component]:
     return [prompt, negative]
 
 
-def picture_inputs(engine: Engine) -> list[gr.components.Component]:
+def image_inputs(engine: Engine) -> list[gr.components.Component]:
     """
-    Everything else that determines the picture.
+    Everything else that determines the image.
 
     Args:
         engine (`Engine`): Its models and limits.
@@ -125,13 +125,13 @@ def patch_inputs() -> list[gr.components.Component]:
 
 def wish_of(values: Sequence[Any]) -> Wish:
     """
-    The picture that a visitor asks for.
+    The image that a visitor asks for.
 
     Args:
-        values (`Sequence[Any]`): Values of the components of [`prompt_inputs`] and [`picture_inputs`].
+        values (`Sequence[Any]`): Values of the components of [`prompt_inputs`] and [`image_inputs`].
 
     Returns:
-        `Wish`: The picture.
+        `Wish`: The image.
     """
     prompt, negative, model, seed, steps, guidance, height, width = values
     return Wish(prompt, negative or "", model, seed, steps, guidance, height, width)

@@ -12,12 +12,12 @@ from .benchmark_tab import benchmark_tab
 from .compare_tab import compare_tab
 from .engine import Engine
 from .events import forget_on_leaving
-from .inputs import patch_inputs, picture_inputs, prompt_inputs
+from .inputs import image_inputs, patch_inputs, prompt_inputs
 from .sweep_tab import sweep_tab
 from .tokens_tab import tokens_tab
 
 
-# Uploaded results are text and small pictures.
+# Uploaded results are text and small images.
 _LARGEST_UPLOAD = "50mb"
 # How often Gradio looks for files to delete, and how old they must be, in seconds.
 _DELETE_CACHE = (3600, 3600)
@@ -34,7 +34,7 @@ _CSS = """
 }
 .report { overflow-x: auto; }
 .report pre { white-space: pre; }
-/* On a narrow screen the pictures come before what is seldom changed. */
+/* On a narrow screen the images come before what is seldom changed. */
 @media (max-width: 768px) {
   .settings { order: 1; }
   .numbers th, .numbers td { font-size: 0.85em; padding: 0.4em; }
@@ -74,13 +74,13 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
         recorded[name if times[name] == 1 else f"{name} ({times[name]})"] = folder
     with gr.Blocks(title="agentsd", analytics_enabled=False, delete_cache=_DELETE_CACHE) as demo:
         gr.Markdown(
-            "# agentsd\nStable Diffusion with agent attention: the same picture with and without it, how long each "
+            "# agentsd\nStable Diffusion with agent attention: the same image with and without it, how long each "
             "takes, and what changes."
         )
         prompts = prompt_inputs(engine)
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes=["settings"]):
-                asked = [*prompts, *picture_inputs(engine)]
+                asked = [*prompts, *image_inputs(engine)]
                 patch = patch_inputs()
             with gr.Column(scale=2, min_width=340), gr.Tabs():
                 with gr.Tab("Compare"):

@@ -7,7 +7,7 @@ from ..utils.generation import pipeline_call
 from .queue import MOST_WAITING
 
 
-# Sides of pictures are multiples of what the VAE shrinks them by.
+# Sides of images are multiples of what the VAE shrinks them by.
 SIDE_UNIT = 8
 SMALLEST_SIDE = 64
 
@@ -18,7 +18,7 @@ class Limits:
     What a visitor may ask for.
 
     Args:
-        side (`int`): Longest side of a picture in pixels.
+        side (`int`): Longest side of an image in pixels.
         steps (`int`): Denoising steps.
         sweep (`int`): Runs in a sweep.
         waiting (`int`): Generations that may wait for their turn.
@@ -44,7 +44,7 @@ class Limits:
 @dataclass(frozen=True)
 class Wish:
     """
-    The picture that a visitor asks for: everything that determines it, apart from the patch.
+    The image that a visitor asks for: everything that determines it, apart from the patch.
 
     Args:
         prompt (`str`): What to draw.

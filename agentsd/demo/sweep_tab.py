@@ -1,4 +1,4 @@
-"""The tab that draws one picture by several methods at several ratios."""
+"""The tab that draws one image by several methods at several ratios."""
 
 import math
 import tempfile
@@ -27,9 +27,9 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
 
     Args:
         engine (`Engine`): What generates.
-        asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
+        asked (`list[Component]`): From `prompt_inputs` and `image_inputs`.
     """
-    gr.Markdown("One picture drawn with several methods, each timed once. For reliable numbers, run `agentsd bench`.")
+    gr.Markdown("One image drawn with several methods, each timed once. For reliable numbers, run `agentsd bench`.")
     methods = gr.CheckboxGroup(
         list(SWEEP_METHODS), value=["tomesd", "agentsd"], label="Methods", elem_id="sweep-methods"
     )
@@ -48,7 +48,7 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
     )
     start, status = buttons(engine, "Sweep", "sweep")
     gallery = gr.Gallery(
-        label="Pictures",
+        label="Images",
         columns=3,
         height="auto",
         object_fit="contain",
@@ -62,7 +62,7 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
         show_label=False,
         interactive=False,
         elem_id="sweep-plot",
-        alt_text="A plot of each run: structural similarity to the picture without any method, against its speed-up",
+        alt_text="A plot of each run: structural similarity to the image without any method, against its speed-up",
     )
 
     def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
@@ -74,9 +74,9 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
             return ["Stopped.", *[gr.skip()] * 3]
         for warning in [warning for each in runs if each.run is not None for warning in each.run.warnings]:
             gr.Warning(warning)
-        pictures = [(each.run.image, _caption(each)) for each in runs if each.run is not None]
+        images = [(each.run.image, _caption(each)) for each in runs if each.run is not None]
         missing = [f"{each.name} did not run: {each.reason}." for each in runs if each.reason]
-        return [" ".join(missing) or f"{len(runs)} runs.", pictures, _sweep_numbers(runs), _sweep_plot(runs, wish)]
+        return [" ".join(missing) or f"{len(runs)} runs.", images, _sweep_numbers(runs), _sweep_plot(runs, wish)]
 
     on_start(start, run, [*asked, methods, ratios], [status, gallery, numbers, plot], gallery, "sweep")
 
@@ -89,7 +89,7 @@ def _ratios_of(text: str) -> list[float]:
 
 
 def _caption(each: SweepRun) -> str:
-    if each.method == "vanilla" or each.speed_up is None:
+    if each.method == "baseline" or each.speed_up is None:
         return each.name
     return f"{each.name}: {each.speed_up:.2f}×, {decibels(each.psnr)}"
 
@@ -98,7 +98,7 @@ def _sweep_numbers(runs: Sequence[SweepRun]) -> str:
     lines: list[tuple[str, ...]] = [("method", "per step", "speed-up", "PSNR", "SSIM")]
     for each in runs:
         if each.run is not None and each.speed_up is not None:
-            judged = ("", "") if each.method == "vanilla" else (decibels(each.psnr), similarity(each.ssim))
+            judged = ("", "") if each.method == "baseline" else (decibels(each.psnr), similarity(each.ssim))
             name = f"{each.name} (cached)" if each.is_cached else each.name
             lines.append((name, seconds(each.run.time.seconds_per_step), gain(each.speed_up), *judged))
     return markdown_table(lines)
@@ -112,7 +112,7 @@ def _sweep_plot(runs: Sequence[SweepRun], wish: Wish) -> PIL.Image.Image:
             each.ratio,
             wish.height,
             wish.width,
-            of_vanilla=None if each.speed_up is None else [each.speed_up],
+            of_baseline=None if each.speed_up is None else [each.speed_up],
             quality={"ssim": [each.ssim]},
         )
         for each in runs

@@ -22,7 +22,7 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
 
     Args:
         engine (`Engine`): What generates.
-        asked (`list[Component]`): From `prompt_inputs` and `picture_inputs`.
+        asked (`list[Component]`): From `prompt_inputs` and `image_inputs`.
         patch (`list[Component]`): From `patch_inputs`.
     """
     gr.Markdown(
@@ -40,7 +40,7 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         format="png",
         interactive=False,
         elem_id="tokens-drawing",
-        alt_text="The picture, with one colour for each group of merged tokens and a dot on each agent",
+        alt_text="The image, with one colour for each group of merged tokens and a dot on each agent",
     )
 
     def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
@@ -53,13 +53,13 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
             gr.Warning(warning)
         layers = list(dict.fromkeys(name for name, _ in record.maps))
         first = layers[0] if layers else None
-        text, picture = _drawn(record, 1, first)
+        text, image = _drawn(record, 1, first)
         return [
             text,
             record,
             gr.update(value=1, maximum=1 + max((at for _, at in record.maps), default=0), interactive=True),
             gr.update(choices=layers, value=first, interactive=True),
-            picture,
+            image,
         ]
 
     on_start(start, run, [*asked, *patch], [status, recorded, step, layer, drawing], drawing, "tokens")

@@ -22,7 +22,7 @@ _STAGE = re.compile(r"^(?:(down_blocks|up_blocks)\.(\d+)|mid_block)\.")
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionLayer:
     """
     A self-attention layer that can be patched.
 
@@ -154,7 +154,7 @@ def current_patch(model: torch.nn.Module) -> "ModelPatch | None":
     return getattr(model, "agentsd_patch", None)
 
 
-def find_sites(model: torch.nn.Module) -> list[Site]:
+def find_layers(model: torch.nn.Module) -> list[AttentionLayer]:
     """
     All self-attention layers of a model's `Transformer2DModel`s, in the order of its modules.
 
@@ -164,7 +164,7 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         model (`torch.nn.Module`): A UNet or ControlNet.
 
     Returns:
-        `list[Site]`: The layers; empty if there are none.
+        `list[AttentionLayer]`: The layers; empty if there are none.
 
     Examples:
 
@@ -173,7 +173,7 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
     >>> unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=8,
     ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    >>> [(site.name.split(".")[0], site.level) for site in find_sites(unet)]
+    >>> [(site.name.split(".")[0], site.level) for site in find_layers(unet)]
     [('down_blocks', 0), ('up_blocks', 0), ('up_blocks', 0), ('mid_block', 1)]
     ```
     """
@@ -189,11 +189,12 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
                 found.append((f"{name}.attn1", depth, transformer, block))
     top = min((depth for _, depth, _, _ in found), default=0)
     return [
-        Site(name, depth - top, depth, transformer, block, block.attn1) for name, depth, transformer, block in found
+        AttentionLayer(name, depth - top, depth, transformer, block, block.attn1)
+        for name, depth, transformer, block in found
     ]
 
 
-def patched_sites(model: torch.nn.Module) -> list[Site]:
+def patched_layers(model: torch.nn.Module) -> list[AttentionLayer]:
     """
     The layers that are patched, known by what sits on them: names change when a module is wrapped.
 
@@ -201,18 +202,18 @@ def patched_sites(model: torch.nn.Module) -> list[Site]:
         model (`torch.nn.Module`): A UNet or ControlNet.
 
     Returns:
-        `list[Site]`: The layers; empty if it is not patched.
+        `list[AttentionLayer]`: The layers; empty if it is not patched.
 
     Examples:
 
     ```python
     >>> import agentsd
     >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
-    >>> len(patched_sites(pipe.unet)) == len(agentsd.report(pipe).rows)
+    >>> len(patched_layers(pipe.unet)) == len(agentsd.report(pipe).rows)
     True
     ```
     """
-    return [site for site in find_sites(model) if hasattr(site.attn, "agentsd_site")]
+    return [site for site in find_layers(model) if hasattr(site.attn, "agentsd_site")]
 
 
 def plain_name(name: str) -> str:

@@ -118,7 +118,7 @@ class AgentAttnProcessor:
 
 
 def _is_perturbed(attn: Attention) -> bool:
-    """Whether guidance works on this layer's attention just now, which it expects over all tokens of a picture."""
+    """Whether guidance works on this layer's attention just now, which it expects over all tokens of an image."""
     # Perturbed attention guidance replaces the scores by the identity, smoothed energy guidance blurs the queries.
     replaces_scores = any(getattr(hook, "skip_attention_scores", False) for hook in inner_hooks(attn))
     return replaces_scores or any(type(h).__name__ == "SmoothedEnergyGuidanceHook" for h in inner_hooks(attn.to_q))

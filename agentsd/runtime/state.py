@@ -8,7 +8,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..config import AgentSDConfig, Phase
-from ..models.unet import Site, inner_hooks, patched_sites
+from ..models.unet import AttentionLayer, inner_hooks, patched_layers
 from ..ops.merging import (
     Matches,
     Merging,
@@ -130,7 +130,7 @@ class ModelPatch:
         if "replaced" in self.warned:
             return
         if self.layers is None:
-            self.layers = [site.attn for site in patched_sites(model)]
+            self.layers = [site.attn for site in patched_layers(model)]
         processors = [attn.processor for attn in self.layers]
         replaced = {type(processor) for processor in processors if not isinstance(processor, AgentAttnProcessor)}
         if replaced:
@@ -184,7 +184,7 @@ class SitePatch:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "key": None, "metric": None, "current": None}
 
-    def install(self, site: Site, processor: Any) -> None:
+    def install(self, site: AttentionLayer, processor: Any) -> None:
         """Hook into the layer and its surroundings, and give it a processor."""
         site.attn.agentsd_site = self
         site.attn.set_processor(processor)
@@ -203,7 +203,7 @@ class SitePatch:
             self.handles.append(layer.register_forward_pre_hook(merged.before_layer, with_kwargs=True))
             self.handles.append(layer.register_forward_hook(merged.after_layer, always_call=True))
 
-    def uninstall(self, site: Site) -> None:
+    def uninstall(self, site: AttentionLayer) -> None:
         """Unhook, and give back the original processor where ours is still in place."""
         if isinstance(site.attn.processor, AgentAttnProcessor):
             site.attn.set_processor(self.original)

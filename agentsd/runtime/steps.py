@@ -12,7 +12,7 @@ def phase_at(timestep: float, num_train_timesteps: int, config: AgentSDConfig) -
     The phase of one timestep: agents while `t >= (1 - agent_until) * T`.
 
     Args:
-        timestep (`float`): The timestep `t`, from `T` (noise) down to 0 (picture).
+        timestep (`float`): The timestep `t`, from `T` (noise) down to 0 (image).
         num_train_timesteps (`int`): `T`.
         config (`AgentSDConfig`): The configuration.
 

@@ -1,4 +1,4 @@
-"""One picture, generated after a warm-up and timed step by step."""
+"""One image, generated after a warm-up and timed step by step."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .images import picture_warnings, to_image
+from .images import image_warnings, to_image
 from .memory import read_peak, start_peak
 
 
@@ -30,7 +30,7 @@ class RunTime:
 
     Args:
         steps (`list[float]`): Seconds of each denoising step. The first contains the text encoding too.
-        total (`float`): Seconds from the prompt to the decoded picture.
+        total (`float`): Seconds from the prompt to the decoded image.
     """
 
     steps: list[float]
@@ -48,11 +48,11 @@ class Run:
     One generation.
 
     Args:
-        values (`np.ndarray` of shape `(height, width, 3)`): The picture, in `[0, 1]`.
+        values (`np.ndarray` of shape `(height, width, 3)`): The image, in `[0, 1]`.
         time (`RunTime`): How long it took.
         peak_bytes (`int`, *optional*):
             Highest memory use, of the whole process on a CPU; `None` where it cannot be measured.
-        warnings (`list[str]`): What is wrong with the picture.
+        warnings (`list[str]`): What is wrong with the image.
     """
 
     values: np.ndarray
@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def image(self) -> PIL.Image.Image:
-        """The picture as an image."""
+        """The image as an image."""
         return to_image(self.values)
 
     @property
@@ -118,9 +118,9 @@ def pipeline_call(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def check_draws_pictures(pipe: Any) -> None:
+def check_draws_images(pipe: Any) -> None:
     """
-    Refuse a pipeline that draws something else than pictures.
+    Refuse a pipeline that draws something else than images.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline.
@@ -131,27 +131,27 @@ def check_draws_pictures(pipe: Any) -> None:
     Examples:
 
     ```python
-    >>> from agentsd.utils.generation import check_draws_pictures
+    >>> from agentsd.utils.generation import check_draws_images
     >>> from agentsd.utils.loading import load_pipeline
-    >>> check_draws_pictures(load_pipeline("emoji"))
+    >>> check_draws_images(load_pipeline("emoji"))
     ```
     """
     if "num_videos_per_prompt" in inspect.signature(pipe.__call__).parameters:
         raise TypeError(
-            f"{type(pipe).__name__} draws videos, not pictures: patch it with `agentsd.apply_patch`, and call it "
+            f"{type(pipe).__name__} draws videos, not images: patch it with `agentsd.apply_patch`, and call it "
             "yourself."
         )
 
 
 def check_draws_from_text(pipe: Any) -> None:
     """
-    Refuse a pipeline that cannot draw pictures from nothing but text.
+    Refuse a pipeline that cannot draw images from nothing but text.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline.
 
     Raises:
-        TypeError: If it starts from a picture, or draws videos.
+        TypeError: If it starts from an image, or draws videos.
 
     Examples:
 
@@ -161,12 +161,12 @@ def check_draws_from_text(pipe: Any) -> None:
     >>> check_draws_from_text(load_pipeline("emoji"))
     ```
     """
-    check_draws_pictures(pipe)
+    check_draws_images(pipe)
     kind = type(pipe).__name__
-    # Pipelines from elsewhere may take a picture or leave it; those of diffusers that know the name need one.
+    # Pipelines from elsewhere may take an image or leave it; those of diffusers that know the name need one.
     if hasattr(diffusers, kind) and "image" in inspect.signature(pipe.__call__).parameters:
         raise TypeError(
-            f"{kind} starts from a picture, but gets only a prompt here: load and call it in Python, with "
+            f"{kind} starts from an image, but gets only a prompt here: load and call it in Python, with "
             "`agentsd.AgentSDPipeline`."
         )
 
@@ -181,21 +181,21 @@ def generate_timed(
     prepare: Callable[[], None] | None = None,
 ) -> Run:
     """
-    Warm a pipeline up, then generate one picture and time it.
+    Warm a pipeline up, then generate one image and time it.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline, patched or not.
         call (`Mapping[str, Any]`): The prompt and other arguments of the pipeline.
         steps (`int`): Denoising steps.
         seed (`int`): Seed of the noise.
-        name (`str`): What to call the picture in warnings.
+        name (`str`): What to call the image in warnings.
         progress (`Callable[[int, int], None]`, *optional*):
             Called at each step with the steps done and the total of steps; during the warm-up, no step is done yet. An
             exception that it raises ends the generation. It replaces the pipeline's progress bar.
-        prepare (`Callable[[], None]`, *optional*): Called between the warm-up and the picture.
+        prepare (`Callable[[], None]`, *optional*): Called between the warm-up and the image.
 
     Returns:
-        `Run`: Picture and times.
+        `Run`: Image and times.
 
     Raises:
         RuntimeError: If the run was interrupted (`pipe._interrupt`).
@@ -213,7 +213,7 @@ def generate_timed(
 
     def tell(done: int) -> None:
         if progress is not None:
-            # Fewer than `steps` if the pipeline starts from a picture.
+            # Fewer than `steps` if the pipeline starts from an image.
             progress(done, getattr(pipe, "num_timesteps", steps) if done else steps)
 
     with _without_progress_bar(pipe):
@@ -225,11 +225,11 @@ def generate_timed(
     with nullcontext() if progress is None else _without_progress_bar(pipe):
         output, times = _run(pipe, call, steps, seed, tell)
     peak = read_peak(device) if is_watched else None
-    return Run(output.images[0], times, peak, picture_warnings(output, name, pipe.unet.dtype))
+    return Run(output.images[0], times, peak, image_warnings(output, name, pipe.unet.dtype))
 
 
 def _warmup_steps(pipe: Any, call: Mapping[str, Any], steps: int) -> int:
-    # A pipeline that starts from a picture runs only the last `strength` of the steps it is asked for.
+    # A pipeline that starts from an image runs only the last `strength` of the steps it is asked for.
     strength = inspect.signature(pipe.__call__).parameters.get("strength")
     share = 1 if strength is None else call.get("strength", strength.default)
     return min(steps, math.ceil(_WARMUP_STEPS / share)) if share > 0 else steps

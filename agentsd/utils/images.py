@@ -1,4 +1,4 @@
-"""Pictures for people: from values to images, their difference, and several side by side."""
+"""Images for people: from values to images, their difference, and several side by side."""
 
 import math
 from pathlib import Path
@@ -18,10 +18,10 @@ _MIN_PANEL_WIDTH = 320
 
 def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:
     """
-    Show where two pictures differ: black where they agree, the brighter the further the worst colour channel is off.
+    Show where two images differ: black where they agree, the brighter the further the worst colour channel is off.
 
     Args:
-        image (`PIL.Image.Image`): A picture.
+        image (`PIL.Image.Image`): An image.
         reference (`PIL.Image.Image`): Another one of the same size.
 
     Returns:
@@ -33,12 +33,12 @@ def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[
     ```python
     >>> import PIL.Image
     >>> from agentsd.utils.images import difference_map
-    >>> picture, scale = difference_map(PIL.Image.new("RGB", (8, 8)), PIL.Image.new("RGB", (8, 8), (10, 0, 0)))
-    >>> scale, picture.getpixel((0, 0))
+    >>> image, scale = difference_map(PIL.Image.new("RGB", (8, 8)), PIL.Image.new("RGB", (8, 8), (10, 0, 0)))
+    >>> scale, image.getpixel((0, 0))
     (16, (160, 160, 160))
     ```
     """
-    first, second = (np.asarray(picture.convert("RGB"), dtype=np.int16) for picture in (image, reference))
+    first, second = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (image, reference))
     difference = np.abs(first - second).max(axis=-1)
     peak = np.percentile(difference, 99)
     scale = 1
@@ -49,14 +49,14 @@ def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[
 
 def side_by_side(images: list[PIL.Image.Image], labels: list[str]) -> PIL.Image.Image:
     """
-    Put pictures of one size beside each other, each under its label.
+    Put images of one size beside each other, each under its label.
 
     Args:
-        images (`list[PIL.Image.Image]`): The pictures. Small ones are enlarged, so that the labels can be read.
+        images (`list[PIL.Image.Image]`): The images. Small ones are enlarged, so that the labels can be read.
         labels (`list[str]`): A line of text for each.
 
     Returns:
-        `PIL.Image.Image`: One picture.
+        `PIL.Image.Image`: One image.
 
     Examples:
 
@@ -81,13 +81,13 @@ def side_by_side(images: list[PIL.Image.Image], labels: list[str]) -> PIL.Image.
     return sheet
 
 
-def picture_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
+def image_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
     """
-    What is wrong with a generated picture, so that a black one is never taken for a result.
+    What is wrong with a generated image, so that a black one is never taken for a result.
 
     Args:
         output (`StableDiffusionPipelineOutput`): What the pipeline returned with `output_type="np"`.
-        name (`str`): What to call the picture.
+        name (`str`): What to call the image.
         dtype (`torch.dtype`): The precision that it was generated in.
 
     Returns:
@@ -99,28 +99,28 @@ def picture_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
     >>> import numpy as np
     >>> import torch
     >>> from types import SimpleNamespace
-    >>> from agentsd.utils.images import picture_warnings
-    >>> picture_warnings(SimpleNamespace(images=np.zeros((1, 8, 8, 3))), "with agentsd", torch.float32)
-    ['The picture with agentsd is a single colour.']
+    >>> from agentsd.utils.images import image_warnings
+    >>> image_warnings(SimpleNamespace(images=np.zeros((1, 8, 8, 3))), "with agentsd", torch.float32)
+    ['The image with agentsd is a single colour.']
     ```
     """
-    picture = output.images[0]
+    image = output.images[0]
     if any(getattr(output, "nsfw_content_detected", None) or ()):
-        return [f"The safety checker replaced the picture {name} with a black one."]
+        return [f"The safety checker replaced the image {name} with a black one."]
     cure = "" if dtype == torch.float32 else f" {dtype} may be too coarse for this model: try float32."
-    if not np.isfinite(picture).all():
-        return [f"The picture {name} has values that are not finite (NaN), shown as black.{cure}"]
-    if np.ptp(picture, axis=(0, 1)).max() < 1 / 255:
-        return [f"The picture {name} is a single colour.{cure}"]
+    if not np.isfinite(image).all():
+        return [f"The image {name} has values that are not finite (NaN), shown as black.{cure}"]
+    if np.ptp(image, axis=(0, 1)).max() < 1 / 255:
+        return [f"The image {name} is a single colour.{cure}"]
     return []
 
 
-def to_image(picture: np.ndarray) -> PIL.Image.Image:
+def to_image(image: np.ndarray) -> PIL.Image.Image:
     """
-    A picture as a PIL image, black where it is not a number.
+    An image as a PIL image, black where it is not a number.
 
     Args:
-        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
+        image (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
 
     Returns:
         `PIL.Image.Image`: The image.
@@ -134,19 +134,19 @@ def to_image(picture: np.ndarray) -> PIL.Image.Image:
     (6, 4)
     ```
     """
-    finite = np.nan_to_num(picture, nan=0.0, posinf=1.0, neginf=0.0)
+    finite = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
     return PIL.Image.fromarray((finite * 255).round().astype(np.uint8))
 
 
 def opened(file: str | Path) -> PIL.Image.Image:
     """
-    Read a picture file and close it.
+    Read an image file and close it.
 
     Args:
         file (`str` or `Path`): The file.
 
     Returns:
-        `PIL.Image.Image`: The picture in RGB.
+        `PIL.Image.Image`: The image in RGB.
     """
-    with PIL.Image.open(file) as picture:
-        return picture.convert("RGB")
+    with PIL.Image.open(file) as image:
+        return image.convert("RGB")

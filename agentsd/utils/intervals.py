@@ -69,7 +69,7 @@ def jackknife(statistic: Callable[..., float], *sets: np.ndarray) -> list[float]
     """
     A number that is computed from whole sets, with its 95 % interval, over which of their rows were measured.
 
-    Row `i` of one set belongs with row `i` of the others (pictures of the same seed, say): the same rows of all are
+    Row `i` of one set belongs with row `i` of the others (images of the same seed, say): the same rows of all are
     left out together. Nothing is drawn twice, which distances between sets would take for a difference. The interval
     is on the average no narrower than it should be.
 

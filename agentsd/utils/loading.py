@@ -195,7 +195,7 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: str | torch.devic
     Args:
         dtype (`str` or `torch.dtype`, *optional*):
             float32, float16 or bfloat16, as `torch.float16`, `"float16"` or `"fp16"`. By default float16 on CUDA, and
-            float32 elsewhere: CPUs are slow in half precision, and MPS is known for black pictures in it.
+            float32 elsewhere: CPUs are slow in half precision, and MPS is known for black images in it.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where it will run.
 
     Returns:
@@ -222,7 +222,7 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: str | torch.devic
 
 def own_size(pipe: Any) -> tuple[int, int]:
     """
-    The size of picture that a pipeline was made for.
+    The size of image that a pipeline was made for.
 
     Args:
         pipe (`DiffusionPipeline`): A pipeline with a UNet.

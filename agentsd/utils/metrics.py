@@ -1,4 +1,4 @@
-"""How close one picture is to another: PSNR, SSIM and MS-SSIM, and how they are written."""
+"""How close one image is to another: PSNR, SSIM and MS-SSIM, and how they are written."""
 
 import math
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -10,28 +10,28 @@ if TYPE_CHECKING:
     import torch
 
 # What pipelines return with `output_type` "pil", "np" and "pt".
-Picture: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
+Image: TypeAlias = Union["PIL.Image.Image", "np.ndarray", "torch.Tensor"]
 
 # Structural similarity looks through a Gaussian window of this many pixels.
 SSIM_SIDE = 11
-# Its multi-scale form halves the picture four times, and then looks through the same window.
+# Its multi-scale form halves the image four times, and then looks through the same window.
 MS_SSIM_SIDE = SSIM_SIDE * 2**4
 
 
-def psnr(image: Picture, reference: Picture) -> float:
+def psnr(image: Image, reference: Image) -> float:
     """
     Peak signal-to-noise ratio in decibels; higher is closer.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture, as [`to_tensor`] takes it. A batch is treated as one large picture.
+            The image, as [`to_tensor`] takes it. A batch is treated as one large image.
         reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
 
     Returns:
-        `float`: Decibels; infinity for identical pictures.
+        `float`: Decibels; infinity for identical images.
 
     Raises:
-        TypeError: If one of the two is not a picture.
+        TypeError: If one of the two is not an image.
         ValueError: If the sizes differ, or a value is not finite or outside `[0, 1]`.
 
     Examples:
@@ -50,29 +50,29 @@ def psnr(image: Picture, reference: Picture) -> float:
     return float(peak_signal_noise_ratio(first, second, data_range=1.0))
 
 
-def ssim(image: Picture, reference: Picture) -> float:
+def ssim(image: Image, reference: Image) -> float:
     """
     Structural similarity; higher is closer.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture, as [`to_tensor`] takes it, at least 11 pixels high and wide. Of a batch, the mean is returned.
+            The image, as [`to_tensor`] takes it, at least 11 pixels high and wide. Of a batch, the mean is returned.
         reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
 
     Returns:
-        `float`: At most 1, which identical pictures get.
+        `float`: At most 1, which identical images get.
 
     Raises:
-        TypeError: If one of the two is not a picture.
-        ValueError: If the sizes differ, a picture is too small, or a value is not finite or outside `[0, 1]`.
+        TypeError: If one of the two is not an image.
+        ValueError: If the sizes differ, an image is too small, or a value is not finite or outside `[0, 1]`.
 
     Examples:
 
     ```python
     >>> import torch
     >>> from agentsd.utils.metrics import ssim
-    >>> picture = torch.rand(3, 16, 16)
-    >>> ssim(picture, picture)
+    >>> image = torch.rand(3, 16, 16)
+    >>> ssim(image, image)
     1.0
     ```
     """
@@ -85,30 +85,30 @@ def ssim(image: Picture, reference: Picture) -> float:
     return float(similarity)
 
 
-def ms_ssim(image: Picture, reference: Picture) -> float:
+def ms_ssim(image: Image, reference: Image) -> float:
     """
     Structural similarity over five scales; higher is closer.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture, as [`to_tensor`] takes it, at least 176 pixels high and wide. Of a batch, the mean is
+            The image, as [`to_tensor`] takes it, at least 176 pixels high and wide. Of a batch, the mean is
             returned.
         reference (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): What to compare it with, of the same size.
 
     Returns:
-        `float`: At most 1, which identical pictures get.
+        `float`: At most 1, which identical images get.
 
     Raises:
-        TypeError: If one of the two is not a picture.
-        ValueError: If the sizes differ, a picture is too small, or a value is not finite or outside `[0, 1]`.
+        TypeError: If one of the two is not an image.
+        ValueError: If the sizes differ, an image is too small, or a value is not finite or outside `[0, 1]`.
 
     Examples:
 
     ```python
     >>> import torch
     >>> from agentsd.utils.metrics import ms_ssim
-    >>> picture = torch.rand(3, 176, 176)
-    >>> round(ms_ssim(picture, picture), 6)
+    >>> image = torch.rand(3, 176, 176)
+    >>> round(ms_ssim(image, image), 6)
     1.0
     ```
     """
@@ -119,9 +119,9 @@ def ms_ssim(image: Picture, reference: Picture) -> float:
     return float(multiscale_structural_similarity_index_measure(first, second, data_range=1.0))
 
 
-def to_tensor(image: Picture) -> "torch.Tensor":
+def to_tensor(image: Image) -> "torch.Tensor":
     """
-    A picture as a tensor of values in `[0, 1]`.
+    An image as a tensor of values in `[0, 1]`.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
@@ -154,38 +154,34 @@ def to_tensor(image: Picture) -> "torch.Tensor":
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise TypeError(f"Expected a PIL image, an array or a tensor, but got {type(image).__name__}.")
     if image.ndim not in (3, 4):
-        raise ValueError(f"A picture has three dimensions, or four with a batch, but this one has {image.ndim}.")
+        raise ValueError(f"An image has three dimensions, or four with a batch, but this one has {image.ndim}.")
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.moveaxis(image, -1, -3).copy())
     if not image.is_floating_point():
-        raise TypeError(f"Pictures as arrays and tensors hold floats in [0, 1], but this one holds {image.dtype}.")
-    # Double precision, so that identical pictures have a similarity of exactly 1.
-    picture = image.detach().to("cpu", torch.float64)
-    if not picture.isfinite().all():
-        raise ValueError("The picture has values that are not finite (NaN or infinity).")
-    if picture.min() < 0 or picture.max() > 1:
-        raise ValueError(
-            f"The picture's values must be in [0, 1], but go from {picture.min():g} to {picture.max():g}."
-        )
-    return picture if picture.ndim == 4 else picture[None]
+        raise TypeError(f"Images as arrays and tensors hold floats in [0, 1], but this one holds {image.dtype}.")
+    # Double precision, so that identical images have a similarity of exactly 1.
+    image = image.detach().to("cpu", torch.float64)
+    if not image.isfinite().all():
+        raise ValueError("The image has values that are not finite (NaN or infinity).")
+    if image.min() < 0 or image.max() > 1:
+        raise ValueError(f"The image's values must be in [0, 1], but go from {image.min():g} to {image.max():g}.")
+    return image if image.ndim == 4 else image[None]
 
 
-def _pair(image: Picture, reference: Picture) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _pair(image: Image, reference: Image) -> tuple["torch.Tensor", "torch.Tensor"]:
     first, second = to_tensor(image), to_tensor(reference)
     if first.shape != second.shape:
-        raise ValueError(f"The pictures differ in size: {_size(first)} and {_size(second)}.")
+        raise ValueError(f"The images differ in size: {_size(first)} and {_size(second)}.")
     return first, second
 
 
-def _check_side(metric: str, picture: "torch.Tensor", least: int) -> None:
-    if min(picture.shape[-2:]) < least:
-        raise ValueError(
-            f"{metric} needs pictures of at least {least}×{least} pixels, but these have {_size(picture)}."
-        )
+def _check_side(metric: str, image: "torch.Tensor", least: int) -> None:
+    if min(image.shape[-2:]) < least:
+        raise ValueError(f"{metric} needs images of at least {least}×{least} pixels, but these have {_size(image)}.")
 
 
-def _size(picture: "torch.Tensor") -> str:
-    batch, channels, height, width = picture.shape
+def _size(image: "torch.Tensor") -> str:
+    batch, channels, height, width = image.shape
     return f"{width}×{height} pixels, {channels} channels" + (f", batch {batch}" if batch > 1 else "")
 
 
@@ -194,7 +190,7 @@ def decibels(value: float | None) -> str:
     A peak signal-to-noise ratio for people.
 
     Args:
-        value (`float`, *optional*): Decibels, infinite for identical pictures, `None` if not known.
+        value (`float`, *optional*): Decibels, infinite for identical images, `None` if not known.
 
     Returns:
         `str`: A few characters.
@@ -231,17 +227,17 @@ def similarity(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4f}"
 
 
-def fidelity(picture: "np.ndarray", reference: "np.ndarray") -> tuple[float | None, float | None]:
+def fidelity(image: "np.ndarray", reference: "np.ndarray") -> tuple[float | None, float | None]:
     """
-    How close a picture is to a reference.
+    How close an image is to a reference.
 
     Args:
-        picture (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
+        image (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
         reference (`np.ndarray` of shape `(height, width, 3)`): The same.
 
     Returns:
         `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite, and SSIM
-            if the pictures are smaller than its window of 11 pixels.
+            if the images are smaller than its window of 11 pixels.
 
     Examples:
 
@@ -254,7 +250,7 @@ def fidelity(picture: "np.ndarray", reference: "np.ndarray") -> tuple[float | No
     """
     import numpy as np
 
-    if not (np.isfinite(picture).all() and np.isfinite(reference).all()):
+    if not (np.isfinite(image).all() and np.isfinite(reference).all()):
         return None, None
-    is_large = min(picture.shape[:2]) >= SSIM_SIDE
-    return psnr(picture, reference), ssim(picture, reference) if is_large else None
+    is_large = min(image.shape[:2]) >= SSIM_SIDE
+    return psnr(image, reference), ssim(image, reference) if is_large else None

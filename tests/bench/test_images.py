@@ -1,4 +1,4 @@
-"""The benchmark draws what was asked for, and judges each picture by what it was to be."""
+"""The benchmark draws what was asked for, and judges each image by what it was to be."""
 
 import numpy as np
 import PIL.Image
@@ -9,7 +9,7 @@ from models import tiny_sd
 
 from agentsd.bench import BenchError, run_bench
 from agentsd.bench.case_timer import CaseTimer
-from agentsd.bench.features import ClipFeatures, picture_files
+from agentsd.bench.features import ClipFeatures, image_files
 from agentsd.bench.set_metrics import clip_scores
 from agentsd.bench.subjects import PipelineSubject
 
@@ -17,10 +17,10 @@ from agentsd.bench.subjects import PipelineSubject
 PROMPTS = ("red apple", "blue heart")
 
 
-def test_pictures_have_their_prompt_seed_guidance_and_size(model, tmp_path):
-    """Prompts in turn, each picture with the next seed."""
+def test_images_have_their_prompt_seed_guidance_and_size(model, tmp_path):
+    """Prompts in turn, each image with the next seed."""
     wish = {"prompts": PROMPTS, "seed": 5, "guidance_scale": 2.0, "sizes": ((64, 96),)}
-    run_bench(quality(model, methods=("vanilla",), **wish), out=tmp_path)
+    run_bench(quality(model, methods=("baseline",), **wish), out=tmp_path)
     for index in range(3):
         expected = tiny_sd()(
             PROMPTS[index % 2],
@@ -30,7 +30,7 @@ def test_pictures_have_their_prompt_seed_guidance_and_size(model, tmp_path):
             guidance_scale=2.0,
             generator=torch.Generator().manual_seed(5 + index),
         ).images[0]
-        drawn = PIL.Image.open(tmp_path / f"images/tiny-96x64-batch1/vanilla/{index:05d}.png")
+        drawn = PIL.Image.open(tmp_path / f"images/tiny-96x64-batch1/baseline/{index:05d}.png")
         np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
 
 
@@ -43,15 +43,15 @@ def test_fewer_steps_are_timed_and_drawn_with_fewer_steps(model, tmp_path, monke
         return draw(self, pipe, case, steps, *arguments, **options)
 
     monkeypatch.setattr(PipelineSubject, "draw", watched)
-    run_bench(quality(model, methods=("vanilla", "fewer-steps"), steps=4), out=tmp_path)
-    expected = {"vanilla": 4, "fewer-steps": 2}
+    run_bench(quality(model, methods=("baseline", "fewer-steps"), steps=4), out=tmp_path)
+    expected = {"baseline": 4, "fewer-steps": 2}
     assert taken == {(method, what, steps) for method, steps in expected.items() for what in ("timed", "drawn")}
 
 
-def test_clip_score_is_that_of_each_picture_s_own_prompt(model, clip, tmp_path):
+def test_clip_score_is_that_of_each_image_s_own_prompt(model, clip, tmp_path):
     _, own = run_bench(quality(model, features=clip, prompts=PROMPTS), out=tmp_path).rows
     extractor = ClipFeatures(clip)
-    drawn = extractor.pictures(picture_files(tmp_path / "images/tiny-64x64-batch1/agentsd-0.4"))
+    drawn = extractor.images(image_files(tmp_path / "images/tiny-64x64-batch1/agentsd-0.4"))
     expected = clip_scores(drawn, extractor.texts([PROMPTS[0], PROMPTS[1], PROMPTS[0]]))
     assert own.quality["clip"] == [pytest.approx(np.mean(expected))]
 
@@ -76,11 +76,11 @@ def test_inception_judges_sets_without_texts(model, tmp_path, monkeypatch):
 
 
 def test_a_reference_of_another_extractor_is_refused_before_anything_is_drawn(model, clip, tmp_path):
-    with pytest.raises(BenchError, match="features per picture"):
+    with pytest.raises(BenchError, match="features per image"):
         run_bench(quality(model, features=clip, reference="emoji"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_large_pictures_have_a_multi_scale_similarity(model, tmp_path):
-    _, own = run_bench(quality(model, sizes=((176, 176),), pictures=1, steps=1), out=tmp_path).rows
+def test_large_images_have_a_multi_scale_similarity(model, tmp_path):
+    _, own = run_bench(quality(model, sizes=((176, 176),), images=1, steps=1), out=tmp_path).rows
     assert 0 < own.quality["ms_ssim"][0] < 1

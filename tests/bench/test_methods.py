@@ -10,15 +10,15 @@ from models import tiny_sd, tiny_sdxl, tiny_unet
 import agentsd
 from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
 from agentsd.bench.attention_free import AttentionFreeProcessor
-from agentsd.bench.methods import patchable_sites
+from agentsd.bench.methods import patchable_layers
 from agentsd.bench.settings import Case
 from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
 from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
-from agentsd.models.unet import patched_sites
+from agentsd.models.unet import patched_layers
 from agentsd.patch import current_patch
 
 
-CALLABLE = [name for name, method in METHODS.items() if name != "vanilla" and not method.needs_generation]
+CALLABLE = [name for name, method in METHODS.items() if name != "baseline" and not method.needs_generation]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def on(unet, name, ratio=0.4, **options):
 
 
 def draw(name, steps=4, **options):
-    """A picture of the tiny pipeline with a method on."""
+    """An image of the tiny pipeline with a method on."""
     subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
     case = Case("tiny", name, 0.4 if METHODS[name].has_ratio else None, 64, 64, 1)
     pipe = tiny_sd()
@@ -54,7 +54,7 @@ def test_a_method_changes_a_copy_only(unet, name):
     keys = set(unet.state_dict())
     twin = on(unet, name)
     difference = (call(twin) - before).abs().max()
-    if name == "vanilla-naive":  # the same mathematics, rounded in another order
+    if name == "baseline-naive":  # the same mathematics, rounded in another order
         assert 0 < difference < 1e-4
     else:
         assert difference > 1e-3
@@ -72,7 +72,7 @@ def test_copies_share_weights_and_nothing_else(unet):
 def test_a_patch_of_the_users_is_no_part_of_the_comparison(unet):
     before = call(unet)
     agentsd.apply_patch(unet, 0.6)
-    assert torch.equal(call(on(unet, "vanilla")), before)
+    assert torch.equal(call(on(unet, "baseline")), before)
     assert current_patch(unet).config.ratio == 0.6
 
 
@@ -82,7 +82,7 @@ def test_tomesd_is_the_real_package(unet):
     assert blocks[0]._tome_info["args"]["ratio"] == 0.3
 
 
-@pytest.mark.parametrize("name", [name for name in CALLABLE if name != "vanilla-naive"])
+@pytest.mark.parametrize("name", [name for name in CALLABLE if name != "baseline-naive"])
 def test_a_method_changes_sdxl(name):
     """Its first attention lies below its first down-sampling, where tomesd's own default merges nothing."""
     unet = tiny_sdxl().unet
@@ -120,7 +120,7 @@ def test_agentsd_methods_run_their_presets(unet, name, preset):
 
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])
 def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
-    patched = [site.name for site in patched_sites(on(unet, "agentsd", **options))]
+    patched = [site.name for site in patched_layers(on(unet, "agentsd", **options))]
     free = [
         name
         for name, module in on(unet, "attention-free", **options).named_modules()
@@ -131,7 +131,7 @@ def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
 
 
 def test_attention_free_is_the_value_projection(unet):
-    attn = patchable_sites(on(unet, "attention-free"), {})
+    attn = patchable_layers(on(unet, "attention-free"), {})
     assert attn == []  # its processor is none that agentsd would patch
     twin = on(unet, "attention-free")
     layer = next(m for m in twin.modules() if isinstance(getattr(m, "processor", None), AttentionFreeProcessor))
@@ -142,7 +142,7 @@ def test_attention_free_is_the_value_projection(unet):
 def test_todo_attends_to_one_token_of_each_cell(unet):
     """Against the formula, written out: queries from all tokens, keys and values from the even rows and columns."""
     twin = on(unet, "todo")
-    name = patchable_sites(unet, {})[0].name
+    name = patchable_layers(unet, {})[0].name
     seen = {}
     layer = twin.get_submodule(name)
     layer.register_forward_hook(lambda module, args, kwargs, out: seen.update(x=args[0], out=out), with_kwargs=True)
@@ -158,15 +158,15 @@ def test_todo_attends_to_one_token_of_each_cell(unet):
 
 
 def test_deepcache_is_the_real_package_and_combines():
-    vanilla, cached, both, agent = (draw(name) for name in ("vanilla", "deepcache", "agentsd+deepcache", "agentsd"))
-    for picture in (cached, both, agent):
-        assert abs(picture - vanilla).max() > 1e-3
+    baseline, cached, both, agent = (draw(name) for name in ("baseline", "deepcache", "agentsd+deepcache", "agentsd"))
+    for image in (cached, both, agent):
+        assert abs(image - baseline).max() > 1e-3
     assert abs(both - cached).max() > 1e-4
     assert abs(both - agent).max() > 1e-4
 
 
-def test_a_picture_does_not_depend_on_those_before_it():
-    """tomesd's own generator goes on from picture to picture."""
+def test_a_image_does_not_depend_on_those_before_it():
+    """tomesd's own generator goes on from image to image."""
     subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
     case = Case("tiny", "tomesd", 0.4, 64, 64, 1)
     twin = switch_on(subject, tiny_sd(), case, BenchSettings())
@@ -174,8 +174,8 @@ def test_a_picture_does_not_depend_on_those_before_it():
     assert (first == again).all()
 
 
-def test_fewer_steps_is_vanilla():
-    assert (draw("fewer-steps") == draw("vanilla")).all()
+def test_fewer_steps_is_baseline():
+    assert (draw("fewer-steps") == draw("baseline")).all()
 
 
 def test_hidiffusion_runs_or_says_why_not():
@@ -212,7 +212,7 @@ def test_the_shapes_are_the_real_ones(shape, parameters, sites):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES[shape])
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
-    assert len(patchable_sites(unet, {})) == sites
+    assert len(patchable_layers(unet, {})) == sites
 
 
 @pytest.mark.parametrize(("shape", "side"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])

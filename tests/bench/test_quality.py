@@ -1,4 +1,4 @@
-"""Judging pictures: the same ones however they are drawn, in pairs and as sets, and what is wrong said in time."""
+"""Judging images: the same ones however they are drawn, in pairs and as sets, and what is wrong said in time."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from diffusers import PNDMScheduler
 from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
 from agentsd.bench import judge as judge_module
 from agentsd.bench.case_timer import CaseTimer
-from agentsd.bench.features import ClipFeatures, InceptionFeatures, picture_files
+from agentsd.bench.features import ClipFeatures, InceptionFeatures, image_files
 from agentsd.bench.prompts import read_prompts
 from agentsd.bench.reference import ReferenceSet, check_reference
 from agentsd.bench.set_metrics import frechet_distance, kernel_distance
@@ -25,22 +25,22 @@ from agentsd.utils.loading import load_pipeline
 from agentsd.utils.metrics import psnr
 
 
-def pictures(folder):
-    return {file.relative_to(folder).as_posix(): np.asarray(PIL.Image.open(file)) for file in picture_files(folder)}
+def images(folder):
+    return {file.relative_to(folder).as_posix(): np.asarray(PIL.Image.open(file)) for file in image_files(folder)}
 
 
-def test_pictures_are_drawn_and_judged_in_pairs(model, tmp_path):
-    vanilla, agentsd = run_bench(quality(model), out=tmp_path).rows
-    drawn = pictures(tmp_path / "images")
-    names = [f"tiny-64x64-batch1/{name}/0000{index}.png" for name in ("agentsd-0.4", "vanilla") for index in range(3)]
+def test_images_are_drawn_and_judged_in_pairs(model, tmp_path):
+    baseline, agentsd = run_bench(quality(model), out=tmp_path).rows
+    drawn = images(tmp_path / "images")
+    names = [f"tiny-64x64-batch1/{name}/0000{index}.png" for name in ("agentsd-0.4", "baseline") for index in range(3)]
     assert list(drawn) == names
     assert not np.array_equal(drawn[names[3]], drawn[names[4]])  # another prompt and seed
     errors = [np.mean((drawn[names[index]] / 255 - drawn[names[index + 3]] / 255) ** 2) for index in range(3)]
     (psnr,) = agentsd.quality["psnr"]
     assert psnr == pytest.approx(np.mean([-10 * np.log10(error) for error in errors]))
     assert agentsd.quality["ssim"][0] < 1
-    assert "ms_ssim" not in agentsd.quality  # too small a picture
-    assert (vanilla.quality, vanilla.pictures, vanilla.blank) == ({}, 3, 0)
+    assert "ms_ssim" not in agentsd.quality  # too small an image
+    assert (baseline.quality, baseline.images, baseline.blank) == ({}, 3, 0)
 
 
 def test_the_paper_suite_runs_on_a_model_of_ones_own(model, tmp_path):
@@ -48,10 +48,10 @@ def test_the_paper_suite_runs_on_a_model_of_ones_own(model, tmp_path):
     with pytest.raises(BenchError, match=r"classes of ImageNet, .*--prompts FILE"):
         BenchSettings.of_suite("paper", models=(model,))
     given = {"ratios": (0.3,), "sizes": ((64, 64),), "steps": 3, "repeats": 1, "memory": False, "device": "cpu"}
-    settings = BenchSettings.of_suite("paper", models=(model,), prompts=prompts, pictures=2, **given)
+    settings = BenchSettings.of_suite("paper", models=(model,), prompts=prompts, images=2, **given)
     rows = run_bench(settings, out=tmp_path).rows
-    assert [row.name for row in rows] == ["vanilla", "tomesd 0.3", "agentsd 0.3"]
-    assert all(row.seconds > 0 and (row.steps, row.pictures, row.blank) == (3, 2, 0) for row in rows)
+    assert [row.name for row in rows] == ["baseline", "tomesd 0.3", "agentsd 0.3"]
+    assert all(row.seconds > 0 and (row.steps, row.images, row.blank) == (3, 2, 0) for row in rows)
     assert all({"psnr", "ssim"} <= row.quality.keys() for row in rows[1:])
     subject = subject_of(model, settings, prompts[0], None)
     assert isinstance(subject.load().scheduler, PNDMScheduler)
@@ -73,17 +73,17 @@ def test_plms_draws_what_the_embedded_model_was_taught():
     assert psnr(draw(), own) > 28
 
 
-def test_pictures_that_are_the_same_are_counted(model, tmp_path, monkeypatch):
-    """`fewer-steps` is vanilla where agentsd is no faster."""
+def test_images_that_are_the_same_are_counted(model, tmp_path, monkeypatch):
+    """`fewer-steps` is baseline where agentsd is no faster."""
     monkeypatch.setattr(CaseTimer, "_fitting_steps", lambda *arguments: 2)
-    result = run_bench(quality(model, methods=("vanilla", "fewer-steps")), out=tmp_path)
+    result = run_bench(quality(model, methods=("baseline", "fewer-steps")), out=tmp_path)
     row = result.rows[1]
     assert (row.steps, row.identical, row.quality) == (2, 3, {"ssim": [1.0]})
     assert "identical" in result.to_markdown()
 
 
 @pytest.mark.parametrize("rows", [64, 40, 1])
-def test_blank_pictures_are_counted_and_left_out(model, tmp_path, monkeypatch, rows):
+def test_blank_images_are_counted_and_left_out(model, tmp_path, monkeypatch, rows):
     """A few values that are not finite are as bad as nothing else; a resumed run knows it from the file."""
     draw = PipelineSubject.draw
 
@@ -96,8 +96,8 @@ def test_blank_pictures_are_counted_and_left_out(model, tmp_path, monkeypatch, r
     monkeypatch.setattr(PipelineSubject, "draw", spoil)
     result = run_bench(quality(model), out=tmp_path)
     _, agentsd = result.rows
-    assert (agentsd.pictures, agentsd.blank) == (3, 1)
-    assert agentsd.quality["psnr"][0] > 10  # black against a picture would be far below
+    assert (agentsd.images, agentsd.blank) == (3, 1)
+    assert agentsd.quality["psnr"][0] > 10  # black against an image would be far below
     assert "1 of 3" in result.to_markdown()
     cases = tmp_path / "cases.jsonl"
     cases.write_text(cases.read_text().splitlines(keepends=True)[0])
@@ -114,13 +114,13 @@ def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):
     cut.unlink()
     again = run_bench(settings, out=tmp_path / "cut", resume=True)
     assert again == whole
-    first, second = pictures(tmp_path / "whole" / "images"), pictures(tmp_path / "cut" / "images")
+    first, second = images(tmp_path / "whole" / "images"), images(tmp_path / "cut" / "images")
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("methods", "total"), [(("vanilla", "agentsd"), 10), (("agentsd", "fewer-steps"), 17)])
-def test_progress_goes_by_calls_and_pictures(model, methods, total):
-    """Without a leap: also over vanilla's pictures where it is not asked for itself, and calls that settle steps."""
+@pytest.mark.parametrize(("methods", "total"), [(("baseline", "agentsd"), 10), (("agentsd", "fewer-steps"), 17)])
+def test_progress_goes_by_calls_and_images(model, methods, total):
+    """Without a leap: also over the baseline's images where it is not asked for, and calls that settle steps."""
     told = []
     run_bench(quality(model, methods=methods), progress=lambda done, total, what: told.append((done, total)))
     assert told == [(done, total) for done in range(total + 1)]
@@ -128,8 +128,8 @@ def test_progress_goes_by_calls_and_pictures(model, methods, total):
 
 def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
     def interrupt(done, total, what):
-        if done == 8:  # the second picture of agentsd, after four calls and four pictures
-            assert what.endswith("64×64 agentsd 0.4 pictures")
+        if done == 8:  # the second image of agentsd, after four calls and four images
+            assert what.endswith("64×64 agentsd 0.4 images")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -142,25 +142,25 @@ def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
 def test_what_cannot_run_counts_as_done(model, monkeypatch):
     told = []
     monkeypatch.setitem(sys.modules, "tomesd", None)
-    run_bench(quality(model, methods=("tomesd", "vanilla")), progress=lambda done, *_: told.append(done))
+    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda done, *_: told.append(done))
     assert told == [5, 6, 7, 8, 9, 10]
 
 
 def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monkeypatch):
-    judge = judge_module.PictureJudge.judge
+    judge = judge_module.ImageJudge.judge
 
     def greedy(self, case, *arguments):
         if case.method == "agentsd":
             torch.empty(2**46, dtype=torch.uint8)  # 64 TiB
         return judge(self, case, *arguments)
 
-    monkeypatch.setattr(judge_module.PictureJudge, "judge", greedy)
-    vanilla, agentsd = run_bench(quality(model), out=tmp_path).rows
-    assert vanilla.reason is None
+    monkeypatch.setattr(judge_module.ImageJudge, "judge", greedy)
+    baseline, agentsd = run_bench(quality(model), out=tmp_path).rows
+    assert baseline.reason is None
     assert agentsd.reason == "out of memory"
 
 
-# The command, which leaves a file for each picture that a process draws.
+# The command, which leaves a file for each image that a process draws.
 WITNESS = """
 import os
 from pathlib import Path
@@ -179,8 +179,8 @@ main()
 """
 
 
-def test_two_processes_draw_the_same_pictures(model, tmp_path):
-    command = ["bench", model, "--suite", "quality", "--methods", "vanilla,tomesd", "--prompts", "5", "--steps", "1"]
+def test_two_processes_draw_the_same_images(model, tmp_path):
+    command = ["bench", model, "--suite", "quality", "--methods", "baseline,tomesd", "--prompts", "5", "--steps", "1"]
     command += "--repeats 1 --no-memory --device cpu --height 64 --width 64 --batch 2 --out".split()
     alone = subprocess.run(
         [sys.executable, "-m", "agentsd", *command, str(tmp_path / "one")], capture_output=True, text=True, check=False
@@ -198,10 +198,10 @@ def test_two_processes_draw_the_same_pictures(model, tmp_path):
         rank: sorted(file.name.split("-", 2)[2] for file in tmp_path.glob(f"process-{rank}-*")) for rank in (0, 1)
     }
     assert drawn == {
-        0: [f"{method}-{seed}" for method in ("tomesd", "vanilla") for seed in (0, 1, 4)],
-        1: [f"{method}-{seed}" for method in ("tomesd", "vanilla") for seed in (2, 3)],
+        0: [f"{method}-{seed}" for method in ("baseline", "tomesd") for seed in (0, 1, 4)],
+        1: [f"{method}-{seed}" for method in ("baseline", "tomesd") for seed in (2, 3)],
     }
-    first, second = (pictures(tmp_path / name / "images") for name in ("one", "two"))
+    first, second = (images(tmp_path / name / "images") for name in ("one", "two"))
     assert len(first) == 10
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
@@ -214,17 +214,17 @@ def test_two_processes_draw_the_same_pictures(model, tmp_path):
 
 
 def test_sets_are_compared_by_the_features_of_a_clip_model(model, clip, tmp_path):
-    vanilla, agentsd = run_bench(quality(model, features=clip), out=tmp_path).rows
+    baseline, agentsd = run_bench(quality(model, features=clip), out=tmp_path).rows
     assert set(agentsd.quality) == {"psnr", "ssim", "fid", "kid", "clip", "clip_change"}
-    assert set(vanilla.quality) == {"clip"}  # there is nothing to compare vanilla's pictures with
+    assert set(baseline.quality) == {"clip"}  # there is nothing to compare the baseline's images with
     folder = tmp_path / "images" / "tiny-64x64-batch1"
     extractor = ClipFeatures(clip)
-    one, other = (extractor.pictures(picture_files(folder / name)) for name in ("agentsd-0.4", "vanilla"))
+    one, other = (extractor.images(image_files(folder / name)) for name in ("agentsd-0.4", "baseline"))
     assert agentsd.quality["fid"][0] == pytest.approx(frechet_distance(one, other))
     assert agentsd.quality["kid"][0] == pytest.approx(kernel_distance(one, other, paired=True))
 
 
-def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
+def test_sets_are_compared_with_real_images(model, clip, tmp_path):
     for index in range(3):
         noise = np.random.default_rng(index).integers(256, size=(64, 64, 3), dtype=np.uint8)
         PIL.Image.fromarray(noise).save(tmp_path / f"{index}.png")
@@ -233,7 +233,7 @@ def test_sets_are_compared_with_real_pictures(model, clip, tmp_path):
 
 
 def test_the_embedded_model_brings_its_own_features(tmp_path):
-    own = quality("emoji", pictures=3, sizes=())
+    own = quality("emoji", images=3, sizes=())
     assert own.features == own.reference == "emoji"
     other = quality("emoji", features="inception")
     assert (other.features, other.reference) == ("inception", None)
@@ -241,13 +241,13 @@ def test_the_embedded_model_brings_its_own_features(tmp_path):
     assert BenchSettings.of_suite("speed").features is None
     rows = run_bench(own, out=tmp_path).rows
     assert all({"fid", "kid", "clip", "fid_floor"} <= row.quality.keys() for row in rows)
-    vanilla, agentsd = (row.quality for row in rows)
+    baseline, agentsd = (row.quality for row in rows)
     for name in ("fid", "kid", "clip"):
-        assert agentsd[f"{name}_change"] == pytest.approx([agentsd[name][0] - vanilla[name][0]])
-        assert f"{name}_change" not in vanilla
+        assert agentsd[f"{name}_change"] == pytest.approx([agentsd[name][0] - baseline[name][0]])
+        assert f"{name}_change" not in baseline
     notes = " ".join(load_result(tmp_path).notes())
     assert "features of emoji" in notes and "fresh renders" in notes
-    assert f"reference itself have FID {vanilla['fid_floor'][0]:.1f}" in notes
+    assert f"reference itself have FID {baseline['fid_floor'][0]:.1f}" in notes
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,8 @@ def test_the_embedded_model_brings_its_own_features(tmp_path):
         ({"sizes": ((8, 64),)}, "SSIM needs at least 11 pixels per side"),
         ({"seed": -1}, "`seed` must lie between"),
         ({"models": ("sd15",)}, "suite 'shapes'"),
-        ({"suite": "speed", "features": "emoji"}, "judges no pictures"),
-        ({"suite": "speed", "lpips": True}, "judges no pictures"),
+        ({"suite": "speed", "features": "emoji"}, "judges no images"),
+        ({"suite": "speed", "lpips": True}, "judges no images"),
     ],
 )
 def test_what_would_be_ignored_or_fail_late_is_refused(values, message):
@@ -267,7 +267,7 @@ def test_what_would_be_ignored_or_fail_late_is_refused(values, message):
         BenchSettings.of_suite(suite, **{"models": ("somebody/else",), **values})
 
 
-def test_a_picture_that_cannot_be_read_is_named(model, tmp_path):
+def test_a_image_that_cannot_be_read_is_named(model, tmp_path):
     run_bench(quality(model), out=tmp_path)
     cases = tmp_path / "cases.jsonl"
     cases.write_text(cases.read_text().splitlines(keepends=True)[0])
@@ -277,33 +277,33 @@ def test_a_picture_that_cannot_be_read_is_named(model, tmp_path):
         run_bench(quality(model), out=tmp_path, resume=True)
 
 
-def test_features_of_a_picture_are_computed_once(model, clip, tmp_path, monkeypatch):
-    """Those of vanilla's pictures are compared with for every other method."""
+def test_features_of_a_image_are_computed_once(model, clip, tmp_path, monkeypatch):
+    """Those of the baseline's images are compared with for every other method."""
     seen = []
-    compute = ClipFeatures.pictures
-    monkeypatch.setattr(ClipFeatures, "pictures", lambda self, files: seen.extend(files) or compute(self, files))
-    run_bench(quality(model, methods=("vanilla", "agentsd", "todo"), features=clip), out=tmp_path)
+    compute = ClipFeatures.images
+    monkeypatch.setattr(ClipFeatures, "images", lambda self, files: seen.extend(files) or compute(self, files))
+    run_bench(quality(model, methods=("baseline", "agentsd", "todo"), features=clip), out=tmp_path)
     assert len(seen) == len(set(seen)) == 9
 
 
-def test_inception_takes_pictures_of_several_sizes(tmp_path):
-    """A folder to compare with may hold any pictures. The real network's weights cannot be had offline."""
+def test_inception_takes_images_of_several_sizes(tmp_path):
+    """A folder to compare with may hold any images. The real network's weights cannot be had offline."""
     for index, size in enumerate([(40, 30), (32, 32), (40, 30)]):
         PIL.Image.new("RGB", size, (index, 0, 0)).save(tmp_path / f"{index}.png")
     extractor = object.__new__(InceptionFeatures)
     extractor._device = "cpu"
     extractor._model = lambda batch: batch.float().mean(dim=(2, 3))
-    assert extractor.pictures(picture_files(tmp_path)).tolist() == [[index, 0, 0] for index in range(3)]
+    assert extractor.images(image_files(tmp_path)).tolist() == [[index, 0, 0] for index in range(3)]
 
 
-def test_a_kept_reference_is_as_good_as_its_pictures(model, clip, tmp_path):
+def test_a_kept_reference_is_as_good_as_its_images(model, clip, tmp_path):
     """Up to the rounding of its file."""
     (tmp_path / "real").mkdir()
     for index in range(6):
         noise = np.random.default_rng(index).integers(256, size=(64, 64, 3), dtype=np.uint8)
         PIL.Image.fromarray(noise).save(tmp_path / "real" / f"{index}.png")
     kept = str(tmp_path / "kept.safetensors")
-    ReferenceSet.of(ClipFeatures(clip).pictures(picture_files(tmp_path / "real"))).save(kept)
+    ReferenceSet.of(ClipFeatures(clip).images(image_files(tmp_path / "real"))).save(kept)
     first, second = (
         run_bench(quality(model, features=clip, reference=name), out=tmp_path / out).rows
         for name, out in ((str(tmp_path / "real"), "a"), (kept, "b"))
@@ -316,9 +316,9 @@ def test_a_kept_reference_is_as_good_as_its_pictures(model, clip, tmp_path):
 def test_a_reference_that_does_not_fit_is_explained(clip, tmp_path):
     file = tmp_path / "kept.safetensors"
     ReferenceSet.of(np.eye(4, 3)).save(file)
-    with pytest.raises(BenchError, match="3 features per picture, but these pictures have 5"):
+    with pytest.raises(BenchError, match="3 features per image, but these images have 5"):
         ReferenceSet.load(file).frechet_distance(np.eye(5))
-    with pytest.raises(BenchError, match="3 features per picture, but these pictures have 5"):
+    with pytest.raises(BenchError, match="3 features per image, but these images have 5"):
         ReferenceSet.load(file).kernel_distance(np.eye(5))
     with pytest.raises(BenchError, match="Cannot read the reference set"):
         check_reference(str(tmp_path / "none.safetensors"), ClipFeatures(clip))
@@ -330,7 +330,7 @@ def test_a_reference_that_does_not_fit_is_explained(clip, tmp_path):
 def test_features_that_cannot_be_had_are_an_error_before_anything_is_drawn(model, clip, tmp_path):
     with pytest.raises(BenchError, match=r"features of '.*nowhere' are not available"):
         run_bench(quality(model, features=str(tmp_path / "nowhere")), out=tmp_path / "out")
-    with pytest.raises(BenchError, match="holds 0 pictures"):
+    with pytest.raises(BenchError, match="holds 0 images"):
         run_bench(quality(model, features=clip, reference=str(tmp_path)), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -360,9 +360,9 @@ def test_lpips_is_a_column_like_the_others(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Difference)
     result = run_bench(quality(model, lpips=True), out=tmp_path)
-    drawn = pictures(tmp_path / "images")
-    names = [name for name in drawn if "vanilla" in name]
-    pairs = [(drawn[name.replace("vanilla", "agentsd-0.4")], drawn[name]) for name in names]
+    drawn = images(tmp_path / "images")
+    names = [name for name in drawn if "baseline" in name]
+    pairs = [(drawn[name.replace("baseline", "agentsd-0.4")], drawn[name]) for name in names]
     expected = np.mean([np.abs(first / 255 - second / 255).mean() for first, second in pairs])
     assert result.rows[1].quality["lpips"] == [pytest.approx(expected, abs=1e-6)]
     assert "| LPIPS |" in result.to_markdown()

@@ -33,10 +33,10 @@ def record(method, ratio=None, **values):
 
 RECORDS = [
     record("tomesd", 0.4, height=512, width=512, reason="tomesd is not installed"),
-    record("vanilla", height=512, width=512, rounds=5, seconds=2.0, q1=1.9, q3=2.1, of_vanilla=[1.0]),
-    record("attention-free", rounds=5, seconds=28.0, q1=27.0, q3=29.0, of_vanilla=[1.667]),
-    record("vanilla", rounds=5, seconds=50.0, q1=49.0, q3=51.0, of_vanilla=[1.0]),
-    record("tomesd", 0.4, rounds=5, seconds=37.5, q1=37.0, q3=38.0, of_vanilla=[1.3333]),
+    record("baseline", height=512, width=512, rounds=5, seconds=2.0, q1=1.9, q3=2.1, of_baseline=[1.0]),
+    record("attention-free", rounds=5, seconds=28.0, q1=27.0, q3=29.0, of_baseline=[1.667]),
+    record("baseline", rounds=5, seconds=50.0, q1=49.0, q3=51.0, of_baseline=[1.0]),
+    record("tomesd", 0.4, rounds=5, seconds=37.5, q1=37.0, q3=38.0, of_baseline=[1.3333]),
     record(
         "agentsd-agent",
         0.4,
@@ -44,7 +44,7 @@ RECORDS = [
         seconds=31.234,
         q1=31.0,
         q3=31.987,
-        of_vanilla=[1.6, 1.55, 1.66],
+        of_baseline=[1.6, 1.55, 1.66],
         of_tomesd=[1.2, 1.14, 1.26],
         of_free=[0.96, 0.95, 0.98],
         peak_bytes=7 * 2**30,
@@ -55,9 +55,9 @@ RECORDS = [
 def test_rows_are_sorted(facts):
     result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), facts)
     assert [(row.height, row.method) for row in result.rows] == [
-        (512, "vanilla"),
+        (512, "baseline"),
         (512, "tomesd"),
-        (768, "vanilla"),
+        (768, "baseline"),
         (768, "agentsd-agent"),
         (768, "tomesd"),
         (768, "attention-free"),
@@ -82,7 +82,7 @@ def test_a_table_of_quality_fits_a_terminal(facts):
         "clip_change": [-0.5, -0.9, -0.1],
     }
     rows = [
-        record("vanilla", steps=20, rounds=5, seconds=2.0, q1=1.9, q3=2.1, step_seconds=0.1, of_vanilla=[1.0]),
+        record("baseline", steps=20, rounds=5, seconds=2.0, q1=1.9, q3=2.1, step_seconds=0.1, of_baseline=[1.0]),
         record(
             "agentsd",
             0.4,
@@ -94,10 +94,10 @@ def test_a_table_of_quality_fits_a_terminal(facts):
             step_seconds=0.09,
             step_q1=0.08,
             step_q3=0.095,
-            of_vanilla=[1.05],
-            step_of_vanilla=[1.11, 1.1, 1.12],
+            of_baseline=[1.05],
+            step_of_baseline=[1.11, 1.1, 1.12],
             quality=quality,
-            pictures=64,
+            images=64,
         ),
     ]
     settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
@@ -110,7 +110,7 @@ def test_a_table_of_quality_fits_a_terminal(facts):
     assert "| 1.050 | 0.090 | 0.080–0.095 | 1.110 (1.100–1.120) |" in result.to_markdown()
     assert "s/step, step quartiles, step speed-up: of a denoising step" in result.to_markdown()
     assert "1.11,1.1,1.12" in result.to_csv()
-    assert "mean over 64 pictures" in result.to_markdown()
+    assert "mean over 64 images" in result.to_markdown()
     without_features = result_of(rows, {**settings, "features": None, "reference": None}, facts)
     assert any(
         note.startswith("no FID, KID and CLIP score: for them, --features") for note in without_features.notes()
@@ -160,7 +160,9 @@ def test_without_matplotlib_there_are_no_plots_but_all_else(facts, tmp_path, mon
 
 def test_brackets_in_the_name_of_a_model_are_no_markup_in_the_terminal(facts):
     """Nor is what stands in brackets an interval."""
-    rows = [{**record("vanilla", seconds=1.0, of_vanilla=[1.0]), "model": name} for name in ("a [b] (2)", "c [fp16]")]
+    rows = [
+        {**record("baseline", seconds=1.0, of_baseline=[1.0]), "model": name} for name in ("a [b] (2)", "c [fp16]")
+    ]
     settings = {**BenchSettings().to_dict(), "models": ("a [b] (2)", "c [fp16]")}
     result = result_of(rows, settings, facts)
     console = Console(width=80, record=True, file=io.StringIO())
@@ -172,31 +174,31 @@ def test_brackets_in_the_name_of_a_model_are_no_markup_in_the_terminal(facts):
 
 
 def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
-    rows = [{**record("vanilla"), "model": "<script>", "reason": "<b>"}]
+    rows = [{**record("baseline"), "model": "<script>", "reason": "<b>"}]
     settings = {**BenchSettings().to_dict(), "models": ("<script>",)}
     page = result_of(rows, settings, facts).to_html()
     assert "<script>" not in page
     assert "<b>" not in page
 
 
-def test_quality_is_plotted_and_pictures_are_laid_out(facts, tmp_path):
+def test_quality_is_plotted_and_images_are_laid_out(facts, tmp_path):
     rows = [
-        record("vanilla", steps=4, seconds=2.0, of_vanilla=[1.0], pictures=2),
-        record("agentsd", 0.4, steps=4, seconds=1.0, of_vanilla=[2.0], pictures=2, quality={"ssim": [0.9, 0.8, 0.95]}),
+        record("baseline", steps=4, seconds=2.0, of_baseline=[1.0], images=2),
+        record("agentsd", 0.4, steps=4, seconds=1.0, of_baseline=[2.0], images=2, quality={"ssim": [0.9, 0.8, 0.95]}),
         record(
-            "fewer-steps", 0.4, steps=2, seconds=1.0, of_vanilla=[1.9], pictures=2, quality={"ssim": [0.7, 0.6, 0.8]}
+            "fewer-steps", 0.4, steps=2, seconds=1.0, of_baseline=[1.9], images=2, quality={"ssim": [0.7, 0.6, 0.8]}
         ),
     ]
     settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
-    colours = {"vanilla": (200, 0, 0), "agentsd-0.4": (0, 200, 0), "fewer-steps-0.4": (0, 0, 200)}
+    colours = {"baseline": (200, 0, 0), "agentsd-0.4": (0, 200, 0), "fewer-steps-0.4": (0, 0, 200)}
     for name, colour in colours.items():
         for index in range(2):
             file = tmp_path / "images" / "sd15-768x768-batch1" / name / f"{index:05d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             PIL.Image.new("RGB", (64, 64), colour).save(file)
     files = {file.name: file for file in result_of(rows, settings, facts).save(tmp_path)}
-    assert {"quality-speed-sd15-768x768-batch1.png", "pictures-sd15-768x768-batch1.png"} < set(files)
-    with PIL.Image.open(files["pictures-sd15-768x768-batch1.png"]) as sheet:
+    assert {"quality-speed-sd15-768x768-batch1.png", "images-sd15-768x768-batch1.png"} < set(files)
+    with PIL.Image.open(files["images-sd15-768x768-batch1.png"]) as sheet:
         lines = [sheet.getpixel((sheet.width - 50, sheet.height * (2 * line + 1) // 6)) for line in range(3)]
     assert lines == list(colours.values())
 
@@ -205,13 +207,13 @@ def test_intervals_are_drawn_where_there_are_some():
     assert plots._lengths([[0.75, 0.5, 1.0], [0.5]]) == [[0.25, 0.0], [0.25, 0.0]]
 
 
-def test_each_setting_has_a_plot_of_its_own_with_vanilla_in_it(facts, tmp_path, monkeypatch):
-    """A method that is slower and different is on no front: vanilla is at 1 and 1."""
+def test_each_setting_has_a_plot_of_its_own_with_baseline_in_it(facts, tmp_path, monkeypatch):
+    """A method that is slower and different is on no front: baseline is at 1 and 1."""
     fronts = []
     monkeypatch.setattr(plots, "pareto_front", lambda points: fronts.append(points) or pareto_front(points))
     rows = [
         record(
-            "agentsd", 0.4, height=side, width=side, seconds=1.0, of_vanilla=[0.9], quality={"ssim": [0.9, 0.8, 0.95]}
+            "agentsd", 0.4, height=side, width=side, seconds=1.0, of_baseline=[0.9], quality={"ssim": [0.9, 0.8, 0.95]}
         )
         for side in (512, 768)
     ]
@@ -232,7 +234,7 @@ def test_a_folder_that_holds_no_results(facts, tmp_path):
     with pytest.raises(BenchError, match="not a results folder"):
         load_result(tmp_path)
     folder = RunFolder(tmp_path, BenchSettings().to_dict(), facts)
-    folder.cases.append({"method": "vanilla", "speed": 3})
+    folder.cases.append({"method": "baseline", "speed": 3})
     with pytest.raises(BenchError, match="another version"):
         load_result(tmp_path)
     assert json.loads((tmp_path / "environment.json").read_text())["agentsd"]
@@ -252,7 +254,7 @@ def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
     document = tmp_path / "README.md"
     document.write_text("Before.\n<!-- results: results -->\nold\n<!-- /results -->\nAfter.\n")
     text = fill_tables(document)
-    assert "| 768×768 | vanilla |" in text
+    assert "| 768×768 | baseline |" in text
     assert "old" not in text
     assert text.startswith("Before.\n<!-- results: results -->\n")
     assert text.endswith("<!-- /results -->\nAfter.\n")
@@ -280,7 +282,7 @@ def test_a_report_of_a_gpu_names_it(facts):
 def test_quality_is_plotted_against_speed(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
-    row = Row("m", "agentsd", 0.4, 8, 8, of_vanilla=[2.0], quality={"ssim": [0.9]})
+    row = Row("m", "agentsd", 0.4, 8, 8, of_baseline=[2.0], quality={"ssim": [0.9]})
     plots.plot_quality([row], tmp_path / "plot.png")
     points = [tuple(drawn.lines[0].get_xydata()[0]) for drawn in figures[0].axes[0].containers]
     assert (2.0, 0.9) in points

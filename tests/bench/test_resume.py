@@ -41,7 +41,7 @@ def test_an_interrupted_run_goes_on(shape, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 def test_a_killed_run_goes_on(model, tmp_path):
     """As a user does it: the same command with --resume."""
-    command = [sys.executable, "-m", "agentsd", "bench", model, "--methods", "vanilla,agentsd-tome,tomesd"]
+    command = [sys.executable, "-m", "agentsd", "bench", model, "--methods", "baseline,agentsd-tome,tomesd"]
     command += "--steps 1 --repeats 1 --no-memory --device cpu --batch 1 --batch 2 --batch 3".split()
     command += ["--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -57,13 +57,13 @@ def test_a_killed_run_goes_on(model, tmp_path):
     assert cases.read_text().startswith(before[: before.rfind("\n") + 1])
     rows = [json.loads(line) for line in cases.read_text().splitlines()]
     assert [(row["batch"], row["method"]) for row in rows] == [
-        (batch, method) for batch in (1, 2, 3) for method in ("vanilla", "agentsd-tome", "tomesd")
+        (batch, method) for batch in (1, 2, 3) for method in ("baseline", "agentsd-tome", "tomesd")
     ]
     assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_what_was_left_out_is_measured_with_another_budget(shape, tmp_path):
-    settings = {"methods": ("vanilla", "tomesd"), "sizes": ((64, 64), (128, 64), (64, 128))}
+    settings = {"methods": ("baseline", "tomesd"), "sizes": ((64, 64), (128, 64), (64, 128))}
     run_bench(calls(**settings, budget_minutes=1e-4), out=tmp_path)
     cases = tmp_path / "cases.jsonl"
     before = cases.read_text().splitlines(keepends=True)
@@ -79,12 +79,12 @@ def test_what_was_left_out_is_measured_with_another_budget(shape, tmp_path):
 
 
 def test_results_are_never_mixed_with_those_of_another_run(shape, tmp_path):
-    settings = calls(methods=("vanilla",), sizes=((64, 64),))
+    settings = calls(methods=("baseline",), sizes=((64, 64),))
     run_bench(settings, out=tmp_path)
     with pytest.raises(BenchError, match="earlier run"):
         run_bench(settings, out=tmp_path)
     with pytest.raises(BenchError, match=r"a different run \(methods differ\)"):
-        run_bench(calls(methods=("vanilla", "tomesd"), sizes=((64, 64),)), out=tmp_path, resume=True)
+        run_bench(calls(methods=("baseline", "tomesd"), sizes=((64, 64),)), out=tmp_path, resume=True)
     facts = json.loads((tmp_path / "environment.json").read_text())
     (tmp_path / "environment.json").write_text(json.dumps({**facts, "agentsd": "0.0.1"}))
     with pytest.raises(BenchError, match=r"a different run \(agentsd differ\)"):
@@ -92,11 +92,11 @@ def test_results_are_never_mixed_with_those_of_another_run(shape, tmp_path):
 
 
 def test_rows_that_were_changed_by_hand_are_told_before_anything_is_measured(shape, tmp_path):
-    settings = calls(methods=("vanilla", "tomesd"), sizes=((64, 64),))
+    settings = calls(methods=("baseline", "tomesd"), sizes=((64, 64),))
     run_bench(settings, out=tmp_path)
     cases, rounds = tmp_path / "cases.jsonl", tmp_path / "rounds.jsonl"
     whole = cases.read_text()
-    cases.write_text(whole + '{"method": "vanilla"}\n')
+    cases.write_text(whole + '{"method": "baseline"}\n')
     with pytest.raises(BenchError, match=r"cases\.jsonl has rows that no run with these settings wrote"):
         run_bench(settings, out=tmp_path, resume=True)
     # a row whose method had no part in the rounds, because it could not run
@@ -112,20 +112,20 @@ def test_rows_that_were_changed_by_hand_are_told_before_anything_is_measured(sha
         run_bench(settings, out=tmp_path, resume=True)
 
 
-def test_pictures_without_a_log_are_never_taken_for_those_of_this_run(tmp_path):
+def test_images_without_a_log_are_never_taken_for_those_of_this_run(tmp_path):
     """Their seeds, prompts and method are not known any more."""
-    (tmp_path / "images" / "tiny-64x64-batch1" / "vanilla").mkdir(parents=True)
+    (tmp_path / "images" / "tiny-64x64-batch1" / "baseline").mkdir(parents=True)
     for resume in (False, True):
-        with pytest.raises(BenchError, match=r"images holds pictures, but no log"):
+        with pytest.raises(BenchError, match=r"images holds images, but no log"):
             RunFolder(tmp_path, {}, {}, resume=resume)
 
 
 def test_a_log_that_cannot_be_read(tmp_path):
-    RunFolder(tmp_path, {}, {}).cases.append({"method": "vanilla"})
-    (tmp_path / "cases.jsonl").write_text('{"method": "vanilla"}\nnonsense\n')
+    RunFolder(tmp_path, {}, {}).cases.append({"method": "baseline"})
+    (tmp_path / "cases.jsonl").write_text('{"method": "baseline"}\nnonsense\n')
     with pytest.raises(BenchError, match=r"Line 2 of .*cases\.jsonl"):
         RunFolder(tmp_path, {}, {}, resume=True)
-    (tmp_path / "cases.jsonl").write_text('{"method": "vanilla"}\n["vanilla"]\n')
+    (tmp_path / "cases.jsonl").write_text('{"method": "baseline"}\n["baseline"]\n')
     with pytest.raises(BenchError, match=r"Line 2 of .*cases\.jsonl cannot be read \(it is not a JSON object\)"):
         RunFolder(tmp_path, {}, {}, resume=True)
     (tmp_path / "settings.json").write_text("[]")
@@ -163,4 +163,4 @@ def test_a_folder_without_permission_to_write(shape, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(BenchError, match=r"Cannot write to .*Permission denied.*Name another folder"):
-        run_bench(calls(methods=("vanilla",)), out=tmp_path)
+        run_bench(calls(methods=("baseline",)), out=tmp_path)

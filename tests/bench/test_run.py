@@ -26,7 +26,7 @@ def test_every_method_at_every_setting_is_a_row(model):
     told = []
     settings = speed(model, ratios=(0.3, 0.5), batches=(1, 2), sizes=((64, 64), (64, 96)), repeats=1, steps=1)
     result = run_bench(settings, progress=lambda *state: told.append(state))
-    names = ["vanilla"]
+    names = ["baseline"]
     names += [
         f"{name} {ratio}" for name in ("agentsd", "agentsd-agent", "agentsd-tome", "tomesd") for ratio in (0.3, 0.5)
     ]
@@ -37,15 +37,15 @@ def test_every_method_at_every_setting_is_a_row(model):
     for row in result.rows:
         assert row.q1 <= row.seconds <= row.q3
         assert 0 < row.step_q1 <= row.step_seconds <= row.step_q3 < row.q3
-        assert row.step_of_vanilla[0] > 0
+        assert row.step_of_baseline[0] > 0
         assert (row.rounds, row.steps, row.reason, row.peak_bytes) == (1, 1, None, None)
-    assert {row.speedup for row in result.rows if row.method == "vanilla"} == {1}
-    assert [row.step_of_vanilla for row in result.rows if row.method == "vanilla"] == [[1.0]] * 4
-    assert result.rows[1].step_of_vanilla[0] != result.rows[1].speedup, "text and decoding take time too"
+    assert {row.speedup for row in result.rows if row.method == "baseline"} == {1}
+    assert [row.step_of_baseline for row in result.rows if row.method == "baseline"] == [[1.0]] * 4
+    assert result.rows[1].step_of_baseline[0] != result.rows[1].speedup, "text and decoding take time too"
     compared = {row.method for row in result.rows if row.of_tomesd}
     assert compared == {"agentsd", "agentsd-agent", "agentsd-tome"}, "with tomesd at their own ratio"
     assert {row.method for row in result.rows if row.of_free} == compared | {"tomesd"}
-    assert told[0] == (0, 80, "tiny 64×64 vanilla")
+    assert told[0] == (0, 80, "tiny 64×64 baseline")
     assert told[-1] == (80, 80, "done")
     assert result.environment["device"] == "cpu"
     assert result.environment["dtype"] == "float32"
@@ -55,29 +55,29 @@ def test_every_method_at_every_setting_is_a_row(model):
 
 
 def test_a_model_draws_at_its_own_size_by_default(model):
-    (row,) = run_bench(speed(model, sizes=(), methods=("vanilla",), repeats=1)).rows
+    (row,) = run_bench(speed(model, sizes=(), methods=("baseline",), repeats=1)).rows
     assert (row.height, row.width) == (128, 128)
 
 
 def test_every_other_round_is_in_reverse_order(model, tmp_path):
-    run_bench(speed(model, methods=("vanilla", "agentsd", "tomesd"), repeats=3), out=tmp_path)
+    run_bench(speed(model, methods=("baseline", "agentsd", "tomesd"), repeats=3), out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     orders = [list(row["samples"]) for row in rows if row["kind"] == "round"]
     assert orders == [orders[0], orders[0][::-1], orders[0]]
 
 
 def test_memory_is_measured_for_each_method(model):
-    rows = run_bench(speed(model, methods=("vanilla", "agentsd"), memory=True, repeats=1)).rows
+    rows = run_bench(speed(model, methods=("baseline", "agentsd"), memory=True, repeats=1)).rows
     assert all(100 * 2**20 < row.peak_bytes < 8 * 2**30 for row in rows)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.5, 3), (0.6, 3), (2.0, 6)])
 def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps):
-    """As many as fit in half of the time, say; never more than vanilla has, also where agentsd is slower."""
+    """As many as fit in half of the time, say; never more than the baseline has, also where agentsd is slower."""
     taken = []
 
     def time_round(variants, device, on_call=None, on_error=None):
-        seconds = {"vanilla": 1.0, "agentsd 0.4": share}
+        seconds = {"baseline": 1.0, "agentsd 0.4": share}
         taken.append([variant.name for variant in variants])
         return {
             variant.name: Sample(6 * seconds.get(variant.name, 1), seconds.get(variant.name, 1))
@@ -87,18 +87,18 @@ def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps
     from agentsd.utils.timing import Sample
 
     monkeypatch.setattr(case_timer, "time_round", time_round)
-    rows = run_bench(speed(model, methods=("vanilla", "fewer-steps"), steps=6, repeats=2)).rows
+    rows = run_bench(speed(model, methods=("baseline", "fewer-steps"), steps=6, repeats=2)).rows
     assert [row.steps for row in rows] == [6, steps]
-    in_turn = [["vanilla", "agentsd 0.4"], ["vanilla", "fewer-steps 0.4"]]
+    in_turn = [["baseline", "agentsd 0.4"], ["baseline", "fewer-steps 0.4"]]
     assert taken == [order for names in in_turn for order in (names, names[::-1])]
 
 
 @pytest.mark.parametrize("with_memory", [False, True], ids=["here", "in_a_process_of_its_own"])
 def test_a_peer_that_cannot_run_is_a_row_that_says_why(model, monkeypatch, with_memory):
     monkeypatch.setitem(sys.modules, "tomesd", None)
-    result = run_bench(speed(model, methods=("vanilla", "tomesd", "hidiffusion"), memory=with_memory))
-    vanilla, tomesd, hidiffusion = result.rows
-    assert vanilla.seconds > 0
+    result = run_bench(speed(model, methods=("baseline", "tomesd", "hidiffusion"), memory=with_memory))
+    baseline, tomesd, hidiffusion = result.rows
+    assert baseline.seconds > 0
     assert tomesd.seconds is None
     assert "not installed" in tomesd.reason
     assert hidiffusion.reason.startswith("hidiffusion does not")
@@ -116,7 +116,7 @@ def run_out_on_a_cpu():
 
 @pytest.mark.parametrize("run_out", [run_out_on_a_gpu, run_out_on_a_cpu])
 def test_out_of_memory_is_a_cell(model, monkeypatch, run_out):
-    class Greedy(methods_module.Vanilla):
+    class Greedy(methods_module.Baseline):
         def apply(self, pipe, ratio, options):
             calls = []
 
@@ -128,9 +128,9 @@ def test_out_of_memory_is_a_cell(model, monkeypatch, run_out):
             pipe.unet.register_forward_pre_hook(refuse)
 
     monkeypatch.setitem(METHODS, "greedy", Greedy("greedy"))
-    result = run_bench(speed(model, methods=("vanilla", "greedy"), steps=1))
-    vanilla, greedy = result.rows
-    assert vanilla.rounds == 2
+    result = run_bench(speed(model, methods=("baseline", "greedy"), steps=1))
+    baseline, greedy = result.rows
+    assert baseline.rounds == 2
     assert greedy.reason == "out of memory"
     assert "| greedy |  | out of memory |" in result.to_markdown()
 
@@ -144,7 +144,7 @@ def test_no_method_that_can_run_is_an_error(model, monkeypatch):
 def test_compiled_on_both_sides(model, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
-    result = run_bench(speed(model, methods=("vanilla", "agentsd"), compile=True, repeats=1))
+    result = run_bench(speed(model, methods=("baseline", "agentsd"), compile=True, repeats=1))
     assert len(compiled) == 2
     assert "torch.compile" in result.title
 
@@ -155,8 +155,8 @@ def test_every_variant_is_really_compiled(model, monkeypatch):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(cache_size_limit=2):
-        run_bench(speed(model, methods=("vanilla", "agentsd"), compile=True, repeats=1, steps=5))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "one for vanilla, and one for each phase"
+        run_bench(speed(model, methods=("baseline", "agentsd"), compile=True, repeats=1, steps=5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "one for the baseline, and one for each phase"
 
 
 # Calls of a UNet
@@ -164,7 +164,7 @@ def test_every_variant_is_really_compiled(model, monkeypatch):
 
 def test_the_cpu_suite_computes_the_whole_schedule(shape, tmp_path):
     result = run_bench(calls(), out=tmp_path)
-    methods = ["vanilla", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free"]
+    methods = ["baseline", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free"]
     assert [row.method for row in result.rows] == methods * 2
     assert [(row.height, row.width) for row in result.rows[::6]] == [(64, 64), (128, 64)]
 
@@ -174,7 +174,7 @@ def test_the_cpu_suite_computes_the_whole_schedule(shape, tmp_path):
     row = result.rows[3]
     assert [row.method for row in result.rows if row.is_computed] == ["agentsd", "agentsd"]
     assert row.seconds == pytest.approx(sum(whole) / 2)
-    speedups = [one["vanilla"] / time for one, time in zip(seconds, whole, strict=True)]
+    speedups = [one["baseline"] / time for one, time in zip(seconds, whole, strict=True)]
     assert row.speedup == pytest.approx(sum(speedups) / 2)
     for (value,), other in ((row.of_tomesd, "tomesd 0.4"), (row.of_free, "attention-free")):
         ratios = [one[other] / time for one, time in zip(seconds, whole, strict=True)]
@@ -185,7 +185,7 @@ def test_the_cpu_suite_computes_the_whole_schedule(shape, tmp_path):
 
 def test_one_phase_for_all_steps_is_called_not_computed(shape):
     """Naming `sx`, `sy` or `agent_ratio` leaves no schedule to compute."""
-    methods = ("vanilla", "agentsd-agent", "agentsd-tome", "agentsd")
+    methods = ("baseline", "agentsd-agent", "agentsd-tome", "agentsd")
     for options in ({"sx": 2}, {"sy": 4}, {"agent_ratio": 0.9}):
         result = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1, options=options))
         row = result.rows[3]
@@ -201,13 +201,13 @@ class RunFolderReader:
 
 
 def test_what_needs_a_generation_says_so_in_a_call(shape):
-    rows = run_bench(calls(methods=("vanilla", "deepcache", "agentsd"), sizes=((64, 64),))).rows
+    rows = run_bench(calls(methods=("baseline", "deepcache", "agentsd"), sizes=((64, 64),))).rows
     assert "over a generation's steps" in rows[1].reason
     assert "agentsd-agent and agentsd-tome, which did not both run" in rows[2].reason
 
 
 def test_sizes_after_the_budget_are_left_out(shape):
-    rows = run_bench(calls(methods=("vanilla",), budget_minutes=1e-4)).rows
+    rows = run_bench(calls(methods=("baseline",), budget_minutes=1e-4)).rows
     assert [row.reason for row in rows] == [None, "left out: the 0.0001 minutes were used up"]
 
 
@@ -240,21 +240,21 @@ def test_every_row_has_its_own_memory(model, monkeypatch):
         return case.width + (case.method == "agentsd")
 
     monkeypatch.setattr(case_timer, "peak_memory", peak)
-    settings = speed(model, methods=("vanilla", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
+    settings = speed(model, methods=("baseline", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
     assert [row.peak_bytes for row in run_bench(settings).rows] == [64, 65, 96, 97]
 
 
 def test_the_budget_is_in_minutes(shape, monkeypatch):
     clock = iter([0.0, 0.0, 89.0])
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    rows = run_bench(calls(methods=("vanilla",), budget_minutes=1.5)).rows
+    rows = run_bench(calls(methods=("baseline",), budget_minutes=1.5)).rows
     assert [row.reason for row in rows] == [None, None]
 
 
 def test_a_call_has_the_batch_of_its_case(shape):
-    """With guidance, twice as many samples as pictures."""
+    """With guidance, twice as many samples as images."""
     subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
-    call = subject.call(subject.load(), Case("sd15", "vanilla", None, 64, 128, 3), 1)
+    call = subject.call(subject.load(), Case("sd15", "baseline", None, 64, 128, 3), 1)
     assert call.args[1]["sample"].shape == (6, 4, 8, 16)
 
 
@@ -276,6 +276,6 @@ def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
         return unet
 
     monkeypatch.setattr(UNetSubject, "load", watched)
-    settings = {"methods": ("vanilla",), "sizes": ((64, 64),), "repeats": 1, "memory": False, "device": "cpu"}
+    settings = {"methods": ("baseline",), "sizes": ((64, 64),), "repeats": 1, "memory": False, "device": "cpu"}
     run_bench(BenchSettings.of_suite("shapes", models=("sd15", "sd21"), **settings))
     assert alive == [False]

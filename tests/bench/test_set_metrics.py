@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, and intervals that hold what they should: against formulas and simulations."""
+"""Distances between sets of images, and intervals that hold what they should: against formulas and simulations."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from agentsd.bench.set_metrics import clip_scores, frechet_distance, kernel_dist
 from agentsd.utils.intervals import bootstrap_mean, bootstrap_median, jackknife
 
 
-def test_clip_score_is_the_cosine_of_each_picture_and_its_text():
+def test_clip_score_is_the_cosine_of_each_image_and_its_text():
     """Whatever their lengths, and never below 0."""
     rng = np.random.default_rng(0)
-    pictures, texts = rng.normal(size=(2, 20, 3))
-    angles = [np.arccos(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in zip(pictures, texts, strict=True)]
+    images, texts = rng.normal(size=(2, 20, 3))
+    angles = [np.arccos(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in zip(images, texts, strict=True)]
     expected = [max(0.0, 100 * np.cos(angle)) for angle in angles]
     assert 0 in expected
-    assert clip_scores(pictures, texts) == pytest.approx(expected)
+    assert clip_scores(images, texts) == pytest.approx(expected)
 
 
 def test_frechet_distance_of_normal_distributions():
@@ -37,7 +37,7 @@ def test_kernel_distance_is_unbiased():
 
 
 def test_kernel_distance_of_pairs_is_unbiased():
-    """Also where each picture is nearly the same as its counterpart, as with a method that changes little."""
+    """Also where each image is nearly the same as its counterpart, as with a method that changes little."""
     rng = np.random.default_rng(0)
     values, biased = [], []
     for _ in range(500):
@@ -96,7 +96,7 @@ def test_the_interval_of_a_distance_covers_no_difference():
 
 @pytest.mark.parametrize("metric", ["frechet_distance", "kernel_distance"])
 def test_the_interval_of_a_distance_to_a_reference_is_as_wide_as_it_should_be(metric):
-    """Neither narrower than what other pictures would give, nor so wide that nothing could be told."""
+    """Neither narrower than what other images would give, nor so wide that nothing could be told."""
     rng = np.random.default_rng(0)
     distance = getattr(ReferenceSet.of(rng.normal(size=(400, 8))), metric)
     intervals = [jackknife(distance, rng.normal(size=(64, 8)) + 0.3) for _ in range(60)]
@@ -105,14 +105,14 @@ def test_the_interval_of_a_distance_to_a_reference_is_as_wide_as_it_should_be(me
 
 
 def test_a_change_is_told_where_two_intervals_overlap():
-    """The same pictures changed a little for the worse: their distances' own intervals hold each other's values."""
+    """The same images changed a little for the worse: their distances' own intervals hold each other's values."""
     rng = np.random.default_rng(0)
     reference = ReferenceSet.of(rng.normal(size=(400, 8)))
-    vanilla = rng.normal(size=(64, 8))
-    own = vanilla + 0.15
-    before, after = (jackknife(reference.frechet_distance, rows) for rows in (vanilla, own))
+    baseline = rng.normal(size=(64, 8))
+    own = baseline + 0.15
+    before, after = (jackknife(reference.frechet_distance, rows) for rows in (baseline, own))
     assert before[2] > after[0]
-    _, low, _ = jackknife(lambda a, b: reference.frechet_distance(a) - reference.frechet_distance(b), own, vanilla)
+    _, low, _ = jackknife(lambda a, b: reference.frechet_distance(a) - reference.frechet_distance(b), own, baseline)
     assert low > 0
 
 
@@ -126,7 +126,7 @@ def test_the_floor_is_what_small_sets_of_the_reference_score():
     assert reference.floor(501) == []
 
 
-def test_the_floor_compares_with_all_other_pictures_though_few_rows_are_kept():
+def test_the_floor_compares_with_all_other_images_though_few_rows_are_kept():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(300, 8))
     kept, whole = ReferenceSet.of(features, rows=100), ReferenceSet.of(features)

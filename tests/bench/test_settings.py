@@ -15,11 +15,11 @@ from agentsd.bench import BenchError, BenchSettings
         ({"repeats": 0}, "repeats"),
         ({"warmup": 0}, "warmup"),
         ({"steps": 0}, "steps"),
-        ({"pictures": 0}, "pictures"),
+        ({"images": 0}, "images"),
         ({"batches": (0,)}, "batch"),
         ({"batches": ()}, "empty"),
         ({"methods": ()}, "empty"),
-        ({"methods": ("vanilla", "magic")}, "no method 'magic'"),
+        ({"methods": ("baseline", "magic")}, "no method 'magic'"),
         ({"models": ()}, "empty"),
         ({"models": ("a/final", "b/final")}, "a/final and b/final are both called final"),
         ({"sizes": ((100, 64),)}, "multiples of 8"),
@@ -48,7 +48,7 @@ def test_a_suite_keeps_what_it_is_about():
 @pytest.mark.parametrize(
     ("suite", "values", "unused"),
     [
-        ("speed", {"pictures": 64}, "pictures"),
+        ("speed", {"images": 64}, "images"),
         ("speed", {"prompts": ("a cat", "a dog")}, "prompts"),
         ("shapes", {"steps": 50, "guidance_scale": 5.0}, "steps`, `guidance_scale"),
         ("cpu", {"prompts": ("a cat",)}, "prompts"),

@@ -46,8 +46,8 @@ def draw(pipe, **options):
 # --- what the commands do ---------------------------------------------------------------------------------------
 
 
-def test_generate_writes_the_patched_picture(model, tmp_path):
-    """The very picture that the library gives, with every option passed on."""
+def test_generate_writes_the_patched_image(model, tmp_path):
+    """The very image that the library gives, with every option passed on."""
     out = tmp_path / "new" / "apple.png"
     options = ["--ratio", 0.6, "--set", "agent_until=0.2", "--set", "use_rand=false", "--guidance", 3]
     size = ["--height", 96, "--width", 160, "--negative-prompt", "blue"]
@@ -61,7 +61,7 @@ def test_generate_writes_the_patched_picture(model, tmp_path):
 
 
 def test_generate_without_the_patch(model, tmp_path):
-    """`--no-patch` gives the model's own picture."""
+    """`--no-patch` gives the model's own image."""
     out = tmp_path / "apple.png"
     result = run("generate", PROMPT, "-m", model, "-o", out, "--steps", 2, "--seed", 3, "--no-patch")
     assert result.exit_code == 0, result.output
@@ -69,22 +69,22 @@ def test_generate_without_the_patch(model, tmp_path):
     assert "without agentsd" in result.stdout
 
 
-def test_generate_warns_of_a_black_picture(tmp_path):
-    """A black picture comes with a reason, not with a cheerful line alone."""
+def test_generate_warns_of_a_black_image(tmp_path):
+    """A black image comes with a reason, not with a cheerful line alone."""
     pipe = tiny_sd()
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("nan"))
     pipe.save_pretrained(tmp_path / "broken")
     result = run("generate", PROMPT, "-m", tmp_path / "broken", "-o", tmp_path / "apple.png", "--steps", 1)
     assert result.exit_code == 0
-    assert "Warning: The picture with agentsd has values that are not finite" in result.stderr
+    assert "Warning: The image with agentsd has values that are not finite" in result.stderr
 
 
-def test_compare_writes_pictures_and_table(model, tmp_path):
-    """Two pictures, one sheet with the difference, and the numbers."""
+def test_compare_writes_images_and_table(model, tmp_path):
+    """Two images, one sheet with the difference, and the numbers."""
     out = tmp_path / "folder"
     result = run("compare", PROMPT, "--model", model, "--out", out, "--steps", 2, "--seed", 3)
     assert result.exit_code == 0, result.output
-    np.testing.assert_array_equal(np.asarray(PIL.Image.open(out / "vanilla.png")), draw(tiny_sd()))
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(out / "baseline.png")), draw(tiny_sd()))
     patched = draw(agentsd.apply_patch(tiny_sd()))
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(out / "agentsd.png")), patched)
     assert json.loads((out / "comparison.json").read_text())["settings"]["seed"] == 3
@@ -97,11 +97,11 @@ def test_bench_times_a_model(model, tmp_path):
     pytest.importorskip("tomesd")
     arguments = ["--steps", 1, "--repeats", 1, "--ratio", 0.3, "--ratio", 0.5, "--batch", 2, "--set", "seed=3"]
     arguments += ["--height", 64, "--width", 64, "--height", 64, "--width", 96, "--device", "cpu", "--no-memory"]
-    result = run("bench", model, *arguments, "--methods", "vanilla, agentsd", "--out", tmp_path)
+    result = run("bench", model, *arguments, "--methods", "baseline, agentsd", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
     assert [(row["method"], row["ratio"], row["width"], row["batch"]) for row in rows] == [
-        (method, ratio, width, 2) for width in (64, 96) for method, ratio in _VANILLA_AND_RATIOS
+        (method, ratio, width, 2) for width in (64, 96) for method, ratio in _BASELINE_AND_RATIOS
     ]
     saved = json.loads((tmp_path / "settings.json").read_text())
     assert (saved["ratios"], saved["options"]) == ([0.3, 0.5], {"seed": 3})
@@ -109,19 +109,19 @@ def test_bench_times_a_model(model, tmp_path):
     assert str(tmp_path / "report.html") in result.stdout.replace("\n", "")
 
 
-_VANILLA_AND_RATIOS = [("vanilla", None), ("agentsd", 0.3), ("agentsd", 0.5)]
+_BASELINE_AND_RATIOS = [("baseline", None), ("agentsd", 0.3), ("agentsd", 0.5)]
 
 
 def test_bench_reads_prompts(model, tmp_path):
-    """As many pictures as the file has lines, or as a number says."""
+    """As many images as the file has lines, or as a number says."""
     (tmp_path / "prompts.txt").write_text("red apple\nblue heart\n")
-    arguments = ["bench", model, "--suite", "quality", "--methods", "vanilla", "--steps", 1, "--repeats", 1]
+    arguments = ["bench", model, "--suite", "quality", "--methods", "baseline", "--steps", 1, "--repeats", 1]
     arguments += ["--height", 64, "--width", 64, "--device", "cpu", "--no-memory"]
     for given, count in ((tmp_path / "prompts.txt", 2), (3, 3)):
         out = tmp_path / str(count)
         result = run(*arguments, "--prompts", given, "--out", out)
         assert result.exit_code == 0, result.output
-        assert len(list(out.glob("images/*/vanilla/*.png"))) == count
+        assert len(list(out.glob("images/*/baseline/*.png"))) == count
 
 
 def test_report_lists_the_layers(model):
@@ -158,11 +158,11 @@ def test_version():
         (["generate", PROMPT, "--set", "sx=wide"], "`sx` must be an integer, but got 'wide'."),
         (["generate", PROMPT, "--ratio", "0.5", "--set", "ratio=0.4"], "ratio is given twice."),
         (["generate", PROMPT, "--ratio", "0.5", "--no-patch"], "--no-patch leaves nothing"),
-        (["generate", PROMPT, "--out", "picture.doc"], "does not end in the suffix of a colour picture format"),
-        (["generate", PROMPT, "--out", "picture.xbm"], "does not end in the suffix of a colour picture format"),
-        (["generate", PROMPT, "--out", "file.txt/picture.png"], "is a file: name a folder."),
+        (["generate", PROMPT, "--out", "image.doc"], "does not end in the suffix of a colour image format"),
+        (["generate", PROMPT, "--out", "image.xbm"], "does not end in the suffix of a colour image format"),
+        (["generate", PROMPT, "--out", "file.txt/image.png"], "is a file: name a folder."),
         (["compare", PROMPT, "--out", "file.txt/below"], "is a file: name a folder."),
-        (["generate", PROMPT, "--out", "picture.psd"], "does not end in the suffix of a colour picture format"),
+        (["generate", PROMPT, "--out", "image.psd"], "does not end in the suffix of a colour image format"),
         (["generate", PROMPT, "--out", "."], "is a folder: name a file"),
         (["generate", PROMPT, "--model", "./nothing"], "There is no model './nothing'"),
         (["generate", PROMPT, "--model", "nothing"], "There is no model 'nothing'"),
@@ -179,7 +179,7 @@ def test_version():
         (["bench", "MODEL", "--suite", "cpu"], "The suite 'cpu' is about models="),
         (["bench", "--suite", "cpu", "--height", "64"], "Give --height and --width the same number of times"),
         (["bench", "MODEL", "--resume"], "--resume needs the folder of the run: name it with --out."),
-        (["bench", "MODEL", "--methods", "vanilla,magic"], "There is no method 'magic'"),
+        (["bench", "MODEL", "--methods", "baseline,magic"], "There is no method 'magic'"),
         (["bench", "MODEL", "--set", "speed=2"], "Unknown option 'speed'"),
         (["bench", "MODEL", "--prompts", "none.txt"], "Cannot read the prompts in none.txt"),
         (["bench", "MODEL", "--out", "file.txt"], "is a file: name a folder."),
@@ -221,14 +221,14 @@ def test_failure_is_one_line_and_exit_code_1(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate", "compare", "bench"])
-def test_a_model_that_needs_a_picture_is_named(command, tmp_path):
+def test_a_model_that_needs_a_image_is_named(command, tmp_path):
     """A command has only a prompt; the model's own error would ask for an `image` that no option gives."""
     tiny_refiner().save_pretrained(tmp_path / "refiner")
     model = [tmp_path / "refiner"] if command == "bench" else [PROMPT, "--model", tmp_path / "refiner"]
     result = run(command, *model, "--steps", 1)
     assert result.exit_code == 1
     *bar, message = result.stderr.splitlines()
-    assert message.startswith("Error: StableDiffusionXLImg2ImgPipeline starts from a picture")
+    assert message.startswith("Error: StableDiffusionXLImg2ImgPipeline starts from an image")
     assert len(bar) == (command == "bench")
 
 
@@ -264,7 +264,7 @@ def test_process_keeps_results_and_messages_apart(model, tmp_path):
 
 def test_bench_prints_nothing_but_its_progress():
     """Neither does the process that measures memory."""
-    process = start("bench", "--methods", "vanilla", "--steps", 1, "--repeats", 1, "--height", 64, "--width", 64)
+    process = start("bench", "--methods", "baseline", "--steps", 1, "--repeats", 1, "--height", 64, "--width", 64)
     _, messages = process.communicate(timeout=300)
     assert process.returncode == 0, messages
     assert [line.split()[0] for line in messages.splitlines() if line] == ["done"]
@@ -310,7 +310,7 @@ def test_interrupt_ends_with_130(model, tmp_path):
     arguments = ["compare", PROMPT, "--model", model, "--out", tmp_path / "folder", "--steps", 900]
     process = start(*arguments, command=[sys.executable, "-c", code])
     assert process.stdout.readline() == "ready\n"
-    time.sleep(2)  # the model is being loaded, or pictures are being made: both must end the same way
+    time.sleep(2)  # the model is being loaded, or images are being made: both must end the same way
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=300)

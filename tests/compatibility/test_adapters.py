@@ -41,7 +41,7 @@ def test_lora_loaded_and_unloaded_while_patched(lora, config):
     """PEFT LoRA: loaded into a patched model it acts as in one patched afterwards; unloading undoes it."""
     other = tiny_sd()
     other.load_lora_weights(lora)
-    vanilla = generate(other)
+    baseline = generate(other)
     expected = generate(agentsd.apply_patch(other, config=config))
 
     pipe = agentsd.apply_patch(tiny_sd(), config=config)
@@ -50,7 +50,7 @@ def test_lora_loaded_and_unloaded_while_patched(lora, config):
     assert torch.equal(generate(pipe), expected)
     assert_differs(expected, without)
     agentsd.remove_patch(pipe)
-    assert torch.equal(generate(pipe), vanilla)
+    assert torch.equal(generate(pipe), baseline)
     agentsd.apply_patch(pipe, config=config)
     pipe.unload_lora_weights()
     assert torch.equal(generate(pipe), without)
@@ -113,9 +113,9 @@ def test_ip_adapter_loaded_before_patching(config):
 @in_both_phases
 def test_ip_adapter_loaded_after_patching(config):
     """IP-Adapter: loaded into a patched model, which makes every processor anew without arguments."""
-    vanilla = with_ip_adapter(tiny_sd())
-    expected = generate_with_image(vanilla)
-    patched = generate_with_image(agentsd.apply_patch(vanilla, config=config))
+    baseline = with_ip_adapter(tiny_sd())
+    expected = generate_with_image(baseline)
+    patched = generate_with_image(agentsd.apply_patch(baseline, config=config))
 
     pipe = agentsd.apply_patch(tiny_sd(), config=config)
     without = generate(pipe)
@@ -144,7 +144,7 @@ def test_ip_adapter_loaded_and_unloaded_while_patched(config):
 
 @pytest.mark.parametrize("agent_until", [1.0, 0.0], ids=["agent", "tome"])
 def test_ip_adapter_with_merged_cross_attention_and_mlp(agent_until):
-    """IP-Adapter: `merge_crossattn` and `merge_mlp` merge the queries that read the picture, too."""
+    """IP-Adapter: `merge_crossattn` and `merge_mlp` merge the queries that read the image, too."""
     pipe = with_ip_adapter(tiny_sd())
     config = AgentSDConfig(agent_until=agent_until, merge_crossattn=True, merge_mlp=True)
     merged = check_cycle(pipe, lambda: generate_with_image(pipe), config=config)

@@ -114,10 +114,10 @@ CACHES = {"pab": broadcast, "faster": faster, "taylorseer": taylor, "first_block
 def test_caches(cache, order):
     """PAB and other caches (FasterCache, TaylorSeer, first-block cache), put in before patching and after."""
     layers = {"transformer_layers_per_block": 3} if cache == "first_block" else {}
-    vanilla, unet = tiny_unet(**layers), tiny_unet(**layers)
-    expected, walk = Walk(vanilla), Walk(unet)
+    baseline, unet = tiny_unet(**layers), tiny_unet(**layers)
+    expected, walk = Walk(baseline), Walk(unet)
     without = expected()
-    CACHES[cache](vanilla, expected)
+    CACHES[cache](baseline, expected)
     expected = expected()
     assert_differs(expected[-1:], without[-1:])
 
@@ -141,7 +141,7 @@ def test_caches(cache, order):
 
 
 def test_cached_self_attention_is_that_of_the_older_step():
-    """PAB: what a patched layer gives back from the cache is the finished output, in the order of the picture."""
+    """PAB: what a patched layer gives back from the cache is the finished output, in the order of the image."""
     unet = agentsd.apply_patch(tiny_unet(), filter_fn=lambda name, _: name.startswith(FIRST_STACK))
     walk, outputs = Walk(unet), []
     broadcast(unet, walk)
@@ -183,10 +183,10 @@ def test_deepcache(order):
         helper.cached_output, helper.start_timestep = {}, None
         return generate(pipe, num_inference_steps=4)
 
-    vanilla, pipe = tiny_sd(), tiny_sd()
-    plain = generate(vanilla, num_inference_steps=4)
-    enabled = {vanilla.unet: helper(vanilla)}
-    expected = run(vanilla)
+    baseline, pipe = tiny_sd(), tiny_sd()
+    plain = generate(baseline, num_inference_steps=4)
+    enabled = {baseline.unet: helper(baseline)}
+    expected = run(baseline)
     assert_differs(expected, plain)
     for what in (order, {"cache_first": "patch_first", "patch_first": "cache_first"}[order]):
         if what == "cache_first":
@@ -222,23 +222,23 @@ def test_pag_beside_patched_layers(kind, config):
 @in_both_phases
 def test_pag_on_patched_layers(config):
     """PAG on a patched layer: its processor takes over for the call, with one warning; then the patch is back."""
-    vanilla = with_unet(StableDiffusionPAGPipeline)
+    baseline = with_unet(StableDiffusionPAGPipeline)
     pipe = with_unet(StableDiffusionPAGPipeline)
     first_only = lambda name, _: name.startswith(FIRST_STACK)  # noqa: E731
-    for each in (vanilla, pipe):
+    for each in (baseline, pipe):
         each.set_pag_applied_layers(["down_blocks.0"])
     agentsd.apply_patch(pipe, config=config, filter_fn=first_only)
     patched = generate(pipe, pag_scale=0.0)
     with AgentsdWarnings() as caught:
-        assert torch.equal(generate(pipe, pag_scale=3.0), generate(vanilla, pag_scale=3.0))
+        assert torch.equal(generate(pipe, pag_scale=3.0), generate(baseline, pag_scale=3.0))
         assert caught.count == 1
     assert torch.equal(generate(pipe, pag_scale=0.0), patched)
     agentsd.apply_patch(pipe, config=config)
     with pytest.warns(UserWarning, match="without agentsd"):
         others_patched = generate(pipe, pag_scale=3.0)
-    assert_differs(others_patched, generate(vanilla, pag_scale=3.0))
+    assert_differs(others_patched, generate(baseline, pag_scale=3.0))
     agentsd.remove_patch(pipe)
-    assert torch.equal(generate(pipe, pag_scale=3.0), generate(vanilla, pag_scale=3.0))
+    assert torch.equal(generate(pipe, pag_scale=3.0), generate(baseline, pag_scale=3.0))
     assert_no_trace(pipe.unet)
 
 
@@ -254,12 +254,12 @@ SKIPS = {
 @pytest.mark.parametrize("skip", SKIPS)
 def test_layer_skip(skip, config):
     """Layer skip of a patched block, its attention, its feed-forward or its attention scores; before and after."""
-    vanilla, unet = tiny_unet(), tiny_unet()
-    plain = predict_both(vanilla)
-    apply_layer_skip(vanilla, LayerSkipConfig(indices=[0], fqn=FIRST_STACK, **SKIPS[skip]))
-    skipped = predict_both(vanilla)
+    baseline, unet = tiny_unet(), tiny_unet()
+    plain = predict_both(baseline)
+    apply_layer_skip(baseline, LayerSkipConfig(indices=[0], fqn=FIRST_STACK, **SKIPS[skip]))
+    skipped = predict_both(baseline)
     assert_differs(skipped, plain)
-    check_cycle(vanilla, lambda: predict_both(vanilla), config=config)
+    check_cycle(baseline, lambda: predict_both(baseline), config=config)
 
     # With nothing but the skipped layer patched, the skip is all there is (the feed-forward is no part of the patch).
     agentsd.apply_patch(unet, config=config, filter_fn=lambda name, _: name.startswith(FIRST_STACK))
@@ -275,14 +275,14 @@ def test_layer_skip(skip, config):
 
 @in_both_phases
 def test_smoothed_energy_guidance(config):
-    """The blurred queries of smoothed energy guidance see the whole picture, not merged tokens."""
-    vanilla, unet = tiny_unet(), tiny_unet()
-    plain = predict_both(vanilla)
+    """The blurred queries of smoothed energy guidance see the whole image, not merged tokens."""
+    baseline, unet = tiny_unet(), tiny_unet()
+    plain = predict_both(baseline)
     agentsd.apply_patch(unet, config=config, filter_fn=lambda name, _: name.startswith(FIRST_STACK))
-    for model in (vanilla, unet):
+    for model in (baseline, unet):
         blur = SmoothedEnergyGuidanceConfig(indices=[0], fqn=FIRST_STACK)
         _apply_smoothed_energy_guidance_hook(model, blur, blur_sigma=1.0)
-    expected = predict_both(vanilla)
+    expected = predict_both(baseline)
     assert_differs(expected, plain)
     assert torch.equal(predict_both(unet), expected)
 

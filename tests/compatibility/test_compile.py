@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import agentsd
 from agentsd import AgentSDConfig
-from agentsd.models.unet import find_sites
+from agentsd.models.unet import find_layers
 
 from .support import assert_differs, assert_no_trace, fingerprint, generate
 
@@ -159,17 +159,17 @@ def test_patched_anew_with_other_options(way, options, eager):
 def test_a_layer_wrapped_after_patching():
     """A module that is compiled by itself gets another name: its layer stays in the report, and keeps its patch."""
     unet = small_unet(up_block_types=("CrossAttnUpBlock2D",))
-    kept = find_sites(unet)[1].attn
+    kept = find_layers(unet)[1].attn
     kept.set_processor(CustomDiffusionAttnProcessor2_0(hidden_size=32, train_q_out=False))
     agentsd.apply_patch(unet)
-    before = [(site.attn, site.attn.processor) for site in find_sites(unet)]
+    before = [(site.attn, site.attn.processor) for site in find_layers(unet)]
     skipped = [row.skipped for row in agentsd.report(unet).rows]
     for block in (unet.down_blocks[0], unet.up_blocks[0]):
         block.attentions[0] = torch.compile(block.attentions[0], backend="eager")
     assert [row.skipped for row in agentsd.report(unet).rows] == skipped
     with agentsd.patched(unet, ratio=0.2):
         assert [row.skipped for row in agentsd.report(unet).rows] == skipped
-    assert [(site.attn, site.attn.processor) for site in find_sites(unet)] == before
+    assert [(site.attn, site.attn.processor) for site in find_layers(unet)] == before
     assert_no_trace(agentsd.remove_patch(unet))
 
 

@@ -73,12 +73,12 @@ OFFLOADS = {
 def test_offload_and_casting(offload, order):
     """Model, sequential and group offload, and layerwise casting: put in before patching and after, in both phases."""
     run = lambda unet: predict_both(unet, dtype=torch.float32)  # noqa: E731
-    vanilla, unet = tiny_unet(), tiny_unet()
-    agentsd.apply_patch(vanilla, config=EVERYTHING)
-    resident = run(vanilla)
-    agentsd.remove_patch(vanilla)
-    OFFLOADS[offload](vanilla)
-    expected, found = run(vanilla), fingerprint(vanilla)
+    baseline, unet = tiny_unet(), tiny_unet()
+    agentsd.apply_patch(baseline, config=EVERYTHING)
+    resident = run(baseline)
+    agentsd.remove_patch(baseline)
+    OFFLOADS[offload](baseline)
+    expected, found = run(baseline), fingerprint(baseline)
 
     if order == "patch_first":
         agentsd.apply_patch(unet, config=EVERYTHING)
@@ -161,10 +161,10 @@ def test_lora_in_an_offloaded_pipeline(tmp_path):
 
 def test_lora_loaded_into_a_patched_and_group_offloaded_pipeline(tmp_path):
     """PEFT LoRA loaded into a patched model under group offload, for which diffusers puts its hooks in anew."""
-    vanilla = tiny_sd()
-    plain = generate(vanilla)
-    vanilla.load_lora_weights(save_lora(tmp_path))
-    expected = generate(vanilla)
+    baseline = tiny_sd()
+    plain = generate(baseline)
+    baseline.load_lora_weights(save_lora(tmp_path))
+    expected = generate(baseline)
 
     pipe = agentsd.apply_patch(tiny_sd())
     group_offload_leaves(pipe.unet)

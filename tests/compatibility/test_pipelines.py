@@ -4,7 +4,7 @@ import pytest
 import torch
 from compat_models import (
     half_mask,
-    picture,
+    image,
     tiny_animatediff,
     tiny_gligen,
     tiny_instruct_pix2pix,
@@ -32,7 +32,7 @@ from models import tiny_controlnet, tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl, 
 
 import agentsd
 from agentsd import AgentSDConfig
-from agentsd.models.unet import find_sites
+from agentsd.models.unet import find_layers
 
 from .support import (
     PHASES,
@@ -55,7 +55,7 @@ EVERYTHING = {
 merging_everything = pytest.mark.parametrize("config", EVERYTHING.values(), ids=EVERYTHING)
 merging_more = pytest.mark.parametrize("config", [*PHASES.values(), *EVERYTHING.values()], ids=[*PHASES, *EVERYTHING])
 # Half of the noise only: two of three steps would be one too few to pass both phases.
-EDIT = {"image": picture(), "strength": 0.9, "num_inference_steps": 4}
+EDIT = {"image": image(), "strength": 0.9, "num_inference_steps": 4}
 
 
 @in_both_phases
@@ -123,9 +123,9 @@ def test_inpainting_with_nine_channels(config):
 
 @in_both_phases
 def test_instruct_pix2pix(config):
-    """InstructPix2Pix: a batch of three predictions a picture, eight input channels."""
+    """InstructPix2Pix: a batch of three predictions an image, eight input channels."""
     pipe = tiny_instruct_pix2pix()
-    check_cycle(pipe, lambda: generate(pipe, image=picture(), image_guidance_scale=1.5), config=config)
+    check_cycle(pipe, lambda: generate(pipe, image=image(), image_guidance_scale=1.5), config=config)
 
 
 @in_both_phases
@@ -149,7 +149,7 @@ def test_controlnet(config):
     """ControlNet: patched together with the UNet, and restored together."""
     controlnet = tiny_controlnet()
     pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=controlnet)
-    run = lambda: generate(pipe, image=picture())  # noqa: E731
+    run = lambda: generate(pipe, image=image())  # noqa: E731
     patched = check_cycle(pipe, run, pipe.unet, controlnet, config=config)
 
     agentsd.apply_patch(pipe, config=config)
@@ -166,9 +166,9 @@ def test_several_controlnets(config):
     nets = [tiny_controlnet(seed=seed) for seed in (0, 1)]
     pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=nets)
     assert isinstance(pipe.controlnet, MultiControlNetModel)
-    pictures = [picture(seed) for seed in (0, 1)]
+    images = [image(seed) for seed in (0, 1)]
     scales = [1.0, 0.5]
-    run = lambda: generate(pipe, image=pictures, controlnet_conditioning_scale=scales)  # noqa: E731
+    run = lambda: generate(pipe, image=images, controlnet_conditioning_scale=scales)  # noqa: E731
     check_cycle(pipe, run, pipe.unet, *nets, config=config)
     agentsd.apply_patch(pipe)
     assert {row.model for row in agentsd.report(pipe).rows} == {"unet", "controlnet.0", "controlnet.1"}
@@ -179,13 +179,13 @@ def test_several_controlnets(config):
 def test_controlnet_guess_mode(guess_mode, config):
     """ControlNet in guess mode sees half of the UNet's batch."""
     pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=tiny_controlnet())
-    check_cycle(pipe, lambda: generate(pipe, image=picture(), guess_mode=guess_mode), config=config)
+    check_cycle(pipe, lambda: generate(pipe, image=image(), guess_mode=guess_mode), config=config)
 
 
 def test_controlnet_with_image_to_image_and_inpainting():
     """ControlNet with image to image, inpainting, and SDXL."""
     controlnet = tiny_controlnet()
-    edit = {**EDIT, "control_image": picture(1)}
+    edit = {**EDIT, "control_image": image(1)}
     pipe = with_unet(StableDiffusionControlNetImg2ImgPipeline, controlnet=controlnet)
     check_cycle(pipe, lambda: generate(pipe, **edit), pipe.unet, controlnet)
     pipe = with_unet(StableDiffusionControlNetInpaintPipeline, controlnet=controlnet)
@@ -194,7 +194,7 @@ def test_controlnet_with_image_to_image_and_inpainting():
     controlnet = tiny_controlnet(base.unet)
     pipe = StableDiffusionXLControlNetPipeline(**base.components, controlnet=controlnet, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    check_cycle(pipe, lambda: generate(pipe, image=picture()), pipe.unet, controlnet)
+    check_cycle(pipe, lambda: generate(pipe, image=image()), pipe.unet, controlnet)
 
 
 def test_controlnet_without_attention():
@@ -205,7 +205,7 @@ def test_controlnet_without_attention():
     )
     controlnet = ControlNetModel.from_config({**controlnet.config, "down_block_types": flat}).eval()
     controlnet.mid_block.attentions = torch.nn.ModuleList()
-    assert not find_sites(controlnet)
+    assert not find_layers(controlnet)
     pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=tiny_controlnet())
     pipe.controlnet = controlnet
     agentsd.apply_patch(pipe)

@@ -56,13 +56,13 @@ def use_xformers(unet):
 
 def check_replaced(switch, config, undo=None):
     """
-    While `switch` is on, a patched model is exactly a vanilla one with the same switch on, after exactly one warning;
+    While `switch` is on, a patched model is exactly a baseline one with the same switch on, after exactly one warning;
     removing the patch leaves the switch on; patching again afterwards works.
     """
-    vanilla = tiny_sd()
-    plain = generate(vanilla)
-    switch(vanilla)
-    expected, found = generate(vanilla), fingerprint(vanilla.unet)
+    baseline = tiny_sd()
+    plain = generate(baseline)
+    switch(baseline)
+    expected, found = generate(baseline), fingerprint(baseline.unet)
 
     pipe = agentsd.apply_patch(tiny_sd(), config=config)
     with AgentsdWarnings() as caught:
@@ -87,7 +87,7 @@ def check_replaced(switch, config, undo=None):
 
 @pytest.mark.parametrize("config", [AgentSDConfig(), EVERYTHING], ids=["attention", "everything"])
 def test_attention_slicing(config):
-    """`enable_attention_slicing` on a patched pipeline: exact vanilla and one warning; off and on again."""
+    """`enable_attention_slicing` on a patched pipeline: exact baseline and one warning; off and on again."""
     check_replaced(
         lambda pipe: pipe.enable_attention_slicing(1), config, undo=lambda pipe: pipe.disable_attention_slicing()
     )
@@ -95,7 +95,7 @@ def test_attention_slicing(config):
 
 @pytest.mark.parametrize("config", [AgentSDConfig(), EVERYTHING], ids=["attention", "everything"])
 def test_xformers_switch(xformers, config):
-    """The xFormers switch on a patched pipeline: exact vanilla and one warning; off again by diffusers' own method."""
+    """The xFormers switch on a patched pipeline: exactly the baseline, one warning; off by diffusers' own method."""
     check_replaced(
         lambda pipe: use_xformers(pipe.unet),
         config,
@@ -105,7 +105,7 @@ def test_xformers_switch(xformers, config):
 
 @pytest.mark.parametrize("config", [AgentSDConfig(), EVERYTHING], ids=["attention", "everything"])
 def test_fused_qkv_projections(config):
-    """`fuse_qkv_projections` on a patched model: exact vanilla and one warning while fused."""
+    """`fuse_qkv_projections` on a patched model: exact baseline and one warning while fused."""
     check_replaced(
         lambda pipe: pipe.fuse_qkv_projections(vae=False),
         config,
@@ -168,12 +168,12 @@ def test_sliced_attention_that_is_left_alone(options, size):
     plain = generate(pipe, **size)
     agentsd.apply_patch(pipe, **options)
     patched = generate(pipe, **size)
-    # the narrow picture holds no cell of the agent phase
+    # the narrow image holds no cell of the agent phase
     assert torch.equal(patched, plain) == (options == {"ratio": 0})
 
 
 def test_patched_while_fused_then_unfused():
-    """A model patched while fused: unfusing replaces the processors, so vanilla and one warning."""
+    """A model patched while fused: unfusing replaces the processors, so baseline and one warning."""
     pipe = tiny_sd()
     plain = generate(pipe)
     pipe.fuse_qkv_projections(vae=False)
@@ -311,12 +311,12 @@ class ScaledAttention(torch.nn.Module):
 
 
 def test_module_processor_set_on_a_patched_layer():
-    """An `nn.Module` processor set after patching: it runs as in a vanilla model, with one warning, and stays."""
+    """An `nn.Module` processor set after patching: it runs as in a baseline model, with one warning, and stays."""
     name = "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
-    vanilla, unet = tiny_unet(), agentsd.apply_patch(tiny_unet())
-    for model in (vanilla, unet):
+    baseline, unet = tiny_unet(), agentsd.apply_patch(tiny_unet())
+    for model in (baseline, unet):
         model.get_submodule(name).set_processor(ScaledAttention())
-    expected, found = predict_both(vanilla), fingerprint(vanilla)
+    expected, found = predict_both(baseline), fingerprint(baseline)
     with AgentsdWarnings() as caught:
         assert_differs(predict_both(unet), expected)  # the other layers are still patched
         predict_both(unet)

@@ -42,10 +42,10 @@ def draw(pipe, wish):
     return np.asarray(pipe(**wish.call, **options).images[0])
 
 
-def test_pictures_are_those_of_the_pipeline(engine, wish):
+def test_images_are_those_of_the_pipeline(engine, wish):
     comparison, is_cached = engine.compare("me", wish, CONFIG, ignore)
     assert not is_cached
-    np.testing.assert_array_equal(np.asarray(comparison.vanilla), draw(tiny_sd(), wish))
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), wish))
     np.testing.assert_array_equal(np.asarray(comparison.agentsd), draw(agentsd.apply_patch(tiny_sd()), wish))
 
 
@@ -54,14 +54,14 @@ def test_the_plain_run_is_kept_by_everything_that_determines_it(engine, wish):
     told = []
     again, is_cached = engine.compare("me", wish, agentsd.AgentSDConfig(ratio=0.7), lambda *step: told.append(step[0]))
     assert is_cached
-    assert again.vanilla_run is first.vanilla_run
+    assert again.baseline_run is first.baseline_run
     assert "without agentsd" not in told
     others = {"prompt": "blue", "negative_prompt": "x", "seed": 4, "steps": 2, "guidance_scale": 2.0}
     for name, value in {**others, "height": 64, "width": 128}.items():
         assert not engine.compare("me", replace(wish, **{name: value}), CONFIG, ignore)[1], name
 
 
-def test_a_visitor_has_only_its_own_pictures(engine, wish):
+def test_a_visitor_has_only_its_own_images(engine, wish):
     engine.compare("me", wish, CONFIG, ignore)
     assert not engine.compare("you", wish, CONFIG, ignore)[1]
     engine.forget("me")
@@ -91,7 +91,7 @@ def test_stopping_ends_a_run_at_its_next_step(engine, wish, what):
         engine.compare("me", replace(wish, steps=20), CONFIG, stop_at_two)
     assert told[-1] == (what, 2)
     comparison, _ = engine.compare("me", wish, CONFIG, ignore)
-    np.testing.assert_array_equal(np.asarray(comparison.vanilla), draw(tiny_sd(), wish))
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), wish))
 
 
 def in_background(function):
@@ -166,18 +166,18 @@ def test_tokens_are_those_that_were_merged(engine, wish):
     assert merging_only.caption == "128 tokens merged to 64, no agents (token merging only)"
 
 
-def test_a_black_picture_is_no_result_anywhere(engine, wish):
+def test_a_black_image_is_no_result_anywhere(engine, wish):
     """Half precision overflows on some models: every tab must say so."""
     decoder = engine._pipes["tiny"].vae.decoder
     torch.nn.init.constant_(decoder.conv_out.bias, float("nan"))
     assert "not finite" in engine.tokens("me", wish, CONFIG, ignore).warnings[0]
     plain, todo = engine.sweep("me", wish, ["todo"], [], ignore)
     assert "not finite" in plain.run.warnings[0]
-    assert "picture with todo has values that are not finite" in todo.run.warnings[0]
+    assert "image with todo has values that are not finite" in todo.run.warnings[0]
 
 
 def test_nothing_is_kept_for_a_visitor_who_leaves_in_the_last_moment(engine, wish):
-    """While the picture is decoded, no step is left at which the generation could end."""
+    """While the image is decoded, no step is left at which the generation could end."""
     vae = engine._pipes["tiny"].vae
     decode = vae.decode
 
@@ -192,7 +192,7 @@ def test_nothing_is_kept_for_a_visitor_who_leaves_in_the_last_moment(engine, wis
 
 
 def test_a_sweep_draws_what_a_benchmark_draws(engine, wish):
-    """tomesd goes on with one generator: the warm-up must not change the picture."""
+    """tomesd goes on with one generator: the warm-up must not change the image."""
     tome = engine.sweep("me", wish, ["tomesd"], [0.5], ignore)[1]
     twin = twin_pipeline(tiny_sd())
     METHODS["tomesd"].apply(twin, 0.5, {})
@@ -226,7 +226,7 @@ def test_a_sweep_tells_an_earlier_run_and_goes_on_after_a_failure(engine, wish, 
 
 def test_a_sweep_compares_methods(engine, wish):
     runs = engine.sweep("me", wish, ["tomesd", "agentsd"], [0.5], ignore)
-    assert [run.name for run in runs] == ["vanilla", "tomesd 0.5", "agentsd 0.5"]
+    assert [run.name for run in runs] == ["baseline", "tomesd 0.5", "agentsd 0.5"]
     assert runs[0].speed_up == 1
     np.testing.assert_array_equal(np.asarray(runs[0].run.image), draw(tiny_sd(), wish))
     np.testing.assert_array_equal(np.asarray(runs[2].run.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), wish))
@@ -280,7 +280,7 @@ def test_bad_wishes(engine, wish, values, error, message):
     "methods, ratios, message",
     [
         ([], [0.5], "Choose from the methods"),
-        (["vanilla"], [0.5], "Choose from the methods"),
+        (["baseline"], [0.5], "Choose from the methods"),
         (["agentsd"], [], "at least one ratio"),
         (["agentsd"], [1.5], "ratio"),
         (["agentsd"], [0.1] * 5, "5 ratios, and at most 4"),
@@ -298,7 +298,7 @@ def test_models_are_looked_for_at_the_start(model, tmp_path):
     with pytest.raises(ValueError, match="same name"):
         Engine([model, model])
     tiny_refiner().save_pretrained(tmp_path / "refiner")
-    with pytest.raises(TypeError, match="starts from a picture"):
+    with pytest.raises(TypeError, match="starts from an image"):
         Engine([str(tmp_path / "refiner")])
 
 

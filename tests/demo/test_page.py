@@ -34,7 +34,7 @@ from agentsd.demo.requests import Limits
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "cpu"
-# A picture or a text comes when it comes: it is waited for, never read at once.
+# An image or a text comes when it comes: it is waited for, never read at once.
 SLOW = 120_000
 expect.set_options(timeout=SLOW)
 
@@ -95,7 +95,7 @@ def number(text):
     return float(re.match(r"[\d.]+", text)[0])
 
 
-def test_compare_shows_both_pictures_and_true_numbers(open_page):
+def test_compare_shows_both_images_and_true_numbers(open_page):
     page = open_page()
     page.get_by_label("Prompt", exact=True).fill("a red heart")
     set_number(page, "Steps", 3)
@@ -124,7 +124,7 @@ def test_compare_shows_both_pictures_and_true_numbers(open_page):
     assert table(page, "compare-numbers")["per step"][0] == plain
 
 
-def test_every_picture_and_field_has_a_name(open_page):
+def test_every_image_and_field_has_a_name(open_page):
     page = open_page()
     set_number(page, "Steps", 1)
     compare(page)
@@ -162,7 +162,7 @@ def test_a_click_stops_a_run(open_page):
         ("Sweep", ["without agentsd", "with tomesd 0.4", "with agentsd 0.4"]),
     ],
 )
-def test_a_picture_that_is_none_is_a_warning_in_every_tab(open_page, engine, monkeypatch, tab, names):
+def test_a_image_that_is_none_is_a_warning_in_every_tab(open_page, engine, monkeypatch, tab, names):
     bias = engine._pipes["emoji"].vae.decoder.conv_out.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
     page = open_page()
@@ -172,7 +172,7 @@ def test_a_picture_that_is_none_is_a_warning_in_every_tab(open_page, engine, mon
         page.get_by_label("Ratios").fill("0.4")
     page.locator(f"#{tab.lower()}-start").click()
     for name in names:
-        expect(page.get_by_text(f"The picture {name} has values that are not finite")).to_be_visible()
+        expect(page.get_by_text(f"The image {name} has values that are not finite")).to_be_visible()
 
 
 def test_tokens_shows_what_was_merged_at_each_step(open_page):
@@ -182,12 +182,12 @@ def test_tokens_shows_what_was_merged_at_each_step(open_page):
     page.locator("#tokens-start").click()
     status = page.locator("#tokens-status")
     expect(status).to_have_text("Step 1: 1,024 tokens merged to 615, 64 agents.")
-    picture = page.locator("#tokens-drawing img")
-    first = picture.get_attribute("src")
+    image = page.locator("#tokens-drawing img")
+    first = image.get_attribute("src")
     set_number(page, "Step", 4)
     expect(status).to_have_text("Step 4: 1,024 tokens merged to 615, no agents (token merging only).")
-    expect(picture).not_to_have_attribute("src", first)
-    expect(picture).to_have_js_property("naturalWidth", 768)
+    expect(image).not_to_have_attribute("src", first)
+    expect(image).to_have_js_property("naturalWidth", 768)
 
 
 def test_sweep_compares_methods(open_page):
@@ -197,8 +197,8 @@ def test_sweep_compares_methods(open_page):
     page.get_by_label("Ratios").fill("0.3, 0.6")
     page.locator("#sweep-start").click()
     numbers = table(page, "sweep-numbers")
-    assert list(numbers)[1:] == ["vanilla", "tomesd 0.3", "tomesd 0.6", "agentsd 0.3", "agentsd 0.6"]
-    assert numbers["vanilla"][1] == "1.00×"
+    assert list(numbers)[1:] == ["baseline", "tomesd 0.3", "tomesd 0.6", "agentsd 0.3", "agentsd 0.6"]
+    assert numbers["baseline"][1] == "1.00×"
     assert number(numbers["agentsd 0.6"][2]) < number(numbers["agentsd 0.3"][2]) < 60
     expect(page.locator("#sweep-gallery").get_by_text(re.compile(r"agentsd 0.6: .*×.* dB"))).to_be_visible()
     page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500")
@@ -284,7 +284,7 @@ def test_no_file_can_be_read_through_the_page(address, path):
 def test_an_uploaded_result_cannot_name_files_of_the_server(open_page, tmp_path):
     secret = tmp_path / "secret"
     secret.mkdir()
-    PIL.Image.new("RGB", (64, 64), "red").save(secret / "picture.png")
+    PIL.Image.new("RGB", (64, 64), "red").save(secret / "image.png")
     upload = tmp_path / "upload"
     upload.mkdir()
     for name in ("settings.json", "environment.json", "cases.jsonl"):
@@ -313,9 +313,9 @@ def test_programs_get_messages_too(address):
     client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
     asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
     patch = [0.4, 0.4, 1, 0.3, 0.075, True, False, False]
-    status, pictures, *_ = client.predict(*asked, *patch, api_name="/compare")
+    status, images, *_ = client.predict(*asked, *patch, api_name="/compare")
     assert "Speed-up per step" in status
-    assert PIL.Image.open(pictures[0]).size == (256, 256)
+    assert PIL.Image.open(images[0]).size == (256, 256)
     for values, message in (
         ([*asked[:4], 201, *asked[5:], *patch], "201 is greater"),
         ([*asked, 1.5, *patch[1:]], "1.5 is greater"),

@@ -95,7 +95,7 @@ def test_without_randomness_the_top_left_member_is_the_destination():
 
 
 def test_random_members_are_uniform_and_independent_between_keys_seeds_and_cells():
-    """A biased choice would sample some picture positions more often than others at every step."""
+    """A biased choice would sample some image positions more often than others at every step."""
     member = random_members(4096, 16, mix_key(torch.arange(64), seed=3))
     shares = torch.bincount(member.flatten(), minlength=16) / member.numel()
     assert shares.sub(1 / 16).abs().max() < 0.002
@@ -182,7 +182,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_many_tokens_are_matched_a_few_at_a_time():
-    """All similarities of a 2048 pixel picture, held at once, would take gigabytes."""
+    """All similarities of a 2048 pixel image, held at once, would take gigabytes."""
     x = torch.randn(2, 64 * 64, 8, generator=torch.Generator().manual_seed(0))
     partition = make_partition(64, 64, 2, 2, keys=(981, 41))
     with LargestTensor() as largest:

@@ -91,8 +91,8 @@ def test_a_timestep_with_a_batch_dimension_is_no_reason_to_read_again():
 def test_the_benchmark_counts_memory_and_launches(tmp_path):
     tiny_sd().save_pretrained(tmp_path / "tiny")
     settings = BenchSettings(
-        models=(str(tmp_path / "tiny"),), methods=("vanilla", "agentsd"), sizes=((128, 128),), steps=2, repeats=1
+        models=(str(tmp_path / "tiny"),), methods=("baseline", "agentsd"), sizes=((128, 128),), steps=2, repeats=1
     )
-    vanilla, patched = run_bench(settings).rows
-    assert 0 < vanilla.peak_bytes < 2**30
-    assert 0 < vanilla.launches < patched.launches
+    baseline, patched = run_bench(settings).rows
+    assert 0 < baseline.peak_bytes < 2**30
+    assert 0 < baseline.launches < patched.launches

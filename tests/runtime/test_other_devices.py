@@ -10,7 +10,7 @@ import torch.utils.backend_registration
 
 
 CASES = ["agents", "merging", "everything", "without randomness", "in float32"]
-PEERS = ["attention-free", "vanilla-naive", "todo"]
+PEERS = ["attention-free", "baseline-naive", "todo"]
 SEVERAL_TIMESTEPS = "a timestep each"
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def test_it_computes_what_the_cpu_computes(measured, case):
     assert found["device"] == "pretend:0"
     assert found["error"] < 1e-5
     assert found["gradient_error"] < 1e-5
-    if case != "vanilla-naive":
+    if case != "baseline-naive":
         assert found["changed"] > 0.01
 
 

@@ -11,7 +11,7 @@ from models import tiny_sd, tiny_sdxl, tiny_unet
 from runs import EARLY, LATE, hook_count, image, inputs, run
 
 import agentsd
-from agentsd.models.unet import find_sites
+from agentsd.models.unet import find_layers
 from agentsd.ops.agent_attention import agent_attention
 from agentsd.ops.merging import cell_grid, match_tokens, merge_tokens, partition_tokens, plan_merging, unmerge_tokens
 
@@ -41,7 +41,7 @@ def test_removing_is_bit_identical_and_leaves_nothing(unet):
 
 @pytest.mark.parametrize("height, width", [(3, 64), (2, 2), (1, 16)])
 def test_layers_smaller_than_a_cell_are_bit_identical(unet, height, width):
-    """A picture of a few latents must work as it did, in the phase whose cells it is too small for."""
+    """An image of a few latents must work as it did, in the phase whose cells it is too small for."""
     size = {"height": 4 * height, "width": 4 * width}
     deepest = lambda name, module: name.startswith("mid_block")  # noqa: E731
     plain = run(unet, **size)
@@ -75,7 +75,7 @@ def test_a_batch_of_different_timesteps_gives_each_sample_its_own_phase(unet, op
 
 
 def test_a_layer_whose_samples_would_keep_different_numbers_of_tokens_is_left_alone(unet):
-    """Its input is one tensor. The cells of the ToMe phase find room in this picture, those of the other do not."""
+    """Its input is one tensor. The cells of the ToMe phase find room in this image, those of the other do not."""
     sample, text = inputs(unet, height=3, width=24)
 
     def predict(timesteps, **options):
@@ -109,7 +109,7 @@ def test_seed_and_randomness_change_the_partition(unet):
 def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
     """The hooks feed the right tensors to the mathematics: the metric from before the norm, the layer's own size."""
     agentsd.apply_patch(unet, use_rand=False, ratio=0.3)
-    site = find_sites(unet)[0]
+    site = find_layers(unet)[0]
     seen = {}
     site.block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
     site.attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output))
@@ -137,7 +137,7 @@ def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
 @pytest.mark.parametrize("timestep, cell", [(EARLY, 4), (LATE, 2)])
 def test_a_merged_layer_is_the_layer_itself_on_merged_tokens(unet, part, flag, timestep, cell):
     """Cross-attention merges its queries only; in the agent phase, too, it stays plain softmax."""
-    site = find_sites(unet)[0]
+    site = find_layers(unet)[0]
     layer, seen = getattr(site.block, part), {}
     # Before the patch's own hook, which merges, and behind the other one, which unmerges.
     layer.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
@@ -161,7 +161,7 @@ def test_a_merged_layer_is_the_layer_itself_on_merged_tokens(unet, part, flag, t
 
 @pytest.mark.parametrize("given", ["attention_mask", "encoder_hidden_states"])
 def test_a_layer_given_a_mask_or_other_keys_is_standard_attention(unet, given):
-    site = find_sites(unet)[0]
+    site = find_layers(unet)[0]
     x, text = torch.randn(2, site.transformer.in_channels, 16, 16), torch.randn(2, 77, 32)
     more = {}
     if given == "attention_mask":
@@ -212,7 +212,7 @@ def test_random_choices_vary_with_layer_timestep_and_seed(unet):
 def recorded_partitions(unet):
     """The partitions of all patched layers, in the order in which they run."""
     found, handles = [], []
-    for site in find_sites(unet):
+    for site in find_layers(unet):
         if hasattr(site.attn, "agentsd_site"):
             note = lambda attn, *_: found.append(attn.agentsd_site.current[0].tokens.partition)  # noqa: E731
             handles.append(site.attn.register_forward_hook(note))
@@ -246,7 +246,7 @@ def half_precision_logits():
 def test_fp32_attention_keeps_logits_finite_that_overflow_half_precision(timestep):
     """Stable Diffusion 2.x: no outer autocast needed."""
     unet = tiny_unet().eval()
-    for site in find_sites(unet):
+    for site in find_layers(unet):
         site.attn.to_q.weight.data *= 1000
         site.attn.to_k.weight.data *= 1000
     unet.half()
@@ -294,7 +294,7 @@ def test_only_the_layers_asked_for_are_patched(unet):
     run(unet)
     rows = [row.name for row in agentsd.report(unet).rows]
     assert rows and all(name.startswith("down_blocks") for name in rows)
-    assert len(asked) == len(set(asked)) == sum(site.level <= 1 for site in find_sites(unet))
+    assert len(asked) == len(set(asked)) == sum(site.level <= 1 for site in find_layers(unet))
 
 
 def test_levels_count_from_the_highest_resolution_with_attention():
@@ -319,7 +319,7 @@ def test_each_kind_of_merging_works_alone(unet, flag, timestep):
 def test_without_merging_of_attention_the_layer_is_as_it_was(unet, timestep):
     """The first one: those behind it see merged cross-attention and MLPs."""
     outputs = []
-    find_sites(unet)[0].attn.register_forward_hook(lambda module, args, output: outputs.append(output))
+    find_layers(unet)[0].attn.register_forward_hook(lambda module, args, output: outputs.append(output))
     run(unet, timestep)
     agentsd.apply_patch(unet, merge_attn=False, merge_mlp=True, merge_crossattn=True)
     run(unet, timestep)
@@ -328,7 +328,7 @@ def test_without_merging_of_attention_the_layer_is_as_it_was(unet, timestep):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_chunked_feed_forward_is_not_merged_across_chunks(unet, dim):
-    for site in find_sites(unet):
+    for site in find_layers(unet):
         site.block.set_chunk_feed_forward(1 if dim == 0 else 16, dim)
     agentsd.apply_patch(unet, merge_mlp=True)
     chunked = run(unet)
@@ -348,7 +348,7 @@ def test_activations_are_let_go(unet):
     agentsd.apply_patch(unet, merge_mlp=True)
     run(unet)
     gc.collect()
-    for site in find_sites(unet):
+    for site in find_layers(unet):
         state = getattr(site.attn, "agentsd_site", None)
         assert state is None or (state.metric is None and state.current is None)
 
@@ -358,7 +358,7 @@ def test_activations_are_let_go(unet):
 def test_activations_are_let_go_after_an_exception(unet, part, moment):
     """A web page stops a run by raising: nothing is held, and the layer, called by itself, is plain attention."""
     agentsd.apply_patch(unet, merge_mlp=True, merge_crossattn=True)
-    site = find_sites(unet)[0]
+    site = find_layers(unet)[0]
 
     def stop(*args):
         raise InterruptedError("stopped")

@@ -35,7 +35,7 @@ def test_folder_gives_the_model(folder):
 
 
 def test_single_file_gives_the_model(model_file, folder):
-    """A checkpoint in the original layout, described by a local folder: no connection needed, the same picture."""
+    """A checkpoint in the original layout, described by a local folder: no connection needed, the same image."""
     pipe = load_pipeline(model_file, device="cpu", config=str(folder))
     assert isinstance(pipe, StableDiffusionPipeline)
     assert torch.equal(image(pipe), image(tiny_sd()))
@@ -209,7 +209,7 @@ def test_folder_without_weights(folder, tmp_path):
 
 
 def test_file_of_another_kind(tmp_path):
-    """A picture or a text is not a model."""
+    """An image or a text is not a model."""
     (tmp_path / "model.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"folders and files that end in \.safetensors"):
         resolve_model(tmp_path / "model.txt")

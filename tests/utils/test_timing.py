@@ -95,27 +95,27 @@ def test_a_stopwatch_measures_between_marks():
 def test_speedup_is_the_median_of_paired_ratios():
     # The second round is disturbed for both alike: the ratio of the medians would be 2.5, no round shows that.
     rounds = [
-        {"vanilla": Sample(1.0), "fast": Sample(0.5, 0.1)},
-        {"vanilla": Sample(9.0), "fast": Sample(4.5, 0.3)},
-        {"vanilla": Sample(2.5), "fast": Sample(1.0, 0.2)},
+        {"baseline": Sample(1.0), "fast": Sample(0.5, 0.1)},
+        {"baseline": Sample(9.0), "fast": Sample(4.5, 0.3)},
+        {"baseline": Sample(2.5), "fast": Sample(1.0, 0.2)},
     ]
-    assert paired_speedup(rounds, "fast", "vanilla") == [2.0]
+    assert paired_speedup(rounds, "fast", "baseline") == [2.0]
     summary = summarize(rounds, "fast")
     assert (summary.q1, summary.seconds, summary.q3) == (0.75, 1.0, 2.75)
     assert (summary.step_q1, summary.step_seconds, summary.step_q3) == pytest.approx((0.15, 0.2, 0.25))
-    assert summarize(rounds, "vanilla").step_q1 is None
+    assert summarize(rounds, "baseline").step_q1 is None
     assert summary.rounds == 3
     assert summarize(rounds[:1], "fast").q1 == summarize(rounds[:1], "fast").q3 == 0.5
 
 
 def test_steps_are_compared_round_by_round_too():
-    rounds = [{"vanilla": Sample(9.0, step), "fast": Sample(9.0, step / 2)} for step in (1.0, 7.0, 2.0)]
-    assert paired_speedup(rounds, "fast", "vanilla", lambda sample: sample.step_seconds) == [2.0]
+    rounds = [{"baseline": Sample(9.0, step), "fast": Sample(9.0, step / 2)} for step in (1.0, 7.0, 2.0)]
+    assert paired_speedup(rounds, "fast", "baseline", lambda sample: sample.step_seconds) == [2.0]
 
 
 def test_a_summary_needs_a_round():
     with pytest.raises(ValueError, match="no finished round"):
-        summarize([], "vanilla")
+        summarize([], "baseline")
 
 
 def allocate(mebibytes):
