@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..utils.extras import how_to_install
 from ..utils.images import opened
+from ..utils.libraries import how_to_install
 from ..utils.loading import resolve_model
 from .store import BenchError
 

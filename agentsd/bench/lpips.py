@@ -3,7 +3,7 @@
 import PIL.Image
 import torch
 
-from ..utils.extras import how_to_install
+from ..utils.libraries import how_to_install
 from ..utils.metrics import to_tensor
 from .store import BenchError
 

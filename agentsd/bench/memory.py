@@ -110,7 +110,7 @@ def _in_own_process(prepare: Callable[[], Callable[[], object]]) -> int | None:
     # A fork of this process would inherit its memory, and OpenMP's threads do not survive a fork. The fork server has
     # imported the libraries once and done nothing with them.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["agentsd.cli.calm", "agentsd.bench.subjects"])
+    server.set_forkserver_preload(["agentsd.utils.quiet", "agentsd.bench.subjects"])
     here, there = server.Pipe(duplex=False)
     child = server.Process(target=_measure, args=(prepare, torch.get_num_threads(), there), daemon=True)
     child.start()

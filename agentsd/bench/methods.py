@@ -11,7 +11,7 @@ from ..config import AgentSDConfig, PresetName
 from ..models.unet import AttentionLayer, attended_models, find_layers, unsupported_reason
 from ..patch import apply_patch
 from ..runtime.processor import AgentAttnProcessor
-from ..utils.extras import how_to_install
+from ..utils.libraries import how_to_install
 from .attention_free import AttentionFreeProcessor
 from .todo import DownsampledProcessor
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.environment import environment
+from ..utils.memory import keep_freed_memory
 from ..utils.timing import Sample, paired_speedup, summarize
-from .allocator import keep_freed_memory
 from .case_timer import CaseTimer, group_of, reason_of
 from .computed import PHASES, can_call, is_computed, whole_schedule
 from .counter import Counter, Progress

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__
-from ..utils.extras import how_to_install
+from ..utils.libraries import how_to_install, quiet_libraries
 from .interrupt import ends_on_interrupt
 from .options import (
     Debug,
@@ -34,7 +34,7 @@ from .options import (
     patch_config,
     sizes,
 )
-from .terminal import at_work, calm_libraries, errors_as_messages, print_table, progress_bars, warn
+from .terminal import at_work, errors_as_messages, print_table, progress_bars, warn
 
 
 app = typer.Typer(
@@ -255,7 +255,8 @@ def bench(
     `accelerate launch --multi_gpu --num_processes 2 -m agentsd bench`.
     """
     with errors_as_messages(debug, exit_code=2), at_work("Starting"):
-        calm_libraries(debug)
+        if not debug:
+            quiet_libraries()
         from ..bench import BenchSettings, run_bench
         from ..bench.prompts import read_prompts
 
@@ -370,7 +371,8 @@ def demo(
 ) -> None:
     """Serve a web page that compares speed and images side by side."""
     with errors_as_messages(debug, exit_code=2), at_work("Starting"):
-        calm_libraries(debug)
+        if not debug:
+            quiet_libraries()
         missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"The web page needs {' and '.join(missing)}: {how_to_install('demo')}")
@@ -391,7 +393,8 @@ def env(debug: Debug = False) -> None:
     """Show versions, device and precision: what a bug report needs."""
     with errors_as_messages(debug):
         with at_work("Collecting versions"):
-            calm_libraries(debug)
+            if not debug:
+                quiet_libraries()
             from ..utils.environment import environment
             from ..utils.loading import pick_device, pick_dtype
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import at_work, calm_libraries, errors_as_messages
+from ..utils.libraries import quiet_libraries
+from .terminal import at_work, errors_as_messages
 
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -
         typer.Exit: Instead of an error.
     """
     with errors_as_messages(debug, exit_code=2), at_work(f"Starting {model}"):
-        calm_libraries(debug)
+        if not debug:
+            quiet_libraries()
         check_model(model, device, dtype)
     with errors_as_messages(debug), at_work(f"Loading {model}"):
         from ..utils.loading import load_pipeline

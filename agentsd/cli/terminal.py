@@ -45,26 +45,6 @@ def errors_as_messages(debug: bool, exit_code: int = 1) -> Iterator[None]:
         raise typer.Exit(exit_code) from None
 
 
-def calm_libraries(debug: bool) -> None:
-    """
-    Spare the user notes about the libraries' insides, and progress bars of less than a second.
-
-    Args:
-        debug (`bool`): Leave them as they are.
-    """
-    if debug:
-        return
-    import transformers
-
-    # Before diffusers is imported, which makes transformers warn.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-
 def at_work(what: str) -> Status:
     """
     Show that something goes on, away from the results.

@@ -65,7 +65,7 @@ def test_freed_memory_is_used_again():
     """Fresh pages are cleared by the system when first touched, at the mercy of whatever else the machine does."""
     script = """
 import resource, torch
-from agentsd.bench.allocator import keep_freed_memory
+from agentsd.utils.memory import keep_freed_memory
 
 def bytes_touched():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,6 +1,6 @@
 """Imported first by a process that measures, since what its libraries print would break the progress bar."""
 
-from .terminal import calm_libraries
+from .libraries import quiet_libraries
 
 
-calm_libraries(debug=False)
+quiet_libraries()
