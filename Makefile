@@ -38,10 +38,11 @@ test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left o
 lowest: build/constraints-lowest.txt ## Run the tests with the oldest torch and diffusers allowed, in .venv-lowest.
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=$<
 
-lint: $(VENV)/.dev ## Check style, formatting and types.
+lint: $(VENV)/.dev ## Check style, formatting, types and which way imports go.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev ## Format the code and fix what ruff can fix.
 	$(BIN)/ruff check --fix .

@@ -2,24 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any, TypeVar
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .config import AgentSDConfig
-from .models.unet import (
-    AttentionLayer,
-    attended_models,
-    current_patch,
-    find_layers,
-    patched_layers,
-    plain_name,
-    unsupported_reason,
-)
-from .runtime.processor import AgentAttnProcessor
-from .runtime.state import ModelPatch, SitePatch
+from .models.unet import attended_models, find_layers, plain_name, unsupported_reason
+from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
+from .runtime.state import LayerState
+from .runtime.steps import Clock
 
 
 Patchable = TypeVar("Patchable")
@@ -72,19 +63,28 @@ def apply_patch(
     True
     ```
     """
+    replace_patches(plan_patch(pipe_or_unet, ratio, config=config, filter_fn=filter_fn, **options))
+    return pipe_or_unet
+
+
+def plan_patch(
+    pipe_or_unet: Any,
+    ratio: float | None = None,
+    *,
+    config: AgentSDConfig | None = None,
+    filter_fn: FilterFn | None = None,
+    **options: Any,
+) -> list[tuple[torch.nn.Module, ModelPatch]]:
+    """What [`apply_patch`] would do with the same arguments, raising what it would raise; nothing is changed."""
     config = _resolve_config(ratio, config, options)
     check_filter(filter_fn)
-    models = attended_models(pipe_or_unet)
+    models = patchable_models(pipe_or_unet)
     timesteps = _num_train_timesteps(pipe_or_unet)
-    planned: list[tuple[torch.nn.Module, ModelPatch, dict[int, AttentionLayer]]] = []
-    for index, (_, model) in enumerate(models):
-        patch = ModelPatch(config, timesteps, skipped={})
-        sites = _choose_sites(patch, model, filter_fn)
-        if index == 0 and not sites:
-            raise ValueError(_no_site_message(model, patch, config))
-        planned.append((model, patch, sites))
-    _replace_patches(planned)
-    return pipe_or_unet
+    planned = [(model, _plan_model(model, config, timesteps, filter_fn)) for _, model in models]
+    model, patch = planned[0]
+    if not patch.layers:
+        raise ValueError(_no_layer_message(model, patch))
+    return planned
 
 
 def remove_patch(pipe_or_unet: Patchable) -> Patchable:
@@ -112,8 +112,8 @@ def remove_patch(pipe_or_unet: Patchable) -> Patchable:
     False
     ```
     """
-    for _, model in attended_models(pipe_or_unet):
-        _uninstall(model)
+    for _, model in patchable_models(pipe_or_unet):
+        uninstall(model)
     return pipe_or_unet
 
 
@@ -139,7 +139,7 @@ def is_patched(pipe_or_unet: Any) -> bool:
     True
     ```
     """
-    return current_patch(attended_models(pipe_or_unet)[0][1]) is not None
+    return patch_of(patchable_models(pipe_or_unet)[0][1]) is not None
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def patched(pipe_or_unet: Patchable, ratio: float | None = None, **options: Any)
     0.2
     ```
     """
-    before = [_Snapshot(model) for _, model in attended_models(pipe_or_unet)]
+    before = [Snapshot(model) for _, model in patchable_models(pipe_or_unet)]
     apply_patch(pipe_or_unet, ratio, **options)
     try:
         yield pipe_or_unet
@@ -208,7 +208,7 @@ def unpatched(pipe_or_unet: Patchable) -> Iterator[Patchable]:
     True
     ```
     """
-    before = [_Snapshot(model) for _, model in attended_models(pipe_or_unet)]
+    before = [Snapshot(model) for _, model in patchable_models(pipe_or_unet)]
     remove_patch(pipe_or_unet)
     try:
         yield pipe_or_unet
@@ -217,22 +217,21 @@ def unpatched(pipe_or_unet: Patchable) -> Iterator[Patchable]:
             snapshot.restore()
 
 
+def patchable_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
+    """The models that are patched together, with their names; refuses what wraps a patched model."""
+    models = attended_models(pipe_or_unet)
+    for _, model in models:
+        if patch_of(model) is not None:
+            continue
+        for name, inner in model.named_modules():
+            # Patches are not looked for that deep.
+            if patch_of(inner) is not None:
+                raise ValueError(f"{type(model).__name__} wraps a patched model: pass its `{name}` instead.")
+    return models
+
+
 def check_filter(filter_fn: Any) -> None:
-    """
-    Refuse what cannot choose layers.
-
-    Args:
-        filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*): See [`apply_patch`].
-
-    Raises:
-        TypeError: If it is no function.
-
-    Examples:
-
-    ```python
-    >>> check_filter(lambda name, module: name.startswith("up_blocks"))
-    ```
-    """
+    """Refuse a `filter_fn` that cannot choose layers."""
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
 
@@ -254,35 +253,31 @@ def _num_train_timesteps(pipe_or_unet: Any) -> int:
     return getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
 
 
-def _original_processor(site: AttentionLayer) -> Any:
-    if isinstance(site.attn.processor, AgentAttnProcessor):
-        patch = getattr(site.attn, "agentsd_site", None)
-        # Without its patch, it is one that somebody kept and put back after the patch was removed.
-        return AttnProcessor2_0() if patch is None else patch.original
-    return site.attn.processor
-
-
-def _choose_sites(patch: ModelPatch, model: torch.nn.Module, filter_fn: FilterFn | None) -> dict[int, AttentionLayer]:
-    """The layers to patch, by their number in the model."""
-    chosen = {}
-    for layer, site in enumerate(find_layers(model)):
-        if 2**site.level > patch.config.max_downsample:
+def _plan_model(
+    model: torch.nn.Module, config: AgentSDConfig, num_train_timesteps: int, filter_fn: FilterFn | None
+) -> ModelPatch:
+    clock = Clock(config.phases, num_train_timesteps)
+    patch = ModelPatch(config, clock, layers=[], skipped=[])
+    for layer in find_layers(model):
+        if 2**layer.level > config.max_downsample:
             continue
-        if filter_fn is not None and not filter_fn(site.name, site.attn):
+        if filter_fn is not None and not filter_fn(layer.name, layer.attn):
             continue
-        reason = unsupported_reason(site.attn, _original_processor(site))
-        if reason is None:
-            chosen[layer] = site
-        else:
-            patch.skipped[plain_name(site.name)] = reason
-    return chosen
+        reason = unsupported_reason(layer.attn, original_processor(layer.attn))
+        if reason is not None:
+            patch.skipped.append((layer, reason))
+            continue
+        # Every layer makes random choices of its own.
+        seed = (config.seed * 0x9E3779B1 + layer.number) & 0xFFFFFFFF
+        patch.layers.append((layer, LayerState(clock, seed, in_fp32=config.attn_precision == "fp32")))
+    return patch
 
 
-def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDConfig) -> str:
+def _no_layer_message(model: torch.nn.Module, patch: ModelPatch) -> str:
     kind = type(model).__name__
     if patch.skipped:
-        name, reason = next(iter(patch.skipped.items()))
-        return f"No self-attention of {kind} can be patched: {name} is left out because {reason}."
+        layer, reason = patch.skipped[0]
+        return f"No self-attention of {kind} can be patched: {plain_name(layer.name)} is left out because {reason}."
     if not find_layers(model):
         if isinstance(model, torch.nn.DataParallel):
             return (
@@ -296,66 +291,6 @@ def _no_site_message(model: torch.nn.Module, patch: ModelPatch, config: AgentSDC
             f"{kind} has no self-attention that agentsd can patch, which is in the transformer blocks of a Stable "
             "Diffusion UNet. Transformer models such as Stable Diffusion 3 and Flux are not supported yet."
         )
-    return f"`filter_fn` and `max_downsample={config.max_downsample}` leave no self-attention of {kind} to patch."
-
-
-class _Snapshot:
-    """A model as it is, patched or not, for what a patch changes in it to be put back exactly."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-        self.patch = current_patch(model)
-        self.sites = [(site, site.attn.agentsd_site, site.attn.processor) for site in patched_layers(model)]
-        self.kept = dict(_kept_processors(model))
-
-    def restore(self) -> None:
-        """Put it back. What has been replaced since by another processor than the patch's stays so."""
-        _uninstall(self.model)
-        if self.patch is None:
-            return
-        self.patch.install(self.model)
-        kept = _kept_processors(self.model)
-        for site, site_patch, processor in self.sites:
-            name, original = f"{site.name}.processor", site_patch.original
-            site_patch.install(site, processor if site.attn.processor is original else site.attn.processor)
-            if kept.get(name) is original:
-                kept[name] = self.kept.get(name, processor)
-
-
-def _replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch, dict[int, AttentionLayer]]]) -> None:
-    """Give every model the patch wanted; put all back as they were if that fails."""
-    before = [_Snapshot(model) for model, _, _ in wanted]
-    try:
-        for (model, patch, sites), snapshot in zip(wanted, before, strict=True):
-            _uninstall(model)
-            _install(model, patch, sites, snapshot)
-    except BaseException:
-        for snapshot in before:
-            snapshot.restore()
-        raise
-
-
-def _install(model: torch.nn.Module, patch: ModelPatch, sites: dict[int, AttentionLayer], before: _Snapshot) -> None:
-    patch.install(model)
-    # A copy of the processor that an older patch had here keeps the attention backend that was set on it.
-    ours = {site.attn: p for site, _, p in before.sites if isinstance(p, AgentAttnProcessor)}
-    for layer, site in sites.items():
-        processor = copy(ours.get(site.attn, AgentAttnProcessor()))
-        SitePatch(patch, layer, _original_processor(site)).install(site, processor)
-
-
-def _kept_processors(model: torch.nn.Module) -> dict[str, Any]:
-    """What `fuse_qkv_projections` will give back when undone."""
-    return getattr(model, "original_attn_processors", None) or {}
-
-
-def _uninstall(model: torch.nn.Module) -> None:
-    kept = _kept_processors(model)
-    for site in patched_layers(model):
-        name, original = f"{site.name}.processor", site.attn.agentsd_site.original
-        site.attn.agentsd_site.uninstall(site)
-        if isinstance(kept.get(name), AgentAttnProcessor):
-            kept[name] = original
-    patch = current_patch(model)
-    if patch is not None:
-        patch.uninstall(model)
+    return (
+        f"`filter_fn` and `max_downsample={patch.config.max_downsample}` leave no self-attention of {kind} to patch."
+    )

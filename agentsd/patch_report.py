@@ -1,10 +1,22 @@
 """What a patch does to each layer: tokens, agents and attention operations, before and after."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from .config import AgentSDConfig, Phase, TokenCounts
-from .models.unet import attended_models, current_patch, find_layers, plain_name
+from .config import AgentSDConfig
+from .models.unet import AttentionLayer, plain_name
+from .patch import patchable_models
+from .runtime.install import ModelPatch, patch_of
+from .runtime.steps import Phase
+
+
+class TokenCounts(NamedTuple):
+    """Tokens at a layer: all, cells, those left after merging, and agents (`None` for softmax attention)."""
+
+    tokens: int
+    destinations: int
+    merged: int
+    agents: int | None
 
 
 @dataclass(frozen=True)
@@ -94,12 +106,12 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [["layer", "level", "channels", "heads", "tokens", "phase", "merged", "agents", "attention GFLOPs"]]
         for row in self.rows:
-            site = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
+            layer = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
             if row.skipped is not None:
-                lines.append([*map(str, site), f"skipped: {row.skipped}"])
-            for name in (row.phases or _phases(self.config)) if row.skipped is None else ():
-                lines.append([*map(str, site), name, *_phase_cells(row, row.phases.get(name))])
-                site = [""] * len(site)
+                lines.append([*map(str, layer), f"skipped: {row.skipped}"])
+            for name in (row.phases or [phase.name for phase in self.config.phases]) if row.skipped is None else ():
+                lines.append([*map(str, layer), name, *_phase_cells(row, row.phases.get(name))])
+                layer = [""] * len(layer)
         widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
         return "\n".join(line.rstrip() for line in text)
@@ -132,8 +144,8 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
     (1024, 64)
     ```
     """
-    models = attended_models(pipe_or_unet)
-    patch = current_patch(models[0][1])
+    models = patchable_models(pipe_or_unet)
+    patch = patch_of(models[0][1])
     if patch is None:
         raise ValueError("There is no patch to report. Call `agentsd.apply_patch` first.")
     if (height is None) != (width is None):
@@ -146,44 +158,67 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
             raise ValueError(f"`height` and `width` must be at least {factor}, but got {height} and {width}.")
         latent_size = (height // factor, width // factor)
     rows = []
-    for model_name, model in models:
-        model_patch = current_patch(model)
-        if model_patch is None:
-            continue
-        for site in find_layers(model):
-            site_patch = getattr(site.attn, "agentsd_site", None)
-            skipped = model_patch.skipped.get(plain_name(site.name))
-            if site_patch is None and skipped is None:
-                continue
-            size = None if site_patch is None else site_patch.size
-            if latent_size is not None:
-                # Each down-sampling rounds up.
-                size = (-(-latent_size[0] // 2**site.depth), -(-latent_size[1] // 2**site.depth))
-            row = LayerReport(model_name, site.name, site.level, site.attn.inner_dim, site.attn.heads, skipped)
-            rows.append(row if size is None else _with_counts(row, size[0], size[1], model_patch.config))
+    for name, model in models:
+        model_patch = patch_of(model)
+        if model_patch is not None:
+            rows += _model_rows(name, model_patch, latent_size)
     return PatchReport(patch.config, rows)
 
 
-def _phases(config: AgentSDConfig) -> dict[str, Phase]:
-    if config.is_scheduled:
-        return {"agent": config.agent_phase, "tome": config.tome_phase}
-    return {"all steps": config.agent_phase}
+def _model_rows(model: str, patch: ModelPatch, latent_size: tuple[int, int] | None) -> list[LayerReport]:
+    rows = {}
+    for layer, reason in patch.skipped:
+        row = _row(model, layer, reason)
+        size = _layer_size(layer, latent_size)
+        rows[layer.number] = row if size is None else _with_size(row, size)
+    for layer, state in patch.layers:
+        row = _row(model, layer, None)
+        size = _layer_size(layer, latent_size) or state.size
+        if size is not None:
+            phases = {phase.name: _phase_report(row, phase, size) for phase in patch.config.phases}
+            row = replace(_with_size(row, size), phases=phases)
+        rows[layer.number] = row
+    return [rows[number] for number in sorted(rows)]
 
 
-def _with_counts(row: LayerReport, height: int, width: int, config: AgentSDConfig) -> LayerReport:
-    tokens = height * width
-    before = 4 * tokens**2 * row.channels
-    phases = {}
-    if row.skipped is None:
-        for name, phase in _phases(config).items():
-            counts = phase.token_counts(height, width)
-            if not config.merge_attn:
-                counts = TokenCounts(tokens, 0, tokens, None)
-            phases[name] = PhaseReport(counts.merged, counts.agents, _attention_flops(counts, row.channels))
-    return replace(row, tokens=tokens, attention_flops=before, phases=phases)
+def _row(model: str, layer: AttentionLayer, skipped: str | None) -> LayerReport:
+    return LayerReport(model, plain_name(layer.name), layer.level, layer.attn.inner_dim, layer.attn.heads, skipped)
 
 
-def _attention_flops(counts: TokenCounts, channels: int) -> int:
+def _layer_size(layer: AttentionLayer, latent_size: tuple[int, int] | None) -> tuple[int, int] | None:
+    if latent_size is None:
+        return None
+    # Each down-sampling rounds up.
+    return -(-latent_size[0] // 2**layer.depth), -(-latent_size[1] // 2**layer.depth)
+
+
+def _with_size(row: LayerReport, size: tuple[int, int]) -> LayerReport:
+    tokens = size[0] * size[1]
+    return replace(row, tokens=tokens, attention_flops=4 * tokens**2 * row.channels)
+
+
+def token_counts(phase: Phase, height: int, width: int) -> TokenCounts:
+    """How many tokens self-attention runs on in one phase, at a layer of `height` by `width` tokens."""
+    tokens, destinations = height * width, phase.cells.destinations(height, width)
+    sources = tokens - destinations
+    technique = phase.tokens if phase.tokens is not None and phase.tokens.merge_attn else None
+    removed = 0 if technique is None or destinations == 0 else technique.removed(tokens, sources)
+    if removed == 0:
+        return TokenCounts(tokens, destinations, tokens, None)
+    merged, operator = tokens - removed, phase.operator
+    has_agents = operator is not None and operator.pays(tokens, sources, merged)
+    return TokenCounts(
+        tokens, destinations, merged, tokens - operator.removed(tokens, sources) if operator and has_agents else None
+    )
+
+
+def _phase_report(row: LayerReport, phase: Phase, size: tuple[int, int]) -> PhaseReport:
+    counts = token_counts(phase, *size)
+    return PhaseReport(counts.merged, counts.agents, attention_flops(counts, row.channels))
+
+
+def attention_flops(counts: TokenCounts, channels: int) -> int:
+    """Floating-point operations of the attention products and of the matching, for one sample."""
     if counts.merged == counts.tokens:
         return 4 * counts.tokens**2 * channels
     matching = 2 * (counts.tokens - counts.destinations) * counts.destinations * channels

@@ -11,9 +11,11 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
-from .models.unet import attended_models, find_layers
-from .ops.merging import plan_merging
-from .runtime.state import TokenPlan
+from .models.unet import AttentionLayer
+from .patch import patchable_models
+from .runtime.install import patch_of
+from .runtime.state import LayerState, Part
+from .techniques.agent_attention import AgentAttention
 
 
 # Neighbouring numbers get hues far apart when each is a golden section of the circle further on.
@@ -43,35 +45,15 @@ class TokenMap:
         return f"{before:,} tokens merged to {after:,}, {agents}"
 
 
-def map_of(plan: TokenPlan, size: tuple[int, int]) -> TokenMap:
-    """
-    The map of what a block merges in the last sample; with guidance, that is the one with the prompt.
-
-    Args:
-        plan (`TokenPlan`): The block's plan.
-        size (`tuple[int, int]`): Height and width in tokens.
-
-    Returns:
-        `TokenMap`: The map.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.runtime.state import TokenPlan
-    >>> from agentsd.ops.merging import Matches, Partition, plan_merging
-    >>> from agentsd.token_maps import map_of
-    >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2, 3]]))
-    >>> matches = Matches(cell=torch.zeros(1, 3, dtype=torch.int64), score=torch.tensor([[0.2, 0.9, 0.1]]))
-    >>> merging = plan_merging(partition, matches, count=1)
-    >>> map_of(TokenPlan(partition, matches, merging, None), size=(2, 2)).caption
-    '4 tokens merged to 3, no agents (token merging only)'
-    ```
-    """
-    groups = plan.merging.position[-1].reshape(size).int().cpu().numpy()
-    if plan.agent_count is None:
+def map_of(part: Part, size: tuple[int, int]) -> TokenMap:
+    """The map of what a block merges in the last sample of a part; with guidance, that is the one with the prompt."""
+    assert part.match is not None and part.merging is not None
+    groups = part.merging.position[-1].reshape(size).int().cpu().numpy()
+    operator, sources = part.phase.operator, part.match.partition.src.shape[1]
+    merged = part.merging.members.shape[1]
+    if not isinstance(operator, AgentAttention) or not operator.pays(groups.size, sources, merged):
         return TokenMap(groups)
-    grown_from = plan_merging(plan.partition, plan.matches, plan.agent_count).members[-1].int().cpu().numpy()
+    grown_from = operator.agents(part.match).members[-1].int().cpu().numpy()
     return TokenMap(groups, np.stack([grown_from // size[1], grown_from % size[1]], axis=1))
 
 
@@ -105,7 +87,8 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
     '1,024 tokens merged to 615, 64 agents'
     ```
     """
-    unet = attended_models(pipe_or_unet)[0][1]
+    unet = patchable_models(pipe_or_unet)[0][1]
+    patch = patch_of(unet)
     maps: dict[tuple[str, int], TokenMap] = {}
     step = -1
 
@@ -113,21 +96,23 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
         nonlocal step
         step += 1
 
-    def record(name: str) -> Callable[..., None]:
+    def record(layer: AttentionLayer, state: LayerState) -> Callable[..., None]:
         def after(block: Any, args: tuple[Any, ...], output: Any) -> None:
-            site = getattr(block.attn1, "agentsd_site", None)
-            if site is None or not site.current:
+            if not state.parts or state.size is None:
                 return
-            # The last sample's plan: of samples in several phases, each phase has its own.
-            plan = max(site.current, key=lambda plan: 0 if plan.rows is None else int(plan.rows[-1])).tokens
-            if plan is not None:
-                maps[name, step] = map_of(plan, site.size)
+            # The last sample's part: of samples in several phases, each phase has its own.
+            part = max(state.parts, key=lambda part: 0 if part.rows is None else int(part.rows[-1]))
+            if part.merging is not None:
+                maps[layer.name, step] = map_of(part, state.size)
 
         return after
 
     handles = [unet.register_forward_pre_hook(count)]
-    # Before the patch's own hook, which lets go of the plans at the end of a block.
-    handles += [site.block.register_forward_hook(record(site.name), prepend=True) for site in find_layers(unet)]
+    # Before the patch's own hook, which lets go of what was merged at the end of a block.
+    handles += [
+        layer.block.register_forward_hook(record(layer, state), prepend=True)
+        for layer, state in (patch.layers if patch is not None else ())
+    ]
     try:
         yield maps
     finally:

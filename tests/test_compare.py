@@ -37,7 +37,7 @@ def draw(pipe, steps=3):
 
 
 def processors(pipe):
-    return [site.attn.processor for site in find_layers(pipe.unet)]
+    return [layer.attn.processor for layer in find_layers(pipe.unet)]
 
 
 def test_images_are_those_of_the_two_pipelines():

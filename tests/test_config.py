@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 
 from agentsd import AgentSDConfig
-from agentsd.config import Phase
+from agentsd.patch_report import token_counts
+
+
+def shape(phase):
+    """Cells, shares of tokens merged away, and of those merged away for the agents."""
+    agent_ratio = None if phase.operator is None else phase.operator.config.agent_ratio
+    return phase.cells.sx, phase.cells.sy, phase.tokens.config.ratio, agent_ratio
 
 
 def test_nothing_named_gives_the_schedule_of_the_paper():
-    config = AgentSDConfig(ratio=0.3)
-    assert config.agent_phase == Phase(sx=4, sy=4, ratio=0.3, agent_ratio=0.95)
-    assert config.tome_phase == Phase(sx=2, sy=2, ratio=0.3, agent_ratio=0.5)
+    agent, tome = AgentSDConfig(ratio=0.3).phases
+    assert (agent.name, *shape(agent), agent.until) == ("agent", 4, 4, 0.3, 0.95, 0.4)
+    assert (tome.name, *shape(tome), tome.until) == ("tome", 2, 2, 0.3, None, 1.0)
 
 
 def test_it_cannot_be_changed_behind_its_checks():
@@ -26,45 +32,65 @@ def test_it_cannot_be_changed_behind_its_checks():
 @pytest.mark.parametrize(
     "named, expected",
     [
-        ({"sx": 4}, Phase(4, 2, 0.4, 0.8)),
-        ({"sy": 4}, Phase(2, 4, 0.4, 0.8)),
-        ({"agent_ratio": 0.95}, Phase(2, 2, 0.4, 0.95)),
-        ({"sx": 4, "sy": 4, "agent_ratio": 0.95}, Phase(4, 4, 0.4, 0.95)),
+        ({"sx": 4}, (4, 2, 0.4, 0.8)),
+        ({"sy": 4}, (2, 4, 0.4, 0.8)),
+        ({"agent_ratio": 0.95}, (2, 2, 0.4, 0.95)),
+        ({"sx": 4, "sy": 4, "agent_ratio": 0.95}, (4, 4, 0.4, 0.95)),
     ],
 )
 def test_naming_a_cell_option_fixes_one_phase_with_upstream_defaults(named, expected):
-    config = AgentSDConfig(**named)
-    assert config.agent_phase == config.tome_phase == expected
+    (phase,) = AgentSDConfig(**named).phases
+    assert (phase.name, *shape(phase)) == ("all steps", *expected)
 
 
 def test_agent_phase_has_one_agent_a_cell_and_tome_phase_none():
-    config = AgentSDConfig(ratio=0.4)
-    assert config.agent_phase.token_counts(64, 64).agents == 256
-    assert config.tome_phase.token_counts(64, 64).agents is None
+    agent, tome = AgentSDConfig(ratio=0.4).phases
+    assert token_counts(agent, 64, 64).agents == 256
+    assert token_counts(tome, 64, 64).agents is None
 
 
 def test_upstreams_old_default_shows_that_it_uses_no_agents():
-    assert AgentSDConfig(ratio=0.5, sx=2).agent_phase.token_counts(64, 64).agents is None
-    assert AgentSDConfig(ratio=0.4, sx=2).agent_phase.token_counts(64, 64).agents == 1024
+    assert token_counts(*AgentSDConfig(ratio=0.5, sx=2).phases, 64, 64).agents is None
+    assert token_counts(*AgentSDConfig(ratio=0.4, sx=2).phases, 64, 64).agents == 1024
 
 
 def test_cells_larger_than_the_layer_merge_nothing():
-    assert AgentSDConfig().agent_phase.token_counts(3, 64).merged == 192
+    assert token_counts(AgentSDConfig().phases[0], 3, 64).merged == 192
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 0.75, 0.99])
-def test_presets_hold_one_phase_for_all_steps(ratio):
-    agent, tome = (AgentSDConfig.preset(name, ratio=ratio) for name in ("agent", "tome"))
-    scheduled = AgentSDConfig.preset("paper", ratio=ratio)
-    assert (agent.agent_phase, agent.tome_phase) == (scheduled.agent_phase, scheduled.agent_phase)
-    assert (tome.agent_phase, tome.tome_phase) == (scheduled.tome_phase, scheduled.tome_phase)
+@pytest.mark.parametrize("size", [(64, 64), (13, 7), (2, 3), (5, 4)])
+def test_presets_hold_one_phase_for_all_steps(ratio, size):
+    (agent,), (tome,) = (AgentSDConfig.preset(name, ratio=ratio).phases for name in ("agent", "tome"))
+    scheduled = AgentSDConfig.preset("paper", ratio=ratio).phases
+    assert [token_counts(phase, *size) for phase in (agent, tome)] == [
+        token_counts(phase, *size) for phase in scheduled
+    ]
+    assert shape(agent) == shape(scheduled[0])
     with pytest.raises(ValueError, match="paper"):
         AgentSDConfig.preset("fast")
+
+
+@pytest.mark.parametrize("named", [{"sx": 4}, {"sy": 1}, {"agent_ratio": 0.5}, {"sx": 2, "sy": 2, "agent_ratio": 0}])
+@pytest.mark.parametrize("until", [0, 0.4, 1])
+def test_an_option_without_effect_is_an_error(named, until):
+    """Not silence: one phase for all steps has no agent phase that could end."""
+    with pytest.raises(ValueError, match="`agent_until` would have no effect beside `" + next(iter(named))):
+        AgentSDConfig(**named, agent_until=until)
+    assert AgentSDConfig(**named).agent_until is None
+
+
+def test_a_preset_refuses_it_too():
+    with pytest.raises(ValueError, match="agent_until"):
+        AgentSDConfig.preset("agent", agent_until=0.3)
+    assert AgentSDConfig.preset("paper", agent_until=0.3).agent_until == 0.3
+    assert AgentSDConfig().agent_until == 0.4
 
 
 def test_dictionary_round_trip():
     config = AgentSDConfig(ratio=0.2, sx=3, merge_mlp=True, attn_precision="fp32")
     assert AgentSDConfig.from_dict(config.to_dict()) == config
+    assert AgentSDConfig.from_dict(AgentSDConfig().to_dict()) == AgentSDConfig()
 
 
 def test_numbers_of_numpy_become_plain_ones():

@@ -51,7 +51,7 @@ def test_a_pipeline_takes_its_training_range_from_its_scheduler():
     agentsd.apply_patch(pipe)
     sample, text = inputs(pipe.unet)
     pipe.unet(sample, 70, text)
-    assert pipe.unet.agentsd_patch.phases[0].sx == 4
+    assert pipe.unet.agentsd_patch.clock.step.phases == (0,)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_scheduler_whose_timesteps_are_noise_levels_is_warned_of_once(schedule
     pipe = tiny_sd()
     pipe.scheduler = scheduler
     agentsd.apply_patch(pipe)
-    with pytest.warns(UserWarning, match=r"no step runs agents.*preset\(\"agent\"\)"):
+    with pytest.warns(UserWarning, match=r'no step is in the phase "agent".*preset\("agent"\)'):
         image(pipe)
     with warnings.catch_warnings(action="error", category=UserWarning):
         image(pipe)

@@ -12,7 +12,7 @@ from runs import hook_count, run
 
 import agentsd
 from agentsd import AgentAttnProcessor
-from agentsd.models.unet import find_layers, patched_layers
+from agentsd.models.unet import find_layers
 
 
 class Other:
@@ -93,7 +93,7 @@ def test_a_failed_call_changes_nothing(unet, options, error, is_patched):
 def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
     agentsd.apply_patch(unet, ratio=0.2)
     before, hooks = run(unet), hook_count(unet)
-    last = [site.block for site in find_layers(unet) if hasattr(site.attn, "agentsd_site")][-1]
+    last = [layer.block for layer in find_layers(unet) if hasattr(layer.attn, "agentsd_layer")][-1]
 
     def refuse(*args, **kwargs):
         if "with_kwargs" in kwargs and refuse.calls:
@@ -115,21 +115,21 @@ def test_a_failure_while_hooking_in_changes_nothing(unet, monkeypatch):
 )
 def test_attention_that_does_more_is_skipped_and_reported(unet, part, value):
     """AgentAttnProcessor knows nothing of these, which other models' attention has."""
-    site = find_layers(unet)[0]
-    setattr(site.attn, part, value)
+    layer = find_layers(unet)[0]
+    setattr(layer.attn, part, value)
     rows = {row.name: row for row in agentsd.report(agentsd.apply_patch(unet)).rows}
-    assert rows[site.name].skipped
+    assert rows[layer.name].skipped
     assert sum(row.skipped is not None for row in rows.values()) == 1
 
 
 def test_unsupported_processors_are_skipped_and_reported(unet):
-    site = find_layers(unet)[0]
-    custom = CustomDiffusionAttnProcessor2_0(hidden_size=site.attn.inner_dim, train_q_out=False)
-    site.attn.set_processor(custom)
+    layer = find_layers(unet)[0]
+    custom = CustomDiffusionAttnProcessor2_0(hidden_size=layer.attn.inner_dim, train_q_out=False)
+    layer.attn.set_processor(custom)
     agentsd.apply_patch(unet)
     rows = {row.name: row for row in agentsd.report(unet, 128, 128).rows}
-    assert "CustomDiffusionAttnProcessor2_0" in rows[site.name].skipped
-    assert site.attn.processor is custom
+    assert "CustomDiffusionAttnProcessor2_0" in rows[layer.name].skipped
+    assert layer.attn.processor is custom
     assert "skipped: its processor CustomDiffusionAttnProcessor2_0" in str(agentsd.report(unet))
 
     for other in find_layers(unet):
@@ -157,8 +157,8 @@ def test_a_processor_derived_from_ours_is_ours(unet):
         pass
 
     agentsd.apply_patch(unet)
-    for site in patched_layers(unet):
-        site.attn.set_processor(Derived())
+    for layer, _ in unet.agentsd_patch.layers:
+        layer.attn.set_processor(Derived())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(unet)

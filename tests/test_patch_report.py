@@ -22,7 +22,7 @@ def test_sizes_are_known_once_given_or_seen(unet):
     given = agentsd.report(unet, height=17 * 8, width=21 * 8).rows
     assert seen == given
     assert seen[0].tokens == 17 * 21
-    assert {row.level for row in seen} == set(range(max(site.level for site in find_layers(unet)) + 1))
+    assert {row.level for row in seen} == set(range(max(layer.level for layer in find_layers(unet)) + 1))
 
 
 def test_operations_of_attention_and_matching_are_counted(unet):

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -12,9 +12,6 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-
-if TYPE_CHECKING:
-    from ..runtime.state import ModelPatch
 
 # Where `torch.compile` and AnimateDiff's split inference keep the module that they wrap.
 _WRAPPERS = re.compile(r"\.(?:_orig_mod|module)(?=\.)")
@@ -27,6 +24,7 @@ class AttentionLayer:
     A self-attention layer that can be patched.
 
     Args:
+        number (`int`): Its number among those of its model.
         name (`str`): Name of the attention module in its model.
         level (`int`): Down-samplings between the highest resolution that has attention and this layer.
         depth (`int`): Down-samplings between the model's input and this layer.
@@ -35,6 +33,7 @@ class AttentionLayer:
         attn (`Attention`): The self-attention itself.
     """
 
+    number: int
     name: str
     level: int
     depth: int
@@ -44,59 +43,12 @@ class AttentionLayer:
 
 
 def unwrap(model: Any) -> Any:
-    """
-    The module under `torch.compile`.
-
-    Args:
-        model (`torch.nn.Module`): A module, compiled or not.
-
-    Returns:
-        `torch.nn.Module`: The original module.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> linear = torch.nn.Linear(2, 2)
-    >>> unwrap(torch.compile(linear)) is linear
-    True
-    ```
-    """
+    """The module under `torch.compile`."""
     return getattr(model, "_orig_mod", model)
 
 
 def attended_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
-    """
-    The models that are patched together: the UNet and, of a pipeline, its ControlNets.
-
-    Args:
-        pipe_or_unet (`DiffusionPipeline` or `torch.nn.Module`): A pipeline or a model.
-
-    Returns:
-        `list[tuple[str, torch.nn.Module]]`: Names and unwrapped models, the UNet first.
-
-    Raises:
-        TypeError: If it is neither a pipeline with a UNet nor a model.
-        ValueError: If it wraps a patched model, as `DistributedDataParallel` does.
-
-    Examples:
-
-    ```python
-    >>> from diffusers import UNet2DConditionModel
-    >>> unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=8,
-    ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    >>> [name for name, _ in attended_models(unet)]
-    ['unet']
-    ```
-    """
-    models = _models_of(pipe_or_unet)
-    for _, model in models:
-        _refuse_wrapper(model)
-    return models
-
-
-def _models_of(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
+    """The models that are patched together, with their names: the UNet and, of a pipeline, its ControlNets."""
     if isinstance(pipe_or_unet, (MultiControlNetModel, MultiControlNetUnionModel)):
         return _controlnets(pipe_or_unet)
     if isinstance(pipe_or_unet, torch.nn.Module):
@@ -124,58 +76,11 @@ def _controlnets(controlnet: Any) -> list[tuple[str, torch.nn.Module]]:
     return [("controlnet" if len(nets) == 1 else f"controlnet.{i}", net) for i, net in enumerate(nets)]
 
 
-def _refuse_wrapper(model: torch.nn.Module) -> None:
-    """Say so where a patch lies deeper than it is looked for, instead of finding none."""
-    if current_patch(model) is not None:
-        return
-    for name, inner in model.named_modules():
-        if current_patch(inner) is not None:
-            raise ValueError(f"{type(model).__name__} wraps a patched model: pass its `{name}` instead.")
-
-
-def current_patch(model: torch.nn.Module) -> "ModelPatch | None":
-    """
-    The patch of a model.
-
-    Args:
-        model (`torch.nn.Module`): An unwrapped model.
-
-    Returns:
-        `ModelPatch`, *optional*: Its patch, or `None`.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> current_patch(torch.nn.Linear(2, 2)) is None
-    True
-    ```
-    """
-    return getattr(model, "agentsd_patch", None)
-
-
 def find_layers(model: torch.nn.Module) -> list[AttentionLayer]:
     """
     All self-attention layers of a model's `Transformer2DModel`s, in the order of its modules.
 
     Motion modules and GLIGEN's fusers are not among them.
-
-    Args:
-        model (`torch.nn.Module`): A UNet or ControlNet.
-
-    Returns:
-        `list[AttentionLayer]`: The layers; empty if there are none.
-
-    Examples:
-
-    ```python
-    >>> from diffusers import UNet2DConditionModel
-    >>> unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=8,
-    ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    >>> [(site.name.split(".")[0], site.level) for site in find_layers(unet)]
-    [('down_blocks', 0), ('up_blocks', 0), ('up_blocks', 0), ('mid_block', 1)]
-    ```
     """
     found = []
     for transformer_name, transformer in model.named_modules():
@@ -189,50 +94,13 @@ def find_layers(model: torch.nn.Module) -> list[AttentionLayer]:
                 found.append((f"{name}.attn1", depth, transformer, block))
     top = min((depth for _, depth, _, _ in found), default=0)
     return [
-        AttentionLayer(name, depth - top, depth, transformer, block, block.attn1)
-        for name, depth, transformer, block in found
+        AttentionLayer(number, name, depth - top, depth, transformer, block, block.attn1)
+        for number, (name, depth, transformer, block) in enumerate(found)
     ]
 
 
-def patched_layers(model: torch.nn.Module) -> list[AttentionLayer]:
-    """
-    The layers that are patched, known by what sits on them: names change when a module is wrapped.
-
-    Args:
-        model (`torch.nn.Module`): A UNet or ControlNet.
-
-    Returns:
-        `list[AttentionLayer]`: The layers; empty if it is not patched.
-
-    Examples:
-
-    ```python
-    >>> import agentsd
-    >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji").pipe
-    >>> len(patched_layers(pipe.unet)) == len(agentsd.report(pipe).rows)
-    True
-    ```
-    """
-    return [site for site in find_layers(model) if hasattr(site.attn, "agentsd_site")]
-
-
 def plain_name(name: str) -> str:
-    """
-    A layer's name as it is without the wrappers around modules that hold it.
-
-    Args:
-        name (`str`): Name of a module in its model.
-
-    Returns:
-        `str`: The name before `torch.compile` or split inference wrapped anything.
-
-    Examples:
-
-    ```python
-    >>> plain_name("mid_block._orig_mod.attentions.0.module.proj_in")
-    'mid_block.attentions.0.proj_in'
-    ```
-    """
+    """A layer's name as it was before `torch.compile` or split inference wrapped the modules that hold it."""
     return _WRAPPERS.sub("", name)
 
 
@@ -247,47 +115,13 @@ def _depth(model: Any, name: str) -> int | None:
 
 
 def inner_hooks(module: torch.nn.Module) -> list[Any]:
-    """
-    What diffusers has put into a module's forward: caches, guidance, offloading.
-
-    Args:
-        module (`torch.nn.Module`): Any module.
-
-    Returns:
-        `list[ModelHook]`: The hooks; empty if there are none.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> inner_hooks(torch.nn.Linear(2, 2))
-    []
-    ```
-    """
+    """What diffusers has put into a module's forward: caches, guidance, offloading."""
     registry = getattr(module, "_diffusers_hook", None)
     return [] if registry is None else list(registry.hooks.values())
 
 
 def unsupported_reason(attn: Attention, processor: Any) -> str | None:
-    """
-    Why a self-attention layer has to be left alone.
-
-    Args:
-        attn (`Attention`): The layer.
-        processor: Its processor before patching.
-
-    Returns:
-        `str`, *optional*: The reason, or `None` if the layer can be patched.
-
-    Examples:
-
-    ```python
-    >>> from diffusers.models.attention_processor import Attention
-    >>> attn = Attention(query_dim=8)
-    >>> unsupported_reason(attn, attn.processor) is None
-    True
-    ```
-    """
+    """Why a self-attention layer with this processor has to be left alone; `None` if it can be patched."""
     if type(processor).__name__ not in _STANDARD_PROCESSORS:
         return f"its processor {type(processor).__name__} does more than plain attention"
     if any(getattr(attn, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "norm_k")):

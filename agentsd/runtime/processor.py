@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
@@ -10,17 +9,14 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from ..models.unet import inner_hooks
-from ..ops.agent_attention import agent_attention
-from ..ops.merging import merge_tokens, plan_merging, unmerge_tokens
-
-
-if TYPE_CHECKING:
-    from .state import SitePatch, TokenPlan
+from ..ops.agent_attention import Attend
+from ..ops.merging import merge_tokens, unmerge_tokens
+from .state import LayerState, Part, join
 
 
 class AgentAttnProcessor:
     """
-    Attention processor of a patched layer: attends over merged tokens, through agents where they pay.
+    Attention processor of a patched layer: attends over merged tokens, in the way of the phase.
 
     It holds no state, so it can be created again without arguments, as `load_ip_adapter` does: all it needs is kept on
     the attention module, where [`apply_patch`] puts it. On a module that is not patched, or where keys come from
@@ -66,39 +62,20 @@ class AgentAttnProcessor:
         Returns:
             `torch.Tensor` of shape `(batch, tokens, channels)`: The output, in the input's dtype.
         """
-        site: SitePatch | None = getattr(attn, "agentsd_site", None)
-        original = AttnProcessor2_0() if site is None else site.original
+        state: LayerState | None = getattr(attn, "agentsd_layer", None)
+        original = AttnProcessor2_0() if state is None else state.original
         is_plain = encoder_hidden_states is None and attention_mask is None and not _is_perturbed(attn)
-        plans = site.plans(hidden_states) if site is not None and site.config.merge_attn and is_plain else None
-        if site is None or plans is None:
+        parts = state.parts_of(hidden_states) if state is not None and is_plain else None
+        if state is None or parts is None or not _in_attention(parts):
             # Sliced attention knows no `temb`, which no transformer block passes to its self-attention.
             more = () if temb is None else (temb,)
             return original(attn, hidden_states, encoder_hidden_states, attention_mask, *more)
+        softmax = partial(self._softmax_attention, in_fp32=state.in_fp32)
         outputs = []
-        for plan in plans:
-            x = plan.take(hidden_states)
-            outputs.append(original(attn, x) if plan.tokens is None else self._attend(attn, x, plan.tokens, site))
-        return site.join(outputs, plans)
-
-    def _attend(
-        self, attn: Attention, hidden_states: torch.Tensor, plan: "TokenPlan", site: "SitePatch"
-    ) -> torch.Tensor:
-        config = site.config
-        merged = merge_tokens(hidden_states, plan.merging)
-        q, k, v = (_split_heads(to(merged), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
-        attend = partial(self._softmax_attention, in_fp32=config.attn_precision == "fp32")
-        if plan.agent_count is None:
-            out = attend(q, k, v)
-        else:
-            merging = plan_merging(plan.partition, plan.matches, plan.agent_count)
-            agents = _split_heads(attn.to_q(merge_tokens(hidden_states, merging)), attn.heads)
-            out = agent_attention(
-                q, k, v, agents, k_scale2=config.k_scale2, k_shortcut=config.k_shortcut, attend=attend
-            )
-        out = out.transpose(1, 2).flatten(2)
-        for layer in attn.to_out:
-            out = layer(out)
-        return unmerge_tokens(out, plan.merging)
+        for part in parts:
+            x = part.take(hidden_states)
+            outputs.append(original(attn, x) if part.merging is None else _attend(attn, x, part, softmax))
+        return join(outputs, parts)
 
     def _softmax_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_fp32: bool, scale: float | None = None
@@ -117,15 +94,37 @@ class AgentAttnProcessor:
         return out.transpose(1, 2).to(dtype)
 
 
+def _in_attention(parts: list[Part]) -> bool:
+    """Whether tokens are merged in self-attention, too, and not only in the layers after it."""
+    return any(part.phase.tokens is not None and part.phase.tokens.merge_attn for part in parts)
+
+
+def _attend(attn: Attention, x: torch.Tensor, part: Part, softmax: Attend) -> torch.Tensor:
+    """Attention over the merged tokens of `x`, in the way of the part's phase."""
+    assert part.match is not None and part.merging is not None
+    merged = merge_tokens(x, part.merging)
+    q, k, v = (split_heads(to(merged), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
+    operator, sources = part.phase.operator, part.match.partition.src.shape[1]
+    if operator is not None and operator.pays(x.shape[1], sources, merged.shape[1]):
+        out = operator.attend(attn, x, q, k, v, part.match, softmax)
+    else:
+        out = softmax(q, k, v)
+    out = out.transpose(1, 2).flatten(2)
+    for layer in attn.to_out:
+        out = layer(out)
+    return unmerge_tokens(out, part.merging)
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """`(batch, tokens, channels)` as `(batch, heads, tokens, head_dim)`."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
 def _is_perturbed(attn: Attention) -> bool:
     """Whether guidance works on this layer's attention just now, which it expects over all tokens of an image."""
     # Perturbed attention guidance replaces the scores by the identity, smoothed energy guidance blurs the queries.
     replaces_scores = any(getattr(hook, "skip_attention_scores", False) for hook in inner_hooks(attn))
     return replaces_scores or any(type(h).__name__ == "SmoothedEnergyGuidanceHook" for h in inner_hooks(attn.to_q))
-
-
-def _split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 # Layer skip looks up what to return for a processor that it leaves out: the same as for the standard one.

@@ -1,35 +1,166 @@
-"""Which phase a denoising step is in, and how its timestep is read without stalling the device at every step."""
+"""The clock of a patched model: which phase a denoising step is in, told without stalling the device at every step."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from ..config import AgentSDConfig, Phase
+from ..models.unet import AttentionLayer
+from ..ops.merging import Matches, Partition
 
 
-def phase_at(timestep: float, num_train_timesteps: int, config: AgentSDConfig) -> Phase:
+class Cells(NamedTuple):
     """
-    The phase of one timestep: agents while `t >= (1 - agent_until) * T`.
+    The cells in which tokens are matched.
+
+    Args:
+        sx (`int`): Width of a cell in tokens; each cell holds one destination token.
+        sy (`int`): Height of a cell in tokens.
+        use_rand (`bool`): Whether the destination is a pseudo-random member of its cell, rather than its top-left one.
+    """
+
+    sx: int
+    sy: int
+    use_rand: bool = True
+
+    def destinations(self, height: int, width: int) -> int:
+        """How many cells a layer of `height` by `width` tokens has."""
+        return (height // self.sy) * (width // self.sx)
+
+
+class Match(NamedTuple):
+    """The matching of a block's tokens, which the techniques in all roles share."""
+
+    partition: Partition
+    matches: Matches
+
+
+class Tokens(Protocol):
+    """The role of a technique by which a block's layers run on fewer tokens."""
+
+    @property
+    def merge_attn(self) -> bool:
+        """Whether self-attention is among them."""
+
+    def removed(self, tokens: int, sources: int) -> int:
+        """How many of the tokens are merged away."""
+
+    def hook(self, layer: AttentionLayer, state: Any) -> list[RemovableHandle]:
+        """Hook into the block's other layers."""
+
+
+class Operator(Protocol):
+    """The role of a technique that attends in another way than softmax attention."""
+
+    def removed(self, tokens: int, sources: int) -> int:
+        """How many of the tokens are merged away for what stands between queries and keys."""
+
+    def pays(self, tokens: int, sources: int, merged: int) -> bool:
+        """Whether it costs less than softmax attention over the merged tokens."""
+
+    def attend(
+        self, attn: Any, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, match: Match, softmax: Any
+    ) -> torch.Tensor:
+        """Attention of `(batch, heads, tokens, head_dim)` in a layer whose input, before merging, is `x`."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    What runs in the patched layers during one stretch of the noise range: at most one technique per role.
+
+    Args:
+        name (`str`): What a report calls it.
+        cells (`Cells`): Where tokens are matched.
+        until (`float`): Where it ends, as a share of the noise range counted from its noisy end.
+        tokens (`Tokens`, *optional*): By which layers run on fewer tokens.
+        operator (`Operator`, *optional*): In place of softmax attention.
+    """
+
+    name: str
+    cells: Cells
+    until: float = 1.0
+    tokens: Tokens | None = None
+    operator: Operator | None = None
+
+    def with_role(self, role: str, technique: Any) -> "Phase":
+        """The phase with a technique in a role that is still free."""
+        taken = getattr(self, role)
+        if taken is not None:
+            raise ValueError(f"{technique!r} and {taken!r} cannot both be the {role} of a phase: leave one out.")
+        return replace(self, **{role: technique})
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """
+    What all layers of a model need to know of the call that runs now.
+
+    Args:
+        phases (`tuple[int, ...]`): The phase's number: one for the whole batch, or one a sample.
+        key (`torch.Tensor` of shape `(1,)` or `(batch,)`, *optional*): What random choices vary with, int64.
+    """
+
+    phases: tuple[int, ...]
+    key: torch.Tensor | None = None
+
+
+def phase_at(timestep: float, num_train_timesteps: int, phases: tuple[Phase, ...]) -> int:
+    """
+    The number of a timestep's phase: the first that ends no earlier, else the last.
 
     Args:
         timestep (`float`): The timestep `t`, from `T` (noise) down to 0 (image).
         num_train_timesteps (`int`): `T`.
-        config (`AgentSDConfig`): The configuration.
+        phases (`tuple[Phase, ...]`): The phases, from the noisy end on.
 
     Returns:
-        `Phase`: The agent phase, or the ToMe phase.
+        `int`: Its index.
 
     Examples:
 
     ```python
     >>> from agentsd import AgentSDConfig
-    >>> phase_at(601, 1000, AgentSDConfig()).sx, phase_at(599, 1000, AgentSDConfig()).sx
-    (4, 2)
+    >>> phases = AgentSDConfig().phases
+    >>> phases[phase_at(601, 1000, phases)].name, phases[phase_at(599, 1000, phases)].name
+    ('agent', 'tome')
     ```
     """
-    # Written this way round, with a little slack, so that a step exactly on the edge is inside despite rounding.
-    is_early = num_train_timesteps - timestep <= (config.agent_until + 1e-9) * num_train_timesteps
-    return config.agent_phase if is_early else config.tome_phase
+    for number, phase in enumerate(phases[:-1]):
+        # Written this way round, with a little slack, so that a step exactly on the edge is inside despite rounding.
+        if num_train_timesteps - timestep <= (phase.until + 1e-9) * num_train_timesteps:
+            return number
+    return len(phases) - 1
+
+
+class Clock:
+    """
+    Where in the denoising run a model is; its layers know nothing else of the model.
+
+    Args:
+        phases (`tuple[Phase, ...]`): What runs when, from the noisy end of the noise range on.
+        num_train_timesteps (`int`): Length of the scheduler's range of timesteps.
+    """
+
+    def __init__(self, phases: tuple[Phase, ...], num_train_timesteps: int):
+        self.phases = phases
+        self.num_train_timesteps = num_train_timesteps
+        self.reader = TimestepReader()
+        self.step = StepContext((len(phases) - 1,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "step": replace(self.step, key=None)}
+
+    def begin_step(self, timestep: torch.Tensor | float, device: torch.device) -> list[float]:
+        """Note the step that begins, and return its timesteps: one, or one a sample."""
+        values = self.reader.read(timestep)
+        key = timestep_key(timestep, device)
+        if len(set(values)) == 1:
+            values, key = values[:1], key[:1]
+        phases = tuple(phase_at(value, self.num_train_timesteps, self.phases) for value in values)
+        self.step = StepContext(phases, key)
+        return values
 
 
 class TimestepReader:

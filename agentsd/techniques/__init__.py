@@ -1,1 +1,1 @@
-"""One technique a file: its configuration, its hooks, and how it is applied."""
+"""One technique a file: its configuration, what it does in a layer, and how it is applied."""

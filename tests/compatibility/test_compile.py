@@ -162,14 +162,14 @@ def test_a_layer_wrapped_after_patching():
     kept = find_layers(unet)[1].attn
     kept.set_processor(CustomDiffusionAttnProcessor2_0(hidden_size=32, train_q_out=False))
     agentsd.apply_patch(unet)
-    before = [(site.attn, site.attn.processor) for site in find_layers(unet)]
+    before = [(layer.attn, layer.attn.processor) for layer in find_layers(unet)]
     skipped = [row.skipped for row in agentsd.report(unet).rows]
     for block in (unet.down_blocks[0], unet.up_blocks[0]):
         block.attentions[0] = torch.compile(block.attentions[0], backend="eager")
     assert [row.skipped for row in agentsd.report(unet).rows] == skipped
     with agentsd.patched(unet, ratio=0.2):
         assert [row.skipped for row in agentsd.report(unet).rows] == skipped
-    assert [(site.attn, site.attn.processor) for site in find_layers(unet)] == before
+    assert [(layer.attn, layer.attn.processor) for layer in find_layers(unet)] == before
     assert_no_trace(agentsd.remove_patch(unet))
 
 

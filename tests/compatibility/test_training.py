@@ -96,9 +96,9 @@ def test_gradient_checkpointing_holds_nothing_afterwards():
     unet = agentsd.apply_patch(tiny_unet(), merge_mlp=True, merge_crossattn=True).train()
     unet.enable_gradient_checkpointing()
     gradients(unet)
-    sites = [module.agentsd_site for module in unet.modules() if hasattr(module, "agentsd_site")]
-    assert sites
-    assert all(site.metric is None and site.current is None for site in sites)
+    states = [module.agentsd_layer for module in unet.modules() if hasattr(module, "agentsd_layer")]
+    assert states
+    assert all(state.metric is None and state.parts is None for state in states)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

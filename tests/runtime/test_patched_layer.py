@@ -109,10 +109,10 @@ def test_seed_and_randomness_change_the_partition(unet):
 def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
     """The hooks feed the right tensors to the mathematics: the metric from before the norm, the layer's own size."""
     agentsd.apply_patch(unet, use_rand=False, ratio=0.3)
-    site = find_layers(unet)[0]
+    layer = find_layers(unet)[0]
     seen = {}
-    site.block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
-    site.attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output))
+    layer.block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
+    layer.attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output))
     run(unet, timestep, height=12, width=20)
 
     partition = partition_tokens(*cell_grid(12, 20, cell, cell, torch.device("cpu")))
@@ -121,15 +121,15 @@ def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
     tokens = merge_tokens(seen["x"], merging)
 
     def heads(x):
-        return x.unflatten(2, (site.attn.heads, -1)).transpose(1, 2)
+        return x.unflatten(2, (layer.attn.heads, -1)).transpose(1, 2)
 
-    q, k, v = (heads(to(tokens)) for to in (site.attn.to_q, site.attn.to_k, site.attn.to_v))
+    q, k, v = (heads(to(tokens)) for to in (layer.attn.to_q, layer.attn.to_k, layer.attn.to_v))
     if cell == 4:
         agents = merge_tokens(seen["x"], plan_merging(partition, matches, 240 - 15))
-        attended = agent_attention(q, k, v, heads(site.attn.to_q(agents)))
+        attended = agent_attention(q, k, v, heads(layer.attn.to_q(agents)))
     else:
         attended = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=3) @ v
-    expected = unmerge_tokens(site.attn.to_out[0](attended.transpose(1, 2).flatten(2)), merging)
+    expected = unmerge_tokens(layer.attn.to_out[0](attended.transpose(1, 2).flatten(2)), merging)
     torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -137,11 +137,11 @@ def test_a_patched_layer_computes_the_method_step_by_step(unet, timestep, cell):
 @pytest.mark.parametrize("timestep, cell", [(EARLY, 4), (LATE, 2)])
 def test_a_merged_layer_is_the_layer_itself_on_merged_tokens(unet, part, flag, timestep, cell):
     """Cross-attention merges its queries only; in the agent phase, too, it stays plain softmax."""
-    site = find_layers(unet)[0]
-    layer, seen = getattr(site.block, part), {}
+    block = find_layers(unet)[0].block
+    layer, seen = getattr(block, part), {}
     # Before the patch's own hook, which merges, and behind the other one, which unmerges.
     layer.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
-    site.block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
+    block.register_forward_pre_hook(lambda module, args: seen.update(metric=args[0]))
     agentsd.apply_patch(unet, use_rand=False, ratio=0.3, merge_attn=False, **{flag: True})
     layer.register_forward_hook(
         lambda module, args, kwargs, output: seen.update(kwargs=kwargs, output=output), with_kwargs=True
@@ -161,20 +161,20 @@ def test_a_merged_layer_is_the_layer_itself_on_merged_tokens(unet, part, flag, t
 
 @pytest.mark.parametrize("given", ["attention_mask", "encoder_hidden_states"])
 def test_a_layer_given_a_mask_or_other_keys_is_standard_attention(unet, given):
-    site = find_layers(unet)[0]
-    x, text = torch.randn(2, site.transformer.in_channels, 16, 16), torch.randn(2, 77, 32)
+    layer = find_layers(unet)[0]
+    x, text = torch.randn(2, layer.transformer.in_channels, 16, 16), torch.randn(2, 77, 32)
     more = {}
     if given == "attention_mask":
         more["attention_mask"] = torch.rand(2, 256) < 0.5
     else:
-        keys = torch.randn(2, 7, site.attn.inner_dim)
-        site.attn.register_forward_pre_hook(
+        keys = torch.randn(2, 7, layer.attn.inner_dim)
+        layer.attn.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "encoder_hidden_states": keys}), with_kwargs=True
         )
 
     @torch.no_grad()
     def call(**options):
-        return site.transformer(x, encoder_hidden_states=text, return_dict=False, **options)[0]
+        return layer.transformer(x, encoder_hidden_states=text, return_dict=False, **options)[0]
 
     plain, unmasked = call(**more), call()
     agentsd.apply_patch(unet)
@@ -212,10 +212,10 @@ def test_random_choices_vary_with_layer_timestep_and_seed(unet):
 def recorded_partitions(unet):
     """The partitions of all patched layers, in the order in which they run."""
     found, handles = [], []
-    for site in find_layers(unet):
-        if hasattr(site.attn, "agentsd_site"):
-            note = lambda attn, *_: found.append(attn.agentsd_site.current[0].tokens.partition)  # noqa: E731
-            handles.append(site.attn.register_forward_hook(note))
+    for layer in find_layers(unet):
+        if hasattr(layer.attn, "agentsd_layer"):
+            note = lambda attn, *_: found.append(attn.agentsd_layer.parts[0].match.partition)  # noqa: E731
+            handles.append(layer.attn.register_forward_hook(note))
     yield found
     for handle in handles:
         handle.remove()
@@ -246,9 +246,9 @@ def half_precision_logits():
 def test_fp32_attention_keeps_logits_finite_that_overflow_half_precision(timestep):
     """Stable Diffusion 2.x: no outer autocast needed."""
     unet = tiny_unet().eval()
-    for site in find_layers(unet):
-        site.attn.to_q.weight.data *= 1000
-        site.attn.to_k.weight.data *= 1000
+    for layer in find_layers(unet):
+        layer.attn.to_q.weight.data *= 1000
+        layer.attn.to_k.weight.data *= 1000
     unet.half()
     assert not run(agentsd.apply_patch(unet, max_downsample=8), timestep).isfinite().all()
     precise = run(agentsd.apply_patch(unet, max_downsample=8, attn_precision="fp32"), timestep)
@@ -294,7 +294,7 @@ def test_only_the_layers_asked_for_are_patched(unet):
     run(unet)
     rows = [row.name for row in agentsd.report(unet).rows]
     assert rows and all(name.startswith("down_blocks") for name in rows)
-    assert len(asked) == len(set(asked)) == sum(site.level <= 1 for site in find_layers(unet))
+    assert len(asked) == len(set(asked)) == sum(layer.level <= 1 for layer in find_layers(unet))
 
 
 def test_levels_count_from_the_highest_resolution_with_attention():
@@ -328,8 +328,8 @@ def test_without_merging_of_attention_the_layer_is_as_it_was(unet, timestep):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_chunked_feed_forward_is_not_merged_across_chunks(unet, dim):
-    for site in find_layers(unet):
-        site.block.set_chunk_feed_forward(1 if dim == 0 else 16, dim)
+    for layer in find_layers(unet):
+        layer.block.set_chunk_feed_forward(1 if dim == 0 else 16, dim)
     agentsd.apply_patch(unet, merge_mlp=True)
     chunked = run(unet)
     agentsd.apply_patch(unet, merge_mlp=False)
@@ -348,9 +348,9 @@ def test_activations_are_let_go(unet):
     agentsd.apply_patch(unet, merge_mlp=True)
     run(unet)
     gc.collect()
-    for site in find_layers(unet):
-        state = getattr(site.attn, "agentsd_site", None)
-        assert state is None or (state.metric is None and state.current is None)
+    for layer in find_layers(unet):
+        state = getattr(layer.attn, "agentsd_layer", None)
+        assert state is None or (state.metric is None and state.parts is None)
 
 
 @pytest.mark.parametrize("moment", ["register_forward_pre_hook", "register_forward_hook"])
@@ -358,19 +358,19 @@ def test_activations_are_let_go(unet):
 def test_activations_are_let_go_after_an_exception(unet, part, moment):
     """A web page stops a run by raising: nothing is held, and the layer, called by itself, is plain attention."""
     agentsd.apply_patch(unet, merge_mlp=True, merge_crossattn=True)
-    site = find_layers(unet)[0]
+    layer = find_layers(unet)[0]
 
     def stop(*args):
         raise InterruptedError("stopped")
 
-    handle = getattr(getattr(site.block, part), moment)(stop)
+    handle = getattr(getattr(layer.block, part), moment)(stop)
     with warnings.catch_warnings(action="error"), pytest.raises(InterruptedError):
         run(unet)
     handle.remove()
-    state = site.attn.agentsd_site
-    assert (state.metric, state.current) == (None, None)
-    merged = [hook.__self__ for layer in (site.block.attn2, site.block.ff) for hook in layer._forward_hooks.values()]
+    state = layer.attn.agentsd_layer
+    assert (state.metric, state.parts) == (None, None)
+    merged = [hook.__self__ for layer in (layer.block.attn2, layer.block.ff) for hook in layer._forward_hooks.values()]
     assert len(merged) == 2
-    assert {layer.plans for layer in merged} == {None}
+    assert {layer.parts for layer in merged} == {None}
     x = torch.randn(2, 256, 32)
-    assert torch.equal(site.attn(x), state.original(site.attn, x))
+    assert torch.equal(layer.attn(x), state.original(layer.attn, x))

@@ -9,7 +9,8 @@ from agentsd.runtime.steps import TimestepReader, phase_at, timestep_key
 
 
 def agent_steps(timesteps, config, train=1000) -> list[bool]:
-    return [phase_at(float(t), train, config).sx == 4 for t in timesteps]
+    phases = config.phases
+    return [phases[phase_at(float(t), train, phases)].name == "agent" for t in timesteps]
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])

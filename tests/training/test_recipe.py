@@ -26,8 +26,8 @@ def test_the_full_model_has_the_sizes_that_were_asked_for(icons: list[Icon]) -> 
         parts = [unet.build_unet(FULL), vae.build_vae(FULL), clip.build_clip(FULL, tokenizer)]
     numbers = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
     assert 14.5e6 < numbers[0] < 20e6
-    sites = find_layers(parts[0])
-    assert {FULL.latent_size // 2**site.level for site in sites if "mid_block" not in site.name} == {64, 32, 16}
+    layers = find_layers(parts[0])
+    assert {FULL.latent_size // 2**layer.level for layer in layers if "mid_block" not in layer.name} == {64, 32, 16}
     # The text encoder comes twice, in the pipeline and beside the image encoder, and so does the whole vocabulary.
     text = FULL.vocabulary * FULL.text_width + sum(p.numel() for p in parts[2].text_model.parameters())
     reference = 4 * (FULL.clip_width**2 + FULL.clip_width) + 2 * FULL.reference_rows * FULL.clip_width

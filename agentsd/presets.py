@@ -1,0 +1,15 @@
+"""Named configurations: what each sets; all else keeps its default."""
+
+from typing import Any, Literal
+
+
+PresetName = Literal["paper", "agent", "tome"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The schedule of the agent attention paper.
+    "paper": {},
+    # Its first phase at every step.
+    "agent": {"sx": 4, "sy": 4, "agent_ratio": 0.95},
+    # Its second phase at every step: no agents are formed when as many tokens are left for them as are merged.
+    "tome": {"sx": 2, "sy": 2, "agent_ratio": 0.5},
+}

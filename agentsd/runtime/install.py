@@ -1,0 +1,251 @@
+"""The patch of a model: its hooks, how they are put in, and how they are taken out again."""
+
+import warnings
+from copy import copy
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.utils.hooks import RemovableHandle
+
+from ..models.unet import AttentionLayer, plain_name
+from ..ops.merging import mix_key
+from .processor import AgentAttnProcessor
+from .state import LayerState
+from .steps import Clock, StepContext
+
+
+class ModelPatch:
+    """
+    The patch of one model: its configuration, its clock and its layers.
+
+    It is a plain object, so that a copied or pickled model takes along its own.
+
+    Args:
+        config (`AgentSDConfig`): The configuration.
+        clock (`Clock`): Where in the denoising run the model is.
+        layers (`list[tuple[AttentionLayer, LayerState]]`): The layers that it patches.
+        skipped (`list[tuple[AttentionLayer, str]]`): Those that it had to leave alone, and why.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        clock: Clock,
+        layers: list[tuple[AttentionLayer, LayerState]],
+        skipped: list[tuple[AttentionLayer, str]],
+    ):
+        self.config = config
+        self.clock = clock
+        self.layers = layers
+        self.skipped = skipped
+        self.handle: RemovableHandle | None = None
+        self.warned: set[str] = set()
+
+    # The timestep is read on the host: a compiled model is told only the phase, so that it has one graph a phase.
+    @torch.compiler.disable
+    def before_model(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell the clock of the step that begins."""
+        sample = kwargs["sample"] if "sample" in kwargs else args[0]
+        timesteps = self.clock.begin_step(kwargs["timestep"] if "timestep" in kwargs else args[1], sample.device)
+        self._warn_if_replaced()
+        self._warn_if_unreadable(timesteps)
+
+    def _warn_if_replaced(self) -> None:
+        if "replaced" in self.warned:
+            return
+        processors = [layer.attn.processor for layer, _ in self.layers]
+        replaced = {type(processor) for processor in processors if not isinstance(processor, AgentAttnProcessor)}
+        if replaced:
+            names = ", ".join(sorted(kind.__name__ for kind in replaced))
+            self._warn_once(
+                "replaced",
+                f"The attention processors of patched layers were replaced by {names}: those layers now run without "
+                "agentsd. Undo what replaced them, or call `agentsd.apply_patch` again afterwards.",
+            )
+
+    def _warn_if_unreadable(self, timesteps: list[float]) -> None:
+        phases = self.clock.phases
+        # The last steps of a schedule tell, whose noise levels are below 1: no other kind of timestep is negative.
+        if len(phases) > 1 and phases[0].until > 0 and min(timesteps) < 0:
+            self._warn_once(
+                "unreadable",
+                "The scheduler's timesteps are logarithms of noise levels, not positions in its range of timesteps "
+                f'(this one is {min(timesteps):.3g}), so no step is in the phase "{phases[0].name}". Call '
+                "`agentsd.apply_patch` with a preset that does the same at every step, such as "
+                '`config=AgentSDConfig.preset("agent")` or `"tome"`.',
+            )
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self.warned:
+            self.warned.add(topic)
+            warnings.warn(message, stacklevel=2)
+
+
+class StepKwargs(dict):
+    """
+    The `cross_attention_kwargs` of checkpointed blocks, with each layer's size, step and key.
+
+    Such a block runs again in the backward pass, when the model may have gone on to other steps.
+    """
+
+    steps: dict[LayerState, tuple[tuple[int, int], StepContext, torch.Tensor | None]]
+
+
+class LayerHooks:
+    """What tells a layer's state of the call that runs."""
+
+    def __init__(self, state: LayerState):
+        self.state = state
+
+    def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Note the step, and height and width, which the blocks inside no longer see."""
+        state = self.state
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        state.size, state.step = (height, width), state.clock.step
+        # Here and not in the block, for blocks that differ in a number would each be compiled on their own.
+        state.key = None if state.step.key is None else mix_key(state.step.key, state.seed)
+        if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
+            return None
+        # Those of the transformer's other blocks are in it already, and empty but for their steps.
+        given = kwargs.get("cross_attention_kwargs")
+        carried = StepKwargs({} if given is None else given)
+        carried.steps = {**getattr(given, "steps", {}), state: (state.size, state.step, state.key)}
+        return args, {**kwargs, "cross_attention_kwargs": carried}
+
+    def before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Note the metric: the block's input before its normalisation."""
+        state = self.state
+        state.leave_block()
+        # Checkpointing passes them by position.
+        carried = args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")
+        if isinstance(carried, StepKwargs):
+            state.size, state.step, state.key = carried.steps[state]
+        # Where something has replaced the processor, the whole block is as without agentsd.
+        if not isinstance(block.attn1.processor, AgentAttnProcessor):
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        # Behind a convolution the tokens are a transposed view, which each use in the block would copy once more. A
+        # compiled block reads it in place, and would need one more graph for another layout.
+        state.metric = x if torch.compiler.is_compiling() else x.contiguous()
+        return ((state.metric, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state.metric})
+
+    def after_block(self, block: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Let go of the activations."""
+        self.state.leave_block()
+
+
+def patch_of(model: torch.nn.Module) -> ModelPatch | None:
+    """The patch of an unwrapped model."""
+    return getattr(model, "agentsd_patch", None)
+
+
+def original_processor(attn: Any) -> Any:
+    """The processor of a layer without the patch."""
+    if isinstance(attn.processor, AgentAttnProcessor):
+        state = getattr(attn, "agentsd_layer", None)
+        # Without its state, it is one that somebody kept and put back after the patch was removed.
+        return AttnProcessor2_0() if state is None else state.original
+    return attn.processor
+
+
+def replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch]]) -> None:
+    """Give every model the patch wanted; put all back as they were if that fails."""
+    before = [Snapshot(model) for model, _ in wanted]
+    try:
+        for (model, patch), snapshot in zip(wanted, before, strict=True):
+            # A copy of the processor that an older patch had here keeps the attention backend that was set on it.
+            ours = {layer.attn: p for layer, p in snapshot.processors if isinstance(p, AgentAttnProcessor)}
+            processors = [copy(ours.get(layer.attn, AgentAttnProcessor())) for layer, _ in patch.layers]
+            uninstall(model)
+            install(model, patch, processors)
+    except BaseException:
+        for snapshot in before:
+            snapshot.restore()
+        raise
+
+
+def install(model: torch.nn.Module, patch: ModelPatch, processors: list[Any]) -> None:
+    """Hook a patch into its model, and give its layers their processors."""
+    model.agentsd_patch = patch  # type: ignore[assignment]
+    patch.handle = model.register_forward_pre_hook(patch.before_model, with_kwargs=True)
+    techniques = {phase.tokens for phase in patch.clock.phases if phase.tokens is not None}
+    for (layer, state), processor in zip(patch.layers, processors, strict=True):
+        if state.original is None:
+            state.original = original_processor(layer.attn)
+        hooks = LayerHooks(state)
+        layer.attn.agentsd_layer = state
+        layer.attn.set_processor(processor)
+        # Noted one by one, so that a failure on the way can be undone.
+        handles = state.handles
+        handles.append(layer.transformer.register_forward_pre_hook(hooks.before_transformer, with_kwargs=True))
+        handles.append(layer.block.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
+        # Also after an exception, which stops what checkpointing computes anew at every backward pass.
+        handles.append(layer.block.register_forward_hook(hooks.after_block, always_call=True))
+        for technique in techniques:
+            handles.extend(technique.hook(layer, state))
+
+
+def uninstall(model: torch.nn.Module) -> None:
+    """Take a model's patch out, and give back the original processors where ours are still in place."""
+    patch = patch_of(model)
+    if patch is None:
+        return
+    kept = _kept_processors(model)
+    for layer, state in patch.layers:
+        attn = layer.attn
+        # Not where a patch could be put in only in part.
+        if getattr(attn, "agentsd_layer", None) is not state:
+            continue
+        if isinstance(attn.processor, AgentAttnProcessor):
+            attn.set_processor(state.original)
+        del attn.agentsd_layer
+        for handle in state.handles:
+            handle.remove()
+        state.handles.clear()
+    originals = {_processor_name(layer): state.original for layer, state in patch.layers}
+    for name, processor in kept.items():
+        if isinstance(processor, AgentAttnProcessor) and plain_name(name) in originals:
+            kept[name] = originals[plain_name(name)]
+    del model.agentsd_patch
+    if patch.handle is not None:
+        patch.handle.remove()
+
+
+class Snapshot:
+    """A model as it is, patched or not, for what a patch changes in it to be put back exactly."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.patch = patch_of(model)
+        self.processors = [(layer, layer.attn.processor) for layer, _ in self.patch.layers] if self.patch else []
+        self.kept = dict(_kept_processors(model))
+
+    def restore(self) -> None:
+        """Put it back. What has been replaced since by another processor than the patch's stays so."""
+        uninstall(self.model)
+        if self.patch is None:
+            return
+        processors = [
+            processor if layer.attn.processor is state.original else layer.attn.processor
+            for (layer, state), (_, processor) in zip(self.patch.layers, self.processors, strict=True)
+        ]
+        install(self.model, self.patch, processors)
+        kept = _kept_processors(self.model)
+        known = {
+            _processor_name(layer): (state.original, processor)
+            for (layer, state), (_, processor) in zip(self.patch.layers, self.processors, strict=True)
+        }
+        for name, processor in kept.items():
+            original, ours = known.get(plain_name(name), (None, None))
+            if processor is original:
+                kept[name] = self.kept.get(name, ours)
+
+
+def _kept_processors(model: torch.nn.Module) -> dict[str, Any]:
+    """What `fuse_qkv_projections` will give back when undone."""
+    return getattr(model, "original_attn_processors", None) or {}
+
+
+def _processor_name(layer: AttentionLayer) -> str:
+    return f"{plain_name(layer.name)}.processor"
