@@ -48,8 +48,8 @@ format: $(VENV)/.dev ## Format the code and fix what ruff can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tables: $(VENV)/.dev ## Rewrite the README's tables from the recorded results.
-	$(BIN)/python -m agentsd.bench.tables README.md
+tables: $(VENV)/.dev ## Rewrite the tables of the documents from the recorded results.
+	$(BIN)/python -m agentsd.bench.tables docs/benchmarks.md
 
 notebooks: $(VENV)/.dev ## Run the notebooks and keep what they print.
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -1,7 +1,8 @@
-"""What the documentation shows runs: every `>>>` example and every snippet and command of the README.
+"""What the documents show runs: every `>>>` example, snippet and command. Their numbers are recorded, their links lead
+somewhere.
 
 Benchmarks that take half an hour are among the slow tests. `agentsd demo`, which runs until it is interrupted, is run
-in `test_demo.py`.
+in `demo/test_page.py`.
 """
 
 import doctest
@@ -21,13 +22,28 @@ from typer.testing import CliRunner
 
 import agentsd
 import agentsd.bench
+from agentsd.bench import load_result
 from agentsd.bench.tables import fill_tables
 from agentsd.cli import app
 from agentsd.compare import Comparison
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README, BENCHMARKS = DOCUMENTS["README.md"], DOCUMENTS["docs/benchmarks.md"]
+LINKING = [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "apps/README.md", "agentsd/assets/emoji/README.md"]
+RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in ("cpu", "shapes", "quality", "paper")}
+# The rows of the README's table: results, height in pixels, methods.
+SUMMARY = [
+    ("cpu", 512, ("agentsd", "tomesd", "attention-free")),
+    ("cpu", 768, ("agentsd", "tomesd", "attention-free")),
+    ("shapes", 512, ("agentsd", "todo")),
+    ("shapes", 768, ("agentsd", "todo")),
+    ("quality", 256, ("agentsd", "tomesd", "todo", "deepcache")),
+]
 LONG = re.compile("--suite (cpu|shapes|paper)|--prompts 64")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
 
@@ -69,19 +85,23 @@ def test_public_names_are_documented_with_arguments_and_examples():
                 assert f"{parameter} (" in text or f"{parameter}:" in text, f"{name} does not document {parameter}"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", README)
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", document)
 
 
-def test_python_snippets_of_the_readme_run(tmp_path):
-    script = "\n".join(blocks("python"))
-    assert "apply_patch" in script
+@pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if blocks(text, "python")])
+def test_python_snippets_run(name, tmp_path):
+    script = "\n".join(blocks(DOCUMENTS[name], "python"))
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment(), timeout=300)
-    assert (tmp_path / "image.png").is_file()
+    if name == "README.md":
+        assert "apply_patch" in script
+        assert (tmp_path / "image.png").is_file()
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line]
+def commands(*documents: str) -> list[str]:
+    """The commands of documents, each once, without comments."""
+    lines = [line for document in documents for block in blocks(document, "bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line))
 
 
 def marked(command: str) -> object:
@@ -90,32 +110,88 @@ def marked(command: str) -> object:
 
 @pytest.mark.parametrize(
     "command",
-    [marked(line) for line in commands() if line.startswith("agentsd ") and not line.startswith("agentsd demo")],
+    [
+        marked(line)
+        for line in commands(*DOCUMENTS.values())
+        if line.startswith("agentsd ") and not line.startswith("agentsd demo")
+    ],
 )
-def test_commands_of_the_readme_run(command, tmp_path):
+def test_commands_run(command, tmp_path):
     program = [sys.executable, "-c", "from agentsd.cli import main; main()"]
     arguments = shlex.split(command)[1:]
     subprocess.run([*program, *arguments], cwd=tmp_path, check=True, env=environment())
 
 
-def test_other_commands_of_the_readme_are_make_targets():
+def test_other_commands_are_make_targets():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    others = [line for line in commands() if not line.startswith("agentsd ")]
-    assert {"make quickstart", "make test"} <= set(others)
-    for line in others:
-        assert re.fullmatch(r"make \w+", line), line
-        assert f"\n{line.split()[1]}:" in makefile, line
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert {"make quickstart", "make test"} <= set(commands(README))
+    for line in commands(*DOCUMENTS.values(), contributing):
+        if not line.startswith("agentsd "):
+            assert re.fullmatch(r"make \w+", line), line
+            assert f"\n{line.split()[1]}:" in makefile, line
 
 
-def test_tables_of_the_readme_are_the_recorded_ones():
-    assert fill_tables(ROOT / "README.md") == README, "make tables"
+@pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if "<!-- results: " in text])
+def test_tables_are_the_recorded_ones(name):
+    assert fill_tables(ROOT / name) == DOCUMENTS[name], "make tables"
 
 
-@pytest.mark.parametrize("name", ["cpu", "shapes", "quality", "paper"])
+def test_the_table_of_the_readme_is_the_recorded_one():
+    rows = []
+    for name, height, methods in SUMMARY:
+        result = RESULTS[name]
+        at = {row.method: row for row in result.rows if row.height == height}
+        rows += [summary_row(at[method], result.environment) for method in methods]
+    (table,) = re.findall(r"(?m)^\| Model, size .*\n\| :-- .*\n((?:\|.*\n)+)", README)
+    assert table.splitlines() == rows, "\n".join(rows)
+
+
+def summary_row(row, machine) -> str:
+    model = "SD 1.5" if row.model == "sd15" else row.model
+    value, low, high = row.of_baseline
+    fidelity = [f"{row.quality[key][0]:{form}}" if key in row.quality else "–" for key, form in FIDELITY.items()]
+    assert machine["threads"] == 2  # as the text says
+    processor = re.sub(r"\(R\)| Processor", "", machine["cpu"])
+    cells = [
+        f"{model}, {row.width}×{row.height}",
+        row.method + (" †" if row.is_computed else ""),
+        f"{value:.2f} ({low:.2f}–{high:.2f})",
+        *fidelity,
+        processor,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+FIDELITY = {"psnr": ".1f", "ssim": ".3f"}
+
+
+def test_speed_ups_in_the_text_are_recorded_ones():
+    recorded = json.loads((ROOT / "notebooks/results/quickstart/comparison.json").read_text(encoding="utf-8"))
+    quickstart = f"{recorded['speed_up']:.2f}"
+    (caption,) = re.findall(r"(?ms)^\*`make quickstart`.*?\*$", README)
+    caption = caption.replace("\n", " ")
+    assert f"{quickstart}× the baseline's speed per step" in caption
+    assert f"PSNR {recorded['psnr']:.1f} dB, SSIM {recorded['ssim']:.3f}." in caption
+    low, high = recorded.get("speed_up_interval") or (1, 0)
+    assert ("timed once" in caption) == (recorded.get("rounds", 1) == 1)
+    assert ("no difference measured" in caption) == (low <= 1 <= high)
+    known = {
+        f"{value[0]:.2f}"
+        for result in RESULTS.values()
+        for row in result.rows
+        for value in (row.of_baseline, row.of_tomesd, row.of_free)
+        if value
+    }
+    for name, text in DOCUMENTS.items():
+        shown = {quickstart, *re.findall(r"(?m)^\| .* \| (\d\.\d\d) \(", text)} if name == "README.md" else known
+        assert set(re.findall(r"\d\.\d\d(?=×)", text)) <= shown, name
+
+
+@pytest.mark.parametrize("name", RESULTS)
 def test_the_command_below_a_table_is_the_one_that_recorded_it(name, tmp_path, monkeypatch):
     """Nobody could reproduce the numbers otherwise."""
-    folder = f"notebooks/results/{name}"
-    below = README.split(f"<!-- results: {folder} ")[1]
+    below = BENCHMARKS.split(f"<!-- results: ../notebooks/results/{name} ")[1]
     command = re.search(r"(?m)^agentsd (bench .*)$", below)[1]
     asked = []
 
@@ -126,13 +202,50 @@ def test_the_command_below_a_table_is_the_one_that_recorded_it(name, tmp_path, m
     monkeypatch.setattr("agentsd.bench.run_bench", run_bench)
     *command, _ = shlex.split(command)
     CliRunner().invoke(app, [*command, str(tmp_path / "out")])
-    assert asked[0].to_dict() == json.loads((ROOT / folder / "settings.json").read_text(encoding="utf-8"))
+    assert asked[0].to_dict() == RESULTS[name].settings
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def test_the_readme_names_the_commands_that_recorded_its_table():
+    long = [line for line in commands(README) if LONG.search(line)]
+    assert len(long) == len({name for name, _, _ in SUMMARY})
+    assert set(long) <= set(commands(BENCHMARKS))
+
+
+def test_the_readme_is_short_and_leads_to_all_documents():
+    assert len(README.splitlines()) <= 200
+    for name in DOCUMENTS:
+        assert name == "README.md" or f"]({name})" in README, name
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_typography(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    # Tables keep the notes of the benchmark's report, and the model card those of its training.
+    text = re.sub(r"(?s)<!-- results: .*?<!-- /results -->", "", text)
+    assert name.startswith("agentsd/") or not re.search(r"\d\s%", text), "40%, not 40 %"
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"(?ms)^```.*?^```", "", text))
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```", "", text))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def environment() -> dict[str, str]:
