@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .patch_report import PatchReport, report
     from .pipeline import AgentSDPipeline
     from .runtime.processor import AgentAttnProcessor
+    from .techniques.feature_reuse import FeatureReuseConfig
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ _HOME = {
     "AgentAttnProcessor": "runtime.processor",
     "AgentSDConfig": "config",
     "AgentSDPipeline": "pipeline",
+    "FeatureReuseConfig": "techniques.feature_reuse",
     "PatchReport": "patch_report",
     "agent_attention": "ops.agent_attention",
     "apply_patch": "patch",
@@ -32,6 +34,7 @@ __all__ = [
     "AgentAttnProcessor",
     "AgentSDConfig",
     "AgentSDPipeline",
+    "FeatureReuseConfig",
     "PatchReport",
     "agent_attention",
     "apply_patch",

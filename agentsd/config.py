@@ -1,12 +1,14 @@
 """What a user can set, validated once."""
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from .presets import PRESETS, PresetName
 from .runtime.checks import check_switch, keep_integer, keep_number
 from .runtime.steps import Cells, Phase
 from .techniques.agent_attention import AgentAttentionConfig, apply_agent_attention
+from .techniques.feature_reuse import FeatureReuseConfig
 from .techniques.token_merging import TokenMergingConfig, apply_token_merging
 
 
@@ -55,6 +57,8 @@ class AgentSDConfig:
             Merge tokens in self-attention. With this and the next two off, a patch changes nothing.
         merge_crossattn (`bool`, defaults to `False`): Merge the queries of cross-attention as well.
         merge_mlp (`bool`, defaults to `False`): Merge tokens in the feed-forward layer as well.
+        reuse (`FeatureReuseConfig` or `int`, *optional*):
+            Skip the deep part of the UNet in all but some steps; a number is the interval, `2` for every second step.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -85,6 +89,7 @@ class AgentSDConfig:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    reuse: FeatureReuseConfig | int | None = None
 
     def __post_init__(self) -> None:
         keep_number(self, "ratio", low=0, high=1, high_open=True)
@@ -104,6 +109,7 @@ class AgentSDConfig:
             raise ValueError(f"`attn_precision` must be None or 'fp32', but got {self.attn_precision!r}.")
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             check_switch(self, name)
+        object.__setattr__(self, "reuse", _reuse_config(self.reuse))
         if self.is_scheduled and self.agent_until is None:
             object.__setattr__(self, "agent_until", _AGENT_UNTIL)
         elif not self.is_scheduled and self.agent_until is not None:
@@ -213,3 +219,14 @@ class AgentSDConfig:
         ```
         """
         return asdict(self)
+
+
+def _reuse_config(value: Any) -> FeatureReuseConfig | None:
+    """What `reuse` was given: nothing, a configuration, its fields, or the interval alone."""
+    if value is None or isinstance(value, FeatureReuseConfig):
+        return value
+    if isinstance(value, dict):
+        return FeatureReuseConfig(**value)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`reuse` must be a FeatureReuseConfig or an interval such as 2, but got {value!r}.")
+    return FeatureReuseConfig(interval=int(value))

@@ -11,6 +11,7 @@ from .models.unet import attended_models, find_layers, plain_name, unsupported_r
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
 from .runtime.state import LayerState
 from .runtime.steps import Clock
+from .techniques.feature_reuse import FeatureReuseConfig, apply_feature_reuse
 
 
 Patchable = TypeVar("Patchable")
@@ -82,8 +83,12 @@ def plan_patch(
     timesteps = _num_train_timesteps(pipe_or_unet)
     planned = [(model, _plan_model(model, config, timesteps, filter_fn)) for _, model in models]
     model, patch = planned[0]
-    if not patch.layers:
+    if not patch.layers and (config.reuse is None or config.ratio > 0):
         raise ValueError(_no_layer_message(model, patch))
+    if isinstance(config.reuse, FeatureReuseConfig):
+        reuses = apply_feature_reuse(model, [other for other, _ in planned[1:]], config.reuse)
+        for (_, patch), reuse in zip(planned, reuses, strict=True):
+            patch.reuse = reuse
     return planned
 
 
@@ -256,7 +261,8 @@ def _num_train_timesteps(pipe_or_unet: Any) -> int:
 def _plan_model(
     model: torch.nn.Module, config: AgentSDConfig, num_train_timesteps: int, filter_fn: FilterFn | None
 ) -> ModelPatch:
-    clock = Clock(config.phases, num_train_timesteps)
+    # Where nothing is merged, phases would only be compiled one by one.
+    clock = Clock(config.phases if config.ratio > 0 else config.phases[-1:], num_train_timesteps)
     patch = ModelPatch(config, clock, layers=[], skipped=[])
     for layer in find_layers(model):
         if 2**layer.level > config.max_downsample:

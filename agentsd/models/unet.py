@@ -99,6 +99,17 @@ def find_layers(model: torch.nn.Module) -> list[AttentionLayer]:
     ]
 
 
+def block_layers(block: Any) -> int:
+    """Layers of an up or down block."""
+    return len(block.resnets)
+
+
+def layer_modules(block: Any, number: int) -> list[torch.nn.Module]:
+    """The modules of one layer of a block, in the order in which they run."""
+    lists = [getattr(block, name, None) for name in ("resnets", "attentions", "motion_modules")]
+    return [modules[number] for modules in lists if modules is not None]
+
+
 def plain_name(name: str) -> str:
     """A layer's name as it was before `torch.compile` or split inference wrapped the modules that hold it."""
     return _WRAPPERS.sub("", name)

@@ -2,7 +2,7 @@
 
 import warnings
 from copy import copy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -13,6 +13,22 @@ from ..ops.merging import mix_key
 from .processor import AgentAttnProcessor
 from .state import LayerState
 from .steps import Clock, StepContext
+
+
+class ModelTechnique(Protocol):
+    """The role of a technique by which whole modules are skipped in some calls of a model."""
+
+    def install(self, modules: list[torch.nn.Module]) -> None:
+        """Make modules skippable."""
+
+    def uninstall(self, modules: list[torch.nn.Module]) -> None:
+        """Undo it."""
+
+    def begin_call(self, timestep: torch.Tensor | float, values: list[float], sample: torch.Tensor) -> None:
+        """A call of the model begins."""
+
+    def end_call(self) -> None:
+        """It has ended."""
 
 
 class ModelPatch:
@@ -26,6 +42,7 @@ class ModelPatch:
         clock (`Clock`): Where in the denoising run the model is.
         layers (`list[tuple[AttentionLayer, LayerState]]`): The layers that it patches.
         skipped (`list[tuple[AttentionLayer, str]]`): Those that it had to leave alone, and why.
+        reuse (`tuple[list[torch.nn.Module], ModelTechnique]`, *optional*): What skips modules, and which.
     """
 
     def __init__(
@@ -34,12 +51,14 @@ class ModelPatch:
         clock: Clock,
         layers: list[tuple[AttentionLayer, LayerState]],
         skipped: list[tuple[AttentionLayer, str]],
+        reuse: tuple[list[torch.nn.Module], ModelTechnique] | None = None,
     ):
         self.config = config
         self.clock = clock
         self.layers = layers
         self.skipped = skipped
-        self.handle: RemovableHandle | None = None
+        self.reuse = reuse
+        self.handles: list[RemovableHandle] = []
         self.warned: set[str] = set()
 
     # The timestep is read on the host: a compiled model is told only the phase, so that it has one graph a phase.
@@ -47,9 +66,18 @@ class ModelPatch:
     def before_model(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the clock of the step that begins."""
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        timesteps = self.clock.begin_step(kwargs["timestep"] if "timestep" in kwargs else args[1], sample.device)
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timesteps = self.clock.begin_step(timestep, sample.device)
+        if self.reuse is not None:
+            self.reuse[1].begin_call(timestep, timesteps, sample)
         self._warn_if_replaced()
         self._warn_if_unreadable(timesteps)
+
+    @torch.compiler.disable
+    def after_model(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Tell what skips modules that the call has ended."""
+        if self.reuse is not None:
+            self.reuse[1].end_call()
 
     def _warn_if_replaced(self) -> None:
         if "replaced" in self.warned:
@@ -168,8 +196,12 @@ def replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch]]) -> None:
 def install(model: torch.nn.Module, patch: ModelPatch, processors: list[Any]) -> None:
     """Hook a patch into its model, and give its layers their processors."""
     model.agentsd_patch = patch  # type: ignore[assignment]
-    patch.handle = model.register_forward_pre_hook(patch.before_model, with_kwargs=True)
-    techniques = {phase.tokens for phase in patch.clock.phases if phase.tokens is not None}
+    patch.handles.append(model.register_forward_pre_hook(patch.before_model, with_kwargs=True))
+    if patch.reuse is not None:
+        patch.handles.append(model.register_forward_hook(patch.after_model, always_call=True))
+        modules, technique = patch.reuse
+        technique.install(modules)
+    mergings = {phase.tokens for phase in patch.clock.phases if phase.tokens is not None}
     for (layer, state), processor in zip(patch.layers, processors, strict=True):
         if state.original is None:
             state.original = original_processor(layer.attn)
@@ -182,8 +214,8 @@ def install(model: torch.nn.Module, patch: ModelPatch, processors: list[Any]) ->
         handles.append(layer.block.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
         # Also after an exception, which stops what checkpointing computes anew at every backward pass.
         handles.append(layer.block.register_forward_hook(hooks.after_block, always_call=True))
-        for technique in techniques:
-            handles.extend(technique.hook(layer, state))
+        for merging in mergings:
+            handles.extend(merging.hook(layer, state))
 
 
 def uninstall(model: torch.nn.Module) -> None:
@@ -207,9 +239,13 @@ def uninstall(model: torch.nn.Module) -> None:
     for name, processor in kept.items():
         if isinstance(processor, AgentAttnProcessor) and plain_name(name) in originals:
             kept[name] = originals[plain_name(name)]
+    if patch.reuse is not None:
+        modules, technique = patch.reuse
+        technique.uninstall(modules)
     del model.agentsd_patch
-    if patch.handle is not None:
-        patch.handle.remove()
+    for handle in patch.handles:
+        handle.remove()
+    patch.handles.clear()
 
 
 class Snapshot:

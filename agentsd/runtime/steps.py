@@ -1,5 +1,6 @@
 """The clock of a patched model: which phase a denoising step is in, told without stalling the device at every step."""
 
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -161,6 +162,46 @@ class Clock:
         phases = tuple(phase_at(value, self.num_train_timesteps, self.phases) for value in values)
         self.step = StepContext(phases, key)
         return values
+
+
+class StepCounter(threading.local):
+    """
+    Which step of which image a thread is in, told by the timesteps that a pipeline hands to its models.
+
+    A pipeline hands over one element after another of the scheduler's `timesteps`, made anew for each run. So a new
+    image begins with a view of another tensor; where timesteps stand alone, when they go up.
+    """
+
+    def __init__(self) -> None:
+        self.image = -1
+        self.step = -1
+        # How many steps the image has, where that can be told.
+        self.steps: int | None = None
+        self._run: torch.UntypedStorage | None = None
+        self._place: Any = None
+        self._value = 0.0
+
+    def count(self, timestep: torch.Tensor | float, values: list[float]) -> None:
+        """Count the step that a call at this timestep belongs to: the last one's if it is the very same."""
+        run: torch.UntypedStorage | None = None
+        place: Any = values
+        value, total = max(values), 0
+        if isinstance(timestep, torch.Tensor):
+            storage = timestep.untyped_storage()
+            total = storage.nbytes() // timestep.element_size()
+            if total > 1 and len(values) == 1:
+                # Second-order schedulers repeat a value, at another place.
+                run, place = storage, timestep.storage_offset()
+        is_same_run = (run is None) == (self._run is None) and (
+            run is None or self._run is None or run.data_ptr() == self._run.data_ptr()
+        )
+        if self.image < 0 or not is_same_run or value > self._value:
+            self.image, self.step = self.image + 1, 0
+            self.steps = None if run is None else total - place
+        elif place != self._place:
+            self.step += 1
+        # Holding it keeps its memory from being reused for another run's.
+        self._run, self._place, self._value = run, place, value
 
 
 class TimestepReader:

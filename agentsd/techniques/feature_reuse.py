@@ -1,0 +1,382 @@
+"""
+Feature reuse: in most steps the deep part of the UNet is skipped, and what it would hand to the layers that still run
+is forecast from the last steps in which it ran. With order 0 it is repeated, as in DeepCache (X. Ma, G. Fang, X. Wang,
+CVPR 2024, arXiv:2312.00858).
+"""
+
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..models.unet import block_layers, inner_hooks, layer_modules
+from ..ops.forecasting import forecast
+from ..runtime.checks import keep_integer
+from ..runtime.steps import StepCounter
+
+
+# With fewer steps, each is too far from the next for anything to be reused.
+_FEWEST_STEPS = 8
+
+
+@dataclass(frozen=True)
+class FeatureReuseConfig:
+    """
+    Configuration of feature reuse.
+
+    Args:
+        interval (`int`, defaults to `2`): The whole UNet runs in one step of so many; 1 is every step.
+        order (`int`, defaults to `1`): 0 repeats what the deep part gave last; 1 forecasts it from the last two.
+        branch (`int`, defaults to `0`):
+            How many layers of the up blocks, counted from the output, run in every step beside the last one. With each
+            runs the layer of the down blocks whose output it reads. The same number as DeepCache's for UNets with
+            three layers per up block.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field is out of range.
+
+    Examples:
+
+    ```python
+    >>> from agentsd import FeatureReuseConfig
+    >>> FeatureReuseConfig(interval=3).order
+    1
+    ```
+    """
+
+    interval: int = 2
+    order: int = 1
+    branch: int = 0
+
+    def __post_init__(self) -> None:
+        keep_integer(self, "interval", low=1)
+        keep_integer(self, "order", low=0)
+        keep_integer(self, "branch", low=0)
+        if self.order > 1:
+            raise ValueError(f"`order` must be 0 (repeat) or 1 (forecast), but got {self.order}.")
+
+    def is_full(self, step: int) -> bool:
+        """Whether the whole UNet runs in a step."""
+        return step % self.interval == 0
+
+
+@dataclass
+class Cut:
+    """
+    Where a UNet is cut.
+
+    Args:
+        skipped (`list[torch.nn.Module]`): What does not run in a step that skips; the last one gives the tensor that
+            the layers which still run read.
+        residuals (`int`): How many outputs of the down blocks are read all the same, `conv_in`'s included.
+    """
+
+    skipped: list[torch.nn.Module]
+    residuals: int
+
+
+def cut_unet(unet: Any, branch: int) -> Cut:
+    """Everything deeper than `branch`; an error if the UNet has no such place."""
+    blocks = list(reversed(list(unet.up_blocks)))
+    places = [(b, layer) for b, block in enumerate(blocks) for layer in range(block_layers(block))]
+    if branch >= len(places):
+        raise ValueError(
+            f"`branch` must be below {len(places)}, the number of layers in the up blocks of this "
+            f"{type(unet).__name__}, but got {branch}."
+        )
+    # Block `b` from the output, of which the last `layer + 1` layers run.
+    b, layer = places[branch]
+    skipped: list[torch.nn.Module] = []
+    if layer == 0:
+        skipped += unet.down_blocks[b:]
+    else:
+        edge = unet.down_blocks[b]
+        for number in range(layer, block_layers(edge)):
+            skipped += layer_modules(edge, number)
+        skipped += edge.downsamplers or []
+        skipped += unet.down_blocks[b + 1 :]
+    skipped += [unet.mid_block] if unet.mid_block is not None else []
+    skipped += reversed(blocks[b + 1 :])
+    for number in range(block_layers(blocks[b]) - layer - 1):
+        skipped += layer_modules(blocks[b], number)
+    # Each kept layer of an up block reads one of them: `conv_in`'s, then the layers' and samplers' before the cut.
+    return Cut(skipped, residuals=branch + 1)
+
+
+def refuse_other_caches(modules: Sequence[torch.nn.Module]) -> None:
+    """Something else that skips the same modules would skip on its own schedule."""
+    for module in modules:
+        forward = module.__dict__.get("forward")
+        if "DeepCache" in getattr(forward, "__qualname__", ""):
+            raise ValueError("The DeepCache package is enabled on this model: call its `disable()` first.")
+        for hook in inner_hooks(module):
+            if hook._is_stateful:
+                raise ValueError(
+                    f"diffusers' {type(hook).__name__} is on a module that feature reuse skips: remove it first, or "
+                    "leave out `reuse`."
+                )
+
+
+@dataclass
+class Slot:
+    """What is kept of the calls at one place in each step: with split guidance, each half has its own."""
+
+    signature: Any = None
+    shapes: dict[int, Any] = field(default_factory=dict)
+    # The last full steps, by their number, and what they gave.
+    history: list[tuple[int, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """
+    What the modules that can be skipped need to know of the call that runs.
+
+    Args:
+        is_skipped (`bool`): Whether they are skipped.
+        outputs (`dict[int, Any]`): What each returns then.
+        shapes (`dict[int, Any]`): Otherwise, the shape of what each returned.
+        kept (`Any`): Otherwise, what is to be kept of it.
+    """
+
+    is_skipped: bool = False
+    outputs: dict[int, Any] = field(default_factory=dict)
+    shapes: dict[int, Any] = field(default_factory=dict)
+    kept: Any = None
+
+
+class ThreadState(threading.local):
+    """Where a thread is: servers run pipelines that share a model in several threads."""
+
+    def __init__(self) -> None:
+        self.call = Call()
+        self.image, self.step, self.slot = -1, -1, 0
+        self.slots: dict[int, Slot] = {}
+        self.scratch: dict[Any, torch.Tensor] = {}
+
+
+class ReuseClock:
+    """The one clock of all models of a pipeline: a ControlNet runs in the steps in which the whole UNet runs."""
+
+    def __init__(self, config: FeatureReuseConfig):
+        self.config = config
+        self.counter = StepCounter()
+        self.warned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "warned": set(self.warned)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, counter=StepCounter())
+
+    def is_full(self, timestep: Any, values: list[float]) -> bool:
+        """Count the step that a call belongs to, and tell whether the whole UNet runs in it."""
+        counter = self.counter
+        counter.count(timestep, values)
+        if torch.is_grad_enabled():
+            self._warn_once(
+                "gradients",
+                "Feature reuse is off while gradients are enabled: run the model under `torch.no_grad()` for it.",
+            )
+            return True
+        if counter.steps is not None and counter.steps < _FEWEST_STEPS:
+            self._warn_once(
+                "steps",
+                f"Feature reuse is off in runs of fewer than {_FEWEST_STEPS} steps; this one has {counter.steps}.",
+            )
+            return True
+        # Samples at timesteps of their own are in different steps.
+        return len(values) > 1 or self.config.is_full(counter.step)
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self.warned and self.config.interval > 1:
+            self.warned.add(topic)
+            warnings.warn(message, stacklevel=2)
+
+
+class SkippableForward:
+    """The forward of a module that can be skipped: a plain object, so that a copied or pickled model has its own."""
+
+    def __init__(self, module: torch.nn.Module, number: int, is_last: bool, reuse: "ModelReuse"):
+        self.original = module.forward
+        self.number = number
+        self.is_last = is_last
+        self.reuse = reuse
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns, or what stands for it in a step that skips it."""
+        call = self.reuse.current_call
+        if call.is_skipped:
+            return call.outputs[self.number]
+        output = self.original(*args, **kwargs)
+        call.shapes[self.number] = shapes_of(output)
+        if self.is_last:
+            call.kept = self.reuse.kept(output, kwargs)
+        return output
+
+
+class ModelReuse:
+    """Skips modules of one model when the clock says so. It knows none of them: a copied one must not bring others."""
+
+    def __init__(self, clock: ReuseClock):
+        self.clock = clock
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("state", "compiled_call")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep nothing of what ran."""
+        self.state = ThreadState()
+        # Compiled code cannot look up what is a thread's own.
+        self.compiled_call = self.state.call
+
+    @property
+    def current_call(self) -> Call:
+        """The call that this thread runs."""
+        return self.compiled_call if torch.compiler.is_compiling() else self.state.call
+
+    def install(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Make modules skippable; the last of them is the one whose output matters."""
+        for number, module in enumerate(modules):
+            is_last = number == len(modules) - 1
+            module.forward = SkippableForward(module, number, is_last, self).forward
+
+    def uninstall(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Give the modules their own forward back, and keep nothing. What was put around it since stays."""
+        for module in modules:
+            owner = getattr(module.__dict__.get("forward"), "__self__", None)
+            if not isinstance(owner, SkippableForward) or owner.reuse is not self:
+                continue
+            del module.forward
+            # Unless it is the class' own.
+            if owner.original != module.forward:
+                module.forward = owner.original
+        self.forget()
+
+    def begin_call(self, timestep: Any, values: list[float], sample: torch.Tensor) -> None:
+        """Decide, on the host, whether the call that begins is skipped, and make what the modules return then."""
+        is_full = self.clock.is_full(timestep, values)
+        state, counter = self.state, self.clock.counter
+        if state.image != counter.image:
+            state.image, state.step, state.slots, state.scratch = counter.image, -1, {}, {}
+        # A second call in the same step is the other half of split guidance.
+        state.slot = state.slot + 1 if state.step == counter.step else 0
+        state.step = counter.step
+        signature = (sample.shape, sample.dtype, sample.device)
+        slot = state.slots.get(state.slot)
+        if slot is None or slot.signature != signature:
+            slot = state.slots[state.slot] = Slot(signature)
+        call = state.call
+        call.is_skipped = not is_full and bool(slot.history)
+        call.outputs = self.outputs(slot) if call.is_skipped else {}
+        call.shapes, call.kept = {}, None
+        self.compiled_call = call
+
+    def end_call(self) -> None:
+        """Keep what a call that was not skipped gave."""
+        state = self.state
+        call, slot = state.call, state.slots.get(state.slot)
+        if slot is not None and call.kept is not None:
+            slot.shapes = call.shapes
+            slot.history = [*slot.history, (state.step, call.kept)][-1 - self.clock.config.order :]
+        state.call = self.compiled_call = Call()
+
+    def scratch(self, shapes: Any) -> Any:
+        """What has these shapes and is read by nobody: one tensor a shape, since they are many."""
+        if shapes is None:
+            return None
+        if not isinstance(shapes, TensorShape):
+            return type(shapes)(self.scratch(part) for part in shapes)
+        pool = self.state.scratch
+        if shapes not in pool:
+            pool[shapes] = torch.zeros(shapes.size, dtype=shapes.dtype, device=shapes.device)
+        return pool[shapes]
+
+    def kept(self, output: Any, kwargs: dict[str, Any]) -> Any:
+        """What to keep of the last module's output."""
+        raise NotImplementedError
+
+    def outputs(self, slot: Slot) -> dict[int, Any]:
+        """What the modules return in a step that skips them."""
+        raise NotImplementedError
+
+
+class TensorShape(NamedTuple):
+    """A tensor but for its values."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def shapes_of(output: Any) -> Any:
+    """The shape of a tensor, or of those in lists and tuples."""
+    if isinstance(output, torch.Tensor):
+        return TensorShape(output.shape, output.dtype, output.device)
+    if output is None:
+        return None
+    return tuple(shapes_of(part) for part in (output.to_tuple() if hasattr(output, "to_tuple") else output))
+
+
+class UNetReuse(ModelReuse):
+    """Skips the deep part of a UNet: the last of its modules gives the tensor that is forecast."""
+
+    def kept(self, output: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A copy: what comes next may write into it, as FreeU does."""
+        return (output if isinstance(output, torch.Tensor) else output[0]).clone()
+
+    def outputs(self, slot: Slot) -> dict[int, Any]:
+        """Scratch, and the forecast."""
+        outputs = {number: self.scratch(shapes) for number, shapes in slot.shapes.items()}
+        (last, newer), step = slot.history[-1], self.state.step
+        if len(slot.history) == 1:
+            value = newer.clone()
+        else:
+            before, older = slot.history[0]
+            value = forecast(older, newer, (step - last) / (last - before))
+        last_module = max(outputs)
+        return {**outputs, last_module: (value,) if isinstance(outputs[last_module], tuple) else value}
+
+
+class ControlNetReuse(ModelReuse):
+    """Skips a whole ControlNet: of what it gave last, the UNet reads only what goes to the layers that still run."""
+
+    def __init__(self, clock: ReuseClock, residuals: int):
+        super().__init__(clock)
+        self.residuals = residuals
+
+    def kept(self, output: Any, kwargs: dict[str, Any]) -> Any:
+        """Also what kind of output it was."""
+        down, mid = output[0], output[1]
+        kind = None if isinstance(output, tuple) else type(output)
+        # In guess mode it does not see it when guidance is switched off, whereupon the whole UNet runs and reads all.
+        if kwargs.get("guess_mode"):
+            return list(down), mid, kind
+        return list(down[: self.residuals]), None, kind
+
+    def outputs(self, slot: Slot) -> dict[int, Any]:
+        """What was kept, and scratch."""
+        (shapes, mid_shape), (_, (kept, mid, kind)) = slot.shapes[0], slot.history[-1]
+        down = [*kept, *(self.scratch(shape) for shape in shapes[len(kept) :])]
+        mid = self.scratch(mid_shape) if mid is None else mid
+        return {0: (down, mid) if kind is None else kind(down, mid)}
+
+
+def apply_feature_reuse(
+    unet: torch.nn.Module, controlnets: Sequence[torch.nn.Module], config: FeatureReuseConfig
+) -> list[tuple[list[torch.nn.Module], ModelReuse]]:
+    """What is skipped of a UNet and of its ControlNets, in this order; nothing is changed until it is installed."""
+    cut = cut_unet(unet, config.branch)
+    refuse_other_caches([unet, *cut.skipped])
+    clock = ReuseClock(config)
+    reuses: list[tuple[list[torch.nn.Module], ModelReuse]] = [(cut.skipped, UNetReuse(clock))]
+    return reuses + [([net], ControlNetReuse(clock, cut.residuals)) for net in controlnets]
