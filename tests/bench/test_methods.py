@@ -9,8 +9,7 @@ from models import tiny_sd, tiny_sdxl, tiny_unet
 
 import agentsd
 from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
-from agentsd.bench.attention_free import AttentionFreeProcessor
-from agentsd.bench.methods import patchable_layers
+from agentsd.bench.methods import AttentionFreeProcessor, patchable_layers
 from agentsd.bench.settings import Case
 from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
 from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
@@ -118,9 +117,16 @@ def test_agentsd_methods_run_their_presets(unet, name, preset):
     assert current_patch(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
 
 
+@pytest.mark.parametrize("name", ["agentsd-agent", "agentsd-tome"])
+def test_a_single_phase_has_no_schedule_to_set(unet, name):
+    """The share of agents belongs to the schedule, which `agentsd` alone follows."""
+    assert current_patch(on(unet, name, agent_until=0.3)).config == current_patch(on(unet, name)).config
+    assert current_patch(on(unet, "agentsd", agent_until=0.3)).config.agent_until == 0.3
+
+
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])
 def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
-    patched = [site.name for site in patched_layers(on(unet, "agentsd", **options))]
+    patched = [layer.name for layer in patched_layers(on(unet, "agentsd", **options))]
     free = [
         name
         for name, module in on(unet, "attention-free", **options).named_modules()
@@ -206,13 +212,13 @@ def test_a_model_without_self_attention_is_not_timed_as_if_it_had_some():
 
 
 @pytest.mark.parametrize(
-    ("shape", "parameters", "sites"), [("sd15", 859_520_964, 5), ("sd21", 865_910_724, 5), ("sdxl", 2_567_463_684, 10)]
+    ("shape", "parameters", "layers"), [("sd15", 859_520_964, 5), ("sd21", 865_910_724, 5), ("sdxl", 2_567_463_684, 10)]
 )
-def test_the_shapes_are_the_real_ones(shape, parameters, sites):
+def test_the_shapes_are_the_real_ones(shape, parameters, layers):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES[shape])
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
-    assert len(patchable_layers(unet, {})) == sites
+    assert len(patchable_layers(unet, {})) == layers
 
 
 @pytest.mark.parametrize(("shape", "side"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])
