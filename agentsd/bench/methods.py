@@ -79,7 +79,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class FewerSteps(Baseline):
-    """The model as it is, with as many steps as fit in the time that the method `reference` takes for all of its own."""
+    """The model as it is, with as many steps as fit in the time that another method takes for all of its own."""
 
     name: str = "fewer-steps"
     reference: str = "agentsd"

@@ -13,10 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..config import AgentSDConfig
-from .methods import METHODS
-from .rows import COLUMNS, COMPARED, Row
-from .settings import SUITES, short_name
+from .methods import METHODS, agent_share
+from .plots import save_plots
+from .rows import COLUMNS, COMPARED, Row, short_name
+from .settings import SUITES
 from .store import BenchError, read_log, read_object
 
 
@@ -62,26 +62,12 @@ class BenchResult:
         return f"{models}: generations of {self.settings['steps']} steps{compiled}"
 
     def notes(self, intervals: bool = True, without: Collection[str] = ()) -> list[str]:
-        """
-        How to read the table.
-
-        Args:
-            intervals (`bool`, defaults to `True`): Whether the table shows them.
-            without (`Collection[str]`, *optional*): Headings of columns that the table leaves out.
-
-        Returns:
-            `list[str]`: A line each.
-        """
+        """How to read the table that [`BenchResult.cells`] gives with the same arguments, in a few lines."""
         shown = self.cells(intervals, without)
         return _notes(self, shown[0], has_intervals=shown != self.cells(False, without))
 
     def table(self) -> Table:
-        """
-        The rows as a table for the terminal.
-
-        Returns:
-            `rich.table.Table`: For `rich.print`. The notes are not part of it.
-        """
+        """The rows as a table for the terminal, without the notes."""
         table = Table(title=Text(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         header, *lines = self.cells(intervals=False, without=NOT_IN_TERMINAL)
         for number, name in enumerate(header[1:]):
@@ -98,18 +84,7 @@ class BenchResult:
         return table
 
     def to_markdown(self, without: Collection[str] = ()) -> str:
-        """
-        Title, table, notes and environment as Markdown.
-
-        Args:
-            without (`Collection[str]`, *optional*): Headings of columns to leave out.
-
-        Returns:
-            `str`: Markdown text, ending in a newline.
-
-        Raises:
-            BenchError: If there is no column of a heading that is to be left out.
-        """
+        """Title, table, notes and machine as Markdown, without the columns of these headings."""
         header, *lines = self.cells(without=without)
         rule = [":--" if name in _TEXT_COLUMNS else "--:" for name in header]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
@@ -117,12 +92,7 @@ class BenchResult:
         return f"**{self.title}**\n\n{table}\n\n{notes}\n"
 
     def to_csv(self) -> str:
-        """
-        Every number of every row, a column each.
-
-        Returns:
-            `str`: CSV with a header.
-        """
+        """Every number of every row, a column each, below a header."""
         metrics = sorted({name for row in self.rows for name in row.quality})
         plain = [item.name for item in fields(Row) if item.name not in ("quality", *COMPARED)]
         spread = [f"{name}{end}" for name in (*COMPARED, *metrics) for end in ("", "_low", "_high")]
@@ -139,15 +109,7 @@ class BenchResult:
         return out.getvalue()
 
     def to_html(self, images: Sequence[Path] = ()) -> str:
-        """
-        A page that needs no other file.
-
-        Args:
-            images (`Sequence[Path]`): PNG files to show below the table.
-
-        Returns:
-            `str`: HTML.
-        """
+        """A page that needs no other file, with these PNG files below the table."""
         header, *lines = self.cells()
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>\n" for line in lines)
@@ -169,11 +131,9 @@ class BenchResult:
         Returns:
             `list[Path]`: The files written.
         """
-        from .plots import save_plots
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        plots = save_plots(self, folder, folder / "images")
+        plots = save_plots(self.rows, folder, folder / "images")
         files = {
             "report.md": self.to_markdown() + "".join(f"\n![{file.stem}]({file.name})\n" for file in plots),
             "report.csv": self.to_csv(),
@@ -185,14 +145,14 @@ class BenchResult:
 
     def cells(self, intervals: bool = True, without: Collection[str] = ()) -> list[list[str]]:
         """
-        The table as text.
+        The table as text, its header first.
 
         Args:
-            intervals (`bool`, defaults to `True`): Show the interval of a metric beside its value.
+            intervals (`bool`, defaults to `True`): Show the interval of a number beside it.
             without (`Collection[str]`, *optional*): Headings of columns to leave out.
 
         Returns:
-            `list[list[str]]`: Lines of cells, the header first.
+            `list[list[str]]`: Lines of cells.
 
         Raises:
             BenchError: If there is no column of a heading that is to be left out.
@@ -209,27 +169,14 @@ class BenchResult:
         return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
 
     def size_of(self, row: Row) -> str:
-        """
-        What was run, as far as it differs from row to row.
-
-        Args:
-            row (`Row`): One of the rows.
-
-        Returns:
-            `str`: Width and height, with the model before and the batch behind where there are several.
-        """
+        """Width and height of a row, with the model before and the batch behind where there are several."""
         has_models = len({row.model for row in self.rows}) > 1
         has_batches = any(row.batch != 1 for row in self.rows)
         before = f"{short_name(row.model)} " if has_models else ""
         return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
 
     def machine(self) -> str:
-        """
-        What it ran on.
-
-        Returns:
-            `str`: One line.
-        """
+        """What it ran on, in one line."""
         known = self.environment
         on_gpu = str(known.get("device")).startswith("cuda")
         parts = [
@@ -243,17 +190,7 @@ class BenchResult:
 def result_of(
     records: Sequence[Mapping[str, Any]], settings: dict[str, Any], environment: dict[str, Any]
 ) -> BenchResult:
-    """
-    The result of finished cases.
-
-    Args:
-        records (`Sequence[Mapping[str, Any]]`): Rows of `cases.jsonl`, in any order.
-        settings (`dict[str, Any]`): What was asked for.
-        environment (`dict[str, Any]`): What it ran on.
-
-    Returns:
-        `BenchResult`: The rows in the order of the settings.
-    """
+    """The result of the records of `cases.jsonl`, which may be in any order: its rows have that of the settings."""
     rows = [Row(**record) for record in records]
     unknown = sorted({row.method for row in rows} - METHODS.keys())
     if unknown:
@@ -320,7 +257,7 @@ def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> 
     unit = "UNet call" if is_call else "generation"
     notes = []
     if any(row.is_computed for row in rows):
-        share = AgentSDConfig.from_dict(settings["options"]).agent_until
+        share = agent_share(settings["options"]) or 0.0
         notes.append(
             f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
             "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."

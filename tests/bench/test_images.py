@@ -8,10 +8,10 @@ from bench_runs import quality
 from models import tiny_sd
 
 from agentsd.bench import BenchError, run_bench
-from agentsd.bench.case_timer import CaseTimer
 from agentsd.bench.features import ClipFeatures, image_files
+from agentsd.bench.measure import CaseTimer
+from agentsd.bench.models import PipelineSubject
 from agentsd.bench.set_metrics import clip_scores
-from agentsd.bench.subjects import PipelineSubject
 
 
 PROMPTS = ("red apple", "blue heart")

@@ -8,11 +8,18 @@ from diffusers import UNet2DConditionModel
 from models import tiny_sd, tiny_sdxl, tiny_unet
 
 import agentsd
-from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
+from agentsd.bench import METHODS, MethodUnavailable
 from agentsd.bench.methods import AttentionFreeProcessor, patchable_layers
-from agentsd.bench.settings import Case
-from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
-from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
+from agentsd.bench.models import (
+    SHAPES,
+    PipelineSubject,
+    UNetSubject,
+    call_unet,
+    share_weights,
+    switch_on,
+    unet_inputs,
+)
+from agentsd.bench.rows import Case
 from agentsd.models.unet import patched_layers
 from agentsd.patch import current_patch
 
@@ -32,10 +39,8 @@ def call(unet, height=128, width=128):
 def on(unet, name, ratio=0.4, **options):
     """A copy of a UNet with a method on, as the benchmark makes it."""
     subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
-    settings = BenchSettings(options=options)
-    return switch_on(
-        subject, unet, Case("sd15", name, ratio if METHODS[name].has_ratio else None, 128, 128, 1), settings
-    )
+    case = Case("sd15", name, ratio if METHODS[name].has_ratio else None, 128, 128, 1)
+    return switch_on(subject, unet, case, options)
 
 
 def draw(name, steps=4, **options):
@@ -43,7 +48,7 @@ def draw(name, steps=4, **options):
     subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
     case = Case("tiny", name, 0.4 if METHODS[name].has_ratio else None, 64, 64, 1)
     pipe = tiny_sd()
-    twin = switch_on(subject, pipe, case, BenchSettings(options=options))
+    twin = switch_on(subject, pipe, case, options)
     return subject.draw(twin, case, steps, ["red apple"], [0]).images[0]
 
 
@@ -175,7 +180,7 @@ def test_a_image_does_not_depend_on_those_before_it():
     """tomesd's own generator goes on from image to image."""
     subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
     case = Case("tiny", "tomesd", 0.4, 64, 64, 1)
-    twin = switch_on(subject, tiny_sd(), case, BenchSettings())
+    twin = switch_on(subject, tiny_sd(), case, {})
     first, again = (subject.draw(twin, case, 2, ["red apple"], [3]).images[0] for _ in range(2))
     assert (first == again).all()
 
@@ -212,7 +217,8 @@ def test_a_model_without_self_attention_is_not_timed_as_if_it_had_some():
 
 
 @pytest.mark.parametrize(
-    ("shape", "parameters", "layers"), [("sd15", 859_520_964, 5), ("sd21", 865_910_724, 5), ("sdxl", 2_567_463_684, 10)]
+    ("shape", "parameters", "layers"),
+    [("sd15", 859_520_964, 5), ("sd21", 865_910_724, 5), ("sdxl", 2_567_463_684, 10)],
 )
 def test_the_shapes_are_the_real_ones(shape, parameters, layers):
     with torch.device("meta"):

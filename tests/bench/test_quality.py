@@ -14,13 +14,12 @@ from bench_runs import quality
 from diffusers import PNDMScheduler
 
 from agentsd.bench import BenchError, BenchSettings, load_result, run_bench
-from agentsd.bench import judge as judge_module
-from agentsd.bench.case_timer import CaseTimer
 from agentsd.bench.features import ClipFeatures, InceptionFeatures, image_files
-from agentsd.bench.prompts import read_prompts
-from agentsd.bench.reference import ReferenceSet, check_reference
-from agentsd.bench.set_metrics import frechet_distance, kernel_distance
-from agentsd.bench.subjects import PipelineSubject, plms, subject_of
+from agentsd.bench.images import ImageJudge, read_prompts
+from agentsd.bench.measure import CaseTimer
+from agentsd.bench.models import PipelineSubject, plms
+from agentsd.bench.run import subject_of
+from agentsd.bench.set_metrics import ReferenceSet, check_reference, frechet_distance, kernel_distance
 from agentsd.utils.loading import load_pipeline
 from agentsd.utils.metrics import psnr
 
@@ -122,12 +121,12 @@ def test_a_killed_set_is_drawn_to_its_end(model, tmp_path):
 def test_progress_goes_by_calls_and_images(model, methods, total):
     """Without a leap: also over the baseline's images where it is not asked for, and calls that settle steps."""
     told = []
-    run_bench(quality(model, methods=methods), progress=lambda done, total, what: told.append((done, total)))
+    run_bench(quality(model, methods=methods), progress=lambda what, done, total: told.append((done, total)))
     assert told == [(done, total) for done in range(total + 1)]
 
 
 def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
-    def interrupt(done, total, what):
+    def interrupt(what, done, total):
         if done == 8:  # the second image of agentsd, after four calls and four images
             assert what.endswith("64×64 agentsd 0.4 images")
             raise KeyboardInterrupt
@@ -135,26 +134,26 @@ def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_bench(quality(model), out=tmp_path, progress=interrupt)
     told = []
-    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda done, *_: told.append(done))
+    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda what, done, total: told.append(done))
     assert told == [8, 9, 10]
 
 
 def test_what_cannot_run_counts_as_done(model, monkeypatch):
     told = []
     monkeypatch.setitem(sys.modules, "tomesd", None)
-    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda done, *_: told.append(done))
+    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda what, done, total: told.append(done))
     assert told == [5, 6, 7, 8, 9, 10]
 
 
 def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monkeypatch):
-    judge = judge_module.ImageJudge.judge
+    judge = ImageJudge.judge
 
     def greedy(self, case, *arguments):
         if case.method == "agentsd":
             torch.empty(2**46, dtype=torch.uint8)  # 64 TiB
         return judge(self, case, *arguments)
 
-    monkeypatch.setattr(judge_module.ImageJudge, "judge", greedy)
+    monkeypatch.setattr(ImageJudge, "judge", greedy)
     baseline, agentsd = run_bench(quality(model), out=tmp_path).rows
     assert baseline.reason is None
     assert agentsd.reason == "out of memory"
@@ -164,7 +163,7 @@ def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monke
 WITNESS = """
 import os
 from pathlib import Path
-from agentsd.bench.subjects import PipelineSubject, subject_of
+from agentsd.bench.models import PipelineSubject
 from agentsd.cli import main
 
 def draw(self, model, case, steps, prompts, seeds, **options):

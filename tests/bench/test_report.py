@@ -17,7 +17,7 @@ from agentsd.bench import BenchError, BenchSettings, Row, load_result, plots
 from agentsd.bench.plots import pareto_front
 from agentsd.bench.report import result_of
 from agentsd.bench.store import RunFolder
-from agentsd.bench.tables import fill_tables
+from agentsd.bench.tables import fill_tables, main
 from agentsd.utils.environment import environment
 
 
@@ -267,9 +267,20 @@ def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
     document.write_text(text.replace("results: results", "results: results without FOD"))
     with pytest.raises(BenchError, match="no column 'FOD'"):
         fill_tables(document)
-    document.write_text("No table.")
-    with pytest.raises(BenchError, match="no results table"):
-        fill_tables(document)
+
+
+def test_documents_without_a_table_are_left_alone(facts, tmp_path, capsys):
+    """As long as one of those that are named has one."""
+    RunFolder(tmp_path / "results", BenchSettings.of_suite("cpu").to_dict(), facts).cases.append(RECORDS[3])
+    with_table, without = tmp_path / "README.md", tmp_path / "INSTALL.md"
+    with_table.write_text("<!-- results: results -->\nold\n<!-- /results -->\n")
+    without.write_text("No table.")
+    main([str(without), str(with_table)])
+    assert "| 768×768 | baseline |" in with_table.read_text()
+    assert without.read_text() == "No table."
+    assert capsys.readouterr().out.split() == [str(with_table)]
+    with pytest.raises(SystemExit, match="No results table"):
+        main([str(without)])
 
 
 def test_a_report_of_a_gpu_names_it(facts):

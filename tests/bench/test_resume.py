@@ -15,7 +15,7 @@ from agentsd.bench.store import Log, RunFolder
 
 
 def test_an_interrupted_run_goes_on(shape, tmp_path):
-    def interrupt(done, total, what):
+    def interrupt(what, done, total):
         if done == 22:  # in the first round of the second size
             raise KeyboardInterrupt
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from bench_runs import calls, speed
 
-from agentsd.bench import METHODS, BenchError, BenchSettings, case_timer, run_bench, runner
+from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
 from agentsd.bench import methods as methods_module
-from agentsd.bench.settings import Case
-from agentsd.bench.shapes import SHAPES
-from agentsd.bench.subjects import UNetSubject, subject_of
+from agentsd.bench.models import SHAPES, UNetSubject
+from agentsd.bench.rows import Case
+from agentsd.bench.run import subject_of
 from agentsd.utils.timing import Variant
 
 
@@ -45,8 +45,8 @@ def test_every_method_at_every_setting_is_a_row(model):
     compared = {row.method for row in result.rows if row.of_tomesd}
     assert compared == {"agentsd", "agentsd-agent", "agentsd-tome"}, "with tomesd at their own ratio"
     assert {row.method for row in result.rows if row.of_free} == compared | {"tomesd"}
-    assert told[0] == (0, 80, "tiny 64×64 baseline")
-    assert told[-1] == (80, 80, "done")
+    assert told[0] == ("tiny 64×64 baseline", 0, 80)
+    assert told[-1] == ("done", 80, 80)
     assert result.environment["device"] == "cpu"
     assert result.environment["dtype"] == "float32"
     assert result.environment["sdpa"] == "flash attention"
@@ -86,7 +86,7 @@ def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps
 
     from agentsd.utils.timing import Sample
 
-    monkeypatch.setattr(case_timer, "time_round", time_round)
+    monkeypatch.setattr(measure, "time_round", time_round)
     rows = run_bench(speed(model, methods=("baseline", "fewer-steps"), steps=6, repeats=2)).rows
     assert [row.steps for row in rows] == [6, steps]
     in_turn = [["baseline", "agentsd 0.4"], ["baseline", "fewer-steps 0.4"]]
@@ -220,17 +220,16 @@ def test_the_real_shape_runs():
 def test_what_compiles_later_is_warmed_up_for_longer(monkeypatch):
     """DeepCache makes another graph in its second call, which must not be compiled in the first timed round."""
     graphs = iter([0, 1, 1, 2, 2, 2])  # looked at before and after each call
-    monkeypatch.setattr(case_timer, "compiled_graphs", lambda: next(graphs))
+    monkeypatch.setattr(measure, "compiled_graphs", lambda: next(graphs))
     called = []
     for compiled, wanted in ((True, 3), (False, 1)):
         called.clear()
         bench = SimpleNamespace(
             settings=BenchSettings(compile=compiled),
-            counter=SimpleNamespace(step=lambda name: None),
             subject=SimpleNamespace(device=torch.device("cpu")),
         )
         graphs = iter([0, 1, 1, 2, 2, 2])
-        case_timer.CaseTimer._warm_up(bench, Variant("deepcache", called.append))
+        measure.CaseTimer._warm_up(bench, Variant("deepcache", called.append), lambda: None)
         assert len(called) == wanted
 
 
@@ -239,14 +238,14 @@ def test_every_row_has_its_own_memory(model, monkeypatch):
         _, case, _ = prepare.args
         return case.width + (case.method == "agentsd")
 
-    monkeypatch.setattr(case_timer, "peak_memory", peak)
+    monkeypatch.setattr(measure, "peak_memory", peak)
     settings = speed(model, methods=("baseline", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
     assert [row.peak_bytes for row in run_bench(settings).rows] == [64, 65, 96, 97]
 
 
 def test_the_budget_is_in_minutes(shape, monkeypatch):
     clock = iter([0.0, 0.0, 89.0])
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     rows = run_bench(calls(methods=("baseline",), budget_minutes=1.5)).rows
     assert [row.reason for row in rows] == [None, None]
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from agentsd.bench.reference import ReferenceSet
-from agentsd.bench.set_metrics import clip_scores, frechet_distance, kernel_distance
+from agentsd.bench.set_metrics import ReferenceSet, clip_scores, frechet_distance, kernel_distance
 from agentsd.utils.intervals import bootstrap_mean, bootstrap_median, jackknife
 
 
