@@ -80,7 +80,7 @@ def plot_quality(rows: Sequence[Row], file: Path) -> Path:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("speed-up over the baseline")
     has_intervals = any(len(row.quality["ssim"]) > 1 for row in judged)
-    axes.set_ylabel("SSIM to the baseline's image" + (" (95 % interval)" if has_intervals else ""))
+    axes.set_ylabel("SSIM to the baseline's image" + (" (95% interval)" if has_intervals else ""))
     axes.legend()
     return _save(figure, file)
 

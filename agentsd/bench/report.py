@@ -326,7 +326,7 @@ def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> 
         )
     if has_intervals:
         notes.append(
-            "in brackets: 95 % intervals, from a bootstrap over rounds or images (for FID and KID, a jackknife); "
+            "in brackets: 95% intervals, from a bootstrap over rounds or images (for FID and KID, a jackknife); "
             "none for fewer than five rounds or ten images."
         )
     failed = [(row, row.reason.rstrip(".")) for row in rows if row.reason]
