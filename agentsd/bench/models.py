@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
@@ -19,7 +19,7 @@ from .rows import Case
 
 # Latents have an eighth of the image's height and width; CLIP always gives 77 text tokens.
 LATENT_SCALE = 8
-TEXT_TOKENS = 77
+_TEXT_TOKENS = 77
 # Width of SDXL's pooled text state, and its six numbers on size and crop.
 _POOLED_WIDTH = 1280
 _TIME_IDS = 6
@@ -74,33 +74,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Subject(Protocol):
-    """A model to measure. It is picklable, so that another process can load the same."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its precision."""
-
-    def load(self) -> Any:
-        """The model, unpatched."""
-
-    def copy(self, model: Any) -> Any:
-        """A copy with modules of its own and the same weights."""
-
-    def compile(self, model: Any) -> Any:
-        """The model under `torch.compile`."""
-
-    def size(self, model: Any) -> tuple[int, int]:
-        """The model's own image height and width in pixels."""
-
-    def call(self, model: Any, case: Case, steps: int) -> Call:
-        """What is timed: `steps` matter only where there is a generation."""
-
-
 @dataclass(frozen=True)
 class PipelineSubject:
     """Whole generations of a pipeline. Their time does not depend on the prompt."""
@@ -114,7 +87,7 @@ class PipelineSubject:
     dtype: torch.dtype
 
     def load(self) -> Any:
-        """See [`Subject.load`]."""
+        """The model, unpatched."""
         pipe = load_pipeline(self.model, device=self.device, dtype=self.dtype)
         check_draws_from_text(pipe)
         pipe.set_progress_bar_config(disable=True)
@@ -123,16 +96,16 @@ class PipelineSubject:
         return pipe
 
     def copy(self, model: Any) -> Any:
-        """See [`Subject.copy`]."""
+        """A copy with modules of its own and the same weights."""
         return twin_pipeline(model)
 
     def compile(self, model: Any) -> Any:
-        """See [`Subject.compile`]."""
+        """The model under `torch.compile`."""
         model.unet = _compile(model.unet)
         return model
 
     def size(self, model: Any) -> tuple[int, int]:
-        """See [`Subject.size`]."""
+        """The model's own image height and width in pixels."""
         return own_size(model)
 
     def draw(
@@ -154,7 +127,7 @@ class PipelineSubject:
         )
 
     def call(self, model: Any, case: Case, steps: int) -> Call:
-        """See [`Subject.call`]."""
+        """What is timed: a generation of the case's size and batch, step by step."""
         prompts = [self.prompt] * case.batch
         seeds = range(self.seed, self.seed + case.batch)
 
@@ -170,7 +143,7 @@ class PipelineSubject:
 
 @dataclass(frozen=True)
 class UNetSubject:
-    """Single calls of a UNet of one of the `SHAPES`, with random weights."""
+    """Single calls of a UNet of one of the `SHAPES`, with random weights: speed does not depend on them."""
 
     shape: str
     seed: int
@@ -178,32 +151,32 @@ class UNetSubject:
     dtype: torch.dtype
 
     def load(self) -> Any:
-        """See [`Subject.load`]."""
-        unet = random_unet(self.shape, self.seed).to(self.device)
+        """The model, unpatched."""
+        unet = _random_unet(self.shape, self.seed).to(self.device)
         return unet if self.dtype == unet.dtype else unet.to(self.dtype)
 
     def copy(self, model: Any) -> Any:
-        """See [`Subject.copy`]."""
+        """A copy with modules of its own and the same weights."""
         return share_weights(model)
 
     def compile(self, model: Any) -> Any:
-        """See [`Subject.compile`]."""
+        """The model under `torch.compile`."""
         return _compile(model)
 
     def size(self, model: Any) -> tuple[int, int]:
-        """See [`Subject.size`]."""
+        """The model's own image height and width in pixels."""
         side = model.config.sample_size * LATENT_SCALE
         return side, side
 
     def call(self, model: Any, case: Case, steps: int) -> Call:
-        """See [`Subject.call`]."""
+        """What is timed: a call at the case's size and batch, which has no steps."""
         assert case.height is not None and case.width is not None
         inputs = unet_inputs(model, case.height, case.width, case.batch, self.seed)
-        return partial(_call_unet, model, inputs)
+        return partial(call_unet, model, inputs)
 
 
-def _call_unet(unet: torch.nn.Module, inputs: Mapping[str, Any], _watch: Stopwatch) -> None:
-    call_unet(unet, inputs)
+# What is measured. It is picklable, so that another process can load the same model.
+Subject: TypeAlias = PipelineSubject | UNetSubject
 
 
 def switch_on(subject: Subject, model: Any, case: Case, options: Mapping[str, Any], compile: bool = False) -> Any:
@@ -237,8 +210,8 @@ def plms(scheduler: Any) -> PNDMScheduler:
     return PNDMScheduler.from_config(scheduler.config, **options)
 
 
-def random_unet(shape: str, seed: int = 0) -> UNet2DConditionModel:
-    """A UNet of one of the `SHAPES` with random weights, in float32 on the CPU: speed does not depend on them."""
+def _random_unet(shape: str, seed: int) -> UNet2DConditionModel:
+    # In float32 on the CPU, so that a seed means the same weights everywhere.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel(**SHAPES[shape]).eval().requires_grad_(False)
@@ -268,7 +241,7 @@ def unet_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int 
         "sample": noise(unet.config.in_channels, height // LATENT_SCALE, width // LATENT_SCALE),
         # The middle of the noise range; patches with a single phase do not depend on it.
         "timestep": torch.tensor(500, device=unet.device),
-        "encoder_hidden_states": noise(TEXT_TOKENS, unet.config.cross_attention_dim),
+        "encoder_hidden_states": noise(_TEXT_TOKENS, unet.config.cross_attention_dim),
     }
     if unet.config.addition_embed_type == "text_time":
         config = unet.config
@@ -278,13 +251,14 @@ def unet_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int 
 
 
 @torch.no_grad()
-def call_unet(unet: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+def call_unet(unet: torch.nn.Module, inputs: Mapping[str, Any], watch: Stopwatch | None = None) -> torch.Tensor:
     """
     Call a UNet once, without gradients.
 
     Args:
         unet (`UNet2DConditionModel`): The model.
         inputs (`Mapping[str, Any]`): What [`unet_inputs`] returns.
+        watch (`Stopwatch`, *optional*): Not used: a single call has no steps to mark.
 
     Returns:
         `torch.Tensor` of the shape of the latents: The predicted noise.

@@ -4,7 +4,7 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from .store import BenchError, read_log, read_object
 
 
 _TEXT_COLUMNS = ("size", "method")
-_IMAGE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
 # A terminal has no room for these columns; they are in the reports.
 NOT_IN_TERMINAL = ("s/step", "step quartiles", "step speed-up", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
 
@@ -252,85 +251,84 @@ def load_result(folder: str | Path) -> BenchResult:
 
 
 def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> list[str]:
-    settings, rows = result.settings, result.rows
-    is_call = SUITES[settings["suite"]].kind == "call"
-    unit = "UNet call" if is_call else "generation"
-    notes = []
-    if any(row.is_computed for row in rows):
-        share = agent_share(settings["options"]) or 0.0
-        notes.append(
-            f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
-            "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
-        )
-    times = "median and quartiles" if "quartiles" in shown else "median"
-    notes.append(
-        f"{times}: seconds per {unit}, over {_many(settings['repeats'], 'interleaved round')} in one process."
-    )
-    if "speed-up" in shown:
-        notes.append(
-            "speed-up: the baseline's time divided by the method's in the same round; the median over the rounds."
-        )
-    per_step = [name for name in ("s/step", "step quartiles", "step speed-up") if name in shown]
-    if per_step:
-        notes.append(f"{', '.join(per_step)}: of a denoising step, averaged over all; the first encodes the text too.")
-    others = {"× tomesd": "tomesd", "× free": "attention-free"}
-    compared = [name for name in others if name in shown]
-    if compared:
-        notes.append(
-            f"{', '.join(compared)}: the same, with the time of {' or '.join(others[name] for name in compared)} "
-            "in place of the baseline's."
-        )
-    if any(row.method == "attention-free" for row in rows):
-        notes.append(
-            "attention-free: `to_out(to_v(x))` in place of self-attention in the patched layers, the reference for "
-            "what faster attention can gain; its images are worthless."
-        )
-    if any(row.method == "fewer-steps" and row.steps for row in rows):
-        notes.append("fewer-steps: baseline with as many steps as fit in agentsd's time.")
-    if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
-        notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
-    if unit == "generation" and "launches/step" in shown:
-        notes.append("launches/step: GPU kernels of a short generation, with encoders and VAE, divided by its steps.")
-    pairwise = ", ".join(name for name in _IMAGE_METRICS if name in shown)
-    if pairwise:
-        notes.append(
-            f"{pairwise}: mean over {_many(settings['images'], 'image')} against the baseline's of the same seed and "
-            "prompt; pixel-identical images have no PSNR."
-        )
-    distances = ", ".join(name for name in ("FID", "KID") if name in shown)
-    if distances:
-        if settings["reference"] is None:
-            other = "the baseline's images of the same seeds"
-            meaning = "Where the interval of KID contains 0, this many images cannot tell the sets apart."
-        else:
-            other = (
-                "fresh renders of what the model was trained on"
-                if settings["reference"] == "emoji"
-                else "the images given as --reference"
-            )
-            meaning = "".join(
-                "For scale, as many images of the reference itself have FID "
-                f"{floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
-                for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
-            )
-        notes.append(f"{distances}: distance to {other}, in the features of {settings['features']}. {meaning}".strip())
-    if any(name.startswith("Δ") for name in shown):
-        notes.append(
-            "Δ: difference to the value of the baseline's images of the same seeds. Where an interval contains 0, "
-            "this many images cannot tell the method from the baseline."
-        )
-    if SUITES[settings["suite"]].has_images and settings["features"] is None:
-        notes.append(
-            "no FID, KID and CLIP score: for them, --features names an extractor (`inception`, or a CLIP model), and "
-            "--reference the images to compare with."
-        )
+    notes = [*_notes_on_times(result, shown), *_notes_on_images(result, shown)]
     if has_intervals:
         notes.append(
             "in brackets: 95% intervals, from a bootstrap over rounds or images (for FID and KID, a jackknife); "
             "none for fewer than five rounds or ten images."
         )
-    failed = [(row, row.reason.rstrip(".")) for row in rows if row.reason]
+    failed = [(row, row.reason.rstrip(".")) for row in result.rows if row.reason]
     return [*notes, *(f"{row.name} at {result.size_of(row)} did not run: {reason}." for row, reason in failed)]
+
+
+def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str]:
+    settings, rows = result.settings, result.rows
+    is_call = SUITES[settings["suite"]].kind == "call"
+    if any(row.is_computed for row in rows):
+        share = agent_share(settings["options"]) or 0.0
+        yield (
+            f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
+            "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
+        )
+    yield (
+        f"{'median and quartiles' if 'quartiles' in shown else 'median'}: seconds per "
+        f"{'UNet call' if is_call else 'generation'}, over {_many(settings['repeats'], 'interleaved round')} in one "
+        "process."
+    )
+    if "speed-up" in shown:
+        yield "speed-up: the baseline's time divided by the method's in the same round; the median over the rounds."
+    if per_step := [name for name in ("s/step", "step quartiles", "step speed-up") if name in shown]:
+        yield f"{', '.join(per_step)}: of a denoising step, averaged over all; the first encodes the text too."
+    others = {"× tomesd": "tomesd", "× free": "attention-free"}
+    if compared := [name for name in others if name in shown]:
+        yield (
+            f"{', '.join(compared)}: the same, with the time of {' or '.join(others[name] for name in compared)} "
+            "in place of the baseline's."
+        )
+    if any(row.method == "attention-free" for row in rows):
+        yield (
+            "attention-free: `to_out(to_v(x))` in place of self-attention in the patched layers, the reference for "
+            "what faster attention can gain; its images are worthless."
+        )
+    if any(row.method == "fewer-steps" and row.steps for row in rows):
+        yield "fewer-steps: baseline with as many steps as fit in agentsd's time."
+    if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
+        yield "peak memory: of a process that runs this method alone, weights and libraries included."
+    if "launches/step" in shown and not is_call:
+        yield "launches/step: GPU kernels of a short generation, with encoders and VAE, divided by its steps."
+
+
+def _notes_on_images(result: BenchResult, shown: Collection[str]) -> Iterator[str]:
+    settings = result.settings
+    if pairwise := [name for name in ("PSNR", "SSIM", "MS-SSIM", "LPIPS") if name in shown]:
+        yield (
+            f"{', '.join(pairwise)}: mean over {_many(settings['images'], 'image')} against the baseline's of the "
+            "same seed and prompt; pixel-identical images have no PSNR."
+        )
+    if distances := [name for name in ("FID", "KID") if name in shown]:
+        if settings["reference"] is None:
+            other = "the baseline's images of the same seeds"
+            meaning = " Where the interval of KID contains 0, this many images cannot tell the sets apart."
+        else:
+            is_own = settings["reference"] == "emoji"
+            other = "fresh renders of what the model was trained on" if is_own else "the images given as --reference"
+            meaning = ""
+            if floors := [row.quality["fid_floor"] for row in result.rows if "fid_floor" in row.quality]:
+                value, low, high = floors[0]
+                meaning = (
+                    f" For scale, as many images of the reference itself have FID {value:.1f} ({low:.1f}–{high:.1f})."
+                )
+        yield f"{', '.join(distances)}: distance to {other}, in the features of {settings['features']}.{meaning}"
+    if any(name.startswith("Δ") for name in shown):
+        yield (
+            "Δ: difference to the value of the baseline's images of the same seeds. Where an interval contains 0, "
+            "this many images cannot tell the method from the baseline."
+        )
+    if SUITES[settings["suite"]].has_images and settings["features"] is None:
+        yield (
+            "no FID, KID and CLIP score: for them, --features names an extractor (`inception`, or a CLIP model), and "
+            "--reference the images to compare with."
+        )
 
 
 def _many(count: int, thing: str) -> str:

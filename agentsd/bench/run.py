@@ -110,7 +110,7 @@ def run_bench(
         return result_of(records, settings.to_dict(), facts)
 
 
-def subject_of(model: str, settings: BenchSettings, prompt: str, device: str | None) -> PipelineSubject | UNetSubject:
+def subject_of(model: str, settings: BenchSettings, prompt: str, device: str | None) -> Subject:
     """What a suite measures of a model: a generation of the prompt, or a call. Nothing is loaded yet."""
     where = pick_device(device)
     dtype = pick_dtype(settings.dtype, where)
