@@ -9,13 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_runs import calls, speed
+from bench_runs import calls, quality, speed
 
 from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
 from agentsd.bench import methods as methods_module
 from agentsd.bench.models import SHAPES, UNetSubject
-from agentsd.bench.rows import Case
-from agentsd.bench.run import subject_of
 from agentsd.utils.timing import Variant
 
 
@@ -250,19 +248,6 @@ def test_the_budget_is_in_minutes(shape, monkeypatch):
     assert [row.reason for row in rows] == [None, None]
 
 
-def test_a_call_has_the_batch_of_its_case(shape):
-    """With guidance, twice as many samples as images."""
-    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
-    call = subject.call(subject.load(), Case("sd15", "baseline", None, 64, 128, 3), 1)
-    assert call.args[1]["sample"].shape == (6, 4, 8, 16)
-
-
-def test_models_are_loaded_in_the_precision_asked_for(model, shape):
-    half = torch.bfloat16
-    assert subject_of(model, speed(model, dtype="bfloat16"), "a", "cpu").load().unet.dtype == half
-    assert UNetSubject("sd15", 0, torch.device("cpu"), half).load().dtype == half
-
-
 def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
     """Memory may have room for one only."""
     monkeypatch.setitem(SHAPES, "sd21", SHAPES["sd15"])
@@ -278,3 +263,34 @@ def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
     settings = {"methods": ("baseline",), "sizes": ((64, 64),), "repeats": 1, "memory": False, "device": "cpu"}
     run_bench(BenchSettings.of_suite("shapes", models=("sd15", "sd21"), **settings))
     assert alive == [False]
+
+
+# Progress
+
+
+@pytest.mark.parametrize(("methods", "total"), [(("baseline", "agentsd"), 10), (("agentsd", "fewer-steps"), 17)])
+def test_progress_goes_by_calls_and_images(model, methods, total):
+    """Without a leap: also over the baseline's images where it is not asked for, and calls that settle steps."""
+    told = []
+    run_bench(quality(model, methods=methods), progress=lambda what, done, total: told.append((done, total)))
+    assert told == [(done, total) for done in range(total + 1)]
+
+
+def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
+    def interrupt(what, done, total):
+        if done == 8:  # the second image of agentsd, after four calls and four images
+            assert what.endswith("64×64 agentsd 0.4 images")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(quality(model), out=tmp_path, progress=interrupt)
+    told = []
+    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda what, done, total: told.append(done))
+    assert told == [8, 9, 10]
+
+
+def test_what_cannot_run_counts_as_done(model, monkeypatch):
+    told = []
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda what, done, total: told.append(done))
+    assert told == [5, 6, 7, 8, 9, 10]
