@@ -8,7 +8,7 @@ from typing import Any
 
 # Fields that hold a quotient of times and the ends of its interval.
 COMPARED = ("of_baseline", "step_of_baseline", "of_tomesd", "of_free")
-# A reason that is told in the table itself.
+# A reason that the table itself gives.
 OUT_OF_MEMORY = "out of memory"
 
 

@@ -24,8 +24,8 @@ class Workers:
 
     def __init__(self, device: str | None = None) -> None:
         self._is_cuda = pick_device(device).type == "cuda"
-        # Unless told that there is no GPU to talk through, accelerate takes each process for the only one. The others
-        # wait while the main process times, which can take hours.
+        # Without `cpu=True` where there is no GPU, accelerate takes each process for the only one. The others wait
+        # while the main process times, which can take hours.
         self._state = PartialState(cpu=not self._is_cuda, timeout=timedelta(days=2))
 
     @property

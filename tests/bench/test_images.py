@@ -30,8 +30,8 @@ def images(folder):
 
 def test_images_have_their_prompt_seed_guidance_and_size(model, tmp_path):
     """Prompts in turn, each image with the next seed."""
-    wish = {"prompts": PROMPTS, "seed": 5, "guidance_scale": 2.0, "sizes": ((64, 96),)}
-    run_bench(quality(model, methods=("baseline",), **wish), out=tmp_path)
+    asked = {"prompts": PROMPTS, "seed": 5, "guidance_scale": 2.0, "sizes": ((64, 96),)}
+    run_bench(quality(model, methods=("baseline",), **asked), out=tmp_path)
     for index in range(3):
         expected = tiny_sd()(
             PROMPTS[index % 2],

@@ -21,9 +21,9 @@ from agentsd.utils.timing import Variant
 
 
 def test_every_method_at_every_setting_is_a_row(model):
-    told = []
+    reported = []
     settings = speed(model, ratios=(0.3, 0.5), batches=(1, 2), sizes=((64, 64), (64, 96)), repeats=1, steps=1)
-    result = run_bench(settings, progress=lambda *state: told.append(state))
+    result = run_bench(settings, progress=lambda *state: reported.append(state))
     names = ["baseline"]
     names += [
         f"{name} {ratio}" for name in ("agentsd", "agentsd-agent", "agentsd-tome", "tomesd") for ratio in (0.3, 0.5)
@@ -43,8 +43,8 @@ def test_every_method_at_every_setting_is_a_row(model):
     compared = {row.method for row in result.rows if row.of_tomesd}
     assert compared == {"agentsd", "agentsd-agent", "agentsd-tome"}, "with tomesd at their own ratio"
     assert {row.method for row in result.rows if row.of_free} == compared | {"tomesd"}
-    assert told[0] == ("tiny 64×64 baseline", 0, 80)
-    assert told[-1] == ("done", 80, 80)
+    assert reported[0] == ("tiny 64×64 baseline", 0, 80)
+    assert reported[-1] == ("done", 80, 80)
     assert result.environment["device"] == "cpu"
     assert result.environment["dtype"] == "float32"
     assert result.environment["sdpa"] == "flash attention"
@@ -271,9 +271,9 @@ def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
 @pytest.mark.parametrize(("methods", "total"), [(("baseline", "agentsd"), 10), (("agentsd", "fewer-steps"), 17)])
 def test_progress_goes_by_calls_and_images(model, methods, total):
     """Without a leap: also over the baseline's images where it is not asked for, and calls that settle steps."""
-    told = []
-    run_bench(quality(model, methods=methods), progress=lambda what, done, total: told.append((done, total)))
-    assert told == [(done, total) for done in range(total + 1)]
+    reported = []
+    run_bench(quality(model, methods=methods), progress=lambda what, done, total: reported.append((done, total)))
+    assert reported == [(done, total) for done in range(total + 1)]
 
 
 def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
@@ -284,13 +284,13 @@ def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_bench(quality(model), out=tmp_path, progress=interrupt)
-    told = []
-    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda what, done, total: told.append(done))
-    assert told == [8, 9, 10]
+    reported = []
+    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda what, done, total: reported.append(done))
+    assert reported == [8, 9, 10]
 
 
 def test_what_cannot_run_counts_as_done(model, monkeypatch):
-    told = []
+    reported = []
     monkeypatch.setitem(sys.modules, "tomesd", None)
-    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda what, done, total: told.append(done))
-    assert told == [5, 6, 7, 8, 9, 10]
+    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda what, done, total: reported.append(done))
+    assert reported == [5, 6, 7, 8, 9, 10]
