@@ -14,6 +14,8 @@ from bench_runs import calls, quality, speed
 from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
 from agentsd.bench import methods as methods_module
 from agentsd.bench.models import SHAPES, UNetSubject
+from agentsd.bench.rows import Case
+from agentsd.bench.store import RunFolder
 from agentsd.utils.timing import Variant
 
 
@@ -239,6 +241,28 @@ def test_every_row_has_its_own_memory(model, monkeypatch):
     monkeypatch.setattr(measure, "peak_memory", peak)
     settings = speed(model, methods=("baseline", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
     assert [row.peak_bytes for row in run_bench(settings).rows] == [64, 65, 96, 97]
+
+
+def test_memory_and_launches_on_a_gpu_are_kept_without_what_others_hold(tmp_path, monkeypatch):
+    """Without one: what is asked of it is watched."""
+    monkeypatch.setattr(measure, "peak_memory", lambda device, prepare, others: prepare() and 1000 - others)
+    monkeypatch.setattr(measure, "count_launches", lambda call: call() or 40)
+    steps = []
+    subject = SimpleNamespace(
+        device=torch.device("cuda"), call=lambda model, case, count: lambda watch: steps.append(count)
+    )
+    folder = RunFolder(tmp_path, {}, {})
+    timer = measure.CaseTimer(subject, BenchSettings(), folder, None, None)
+    case = Case("m", "baseline", None, 64, 64, 1)
+    timer._twins[case.name] = object()
+    for _ in range(2):  # the second time, both are on record
+        timer._profile(case, Variant(case.name, lambda watch: None), others=300)
+    key = {"model": "m", "height": 64, "width": 64, "batch": 1, "name": "baseline"}
+    assert folder.rounds.records == [
+        {"kind": "memory", **key, "peak_bytes": 700},
+        {"kind": "launches", **key, "launches": 4.0},
+    ]
+    assert steps == [10]
 
 
 def test_the_budget_is_in_minutes(shape, monkeypatch):
