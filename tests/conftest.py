@@ -48,7 +48,7 @@ def shape(monkeypatch):
     """Benchmarks of the UNet of Stable Diffusion 1.5 get a small one."""
     from bench_runs import TINY_SHAPE
 
-    from agentsd.bench.shapes import SHAPES
+    from agentsd.bench.models import SHAPES
 
     monkeypatch.setitem(SHAPES, "sd15", TINY_SHAPE)
 

@@ -3,7 +3,7 @@
 from .methods import METHODS, Method, MethodUnavailable
 from .report import BenchResult, load_result
 from .rows import Row
-from .runner import run_bench
+from .run import run_bench
 from .settings import SUITES, BenchSettings
 from .store import BenchError
 

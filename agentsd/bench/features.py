@@ -1,15 +1,17 @@
-"""Extractors of image features, for distances between sets of images."""
+"""Networks that judge images: extractors of features, for distances between sets, and LPIPS, for pairs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import PIL.Image
 import torch
 
 from ..utils.images import opened
 from ..utils.libraries import how_to_install
 from ..utils.loading import resolve_model
+from ..utils.metrics import to_tensor
 from .store import BenchError
 
 
@@ -35,17 +37,8 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     """
     Load an extractor.
 
-    Args:
-        name (`str`):
-            `"emoji"` for the encoder that ships with the embedded model and knows its drawings only, `"inception"`
-            for the network that FID and KID are defined by, or a folder or hub id of a CLIP model.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is to run.
-
-    Returns:
-        `Extractor`: The extractor.
-
-    Raises:
-        BenchError: If a package or the weights cannot be had.
+    `"emoji"` is the encoder that ships with the embedded model and knows its drawings only, `"inception"` the network
+    that FID and KID are defined by; any other name is a folder or hub id of a CLIP model.
     """
     try:
         if name == "inception":
@@ -60,12 +53,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
 
 
 class InceptionFeatures:
-    """
-    The 2,048 features of Inception v3 that FID and KID are defined by; its weights are fetched on first use.
-
-    Args:
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
-    """
+    """The 2,048 features of Inception v3 that FID and KID are defined by; its weights are fetched on first use."""
 
     width = 2048
 
@@ -80,7 +68,7 @@ class InceptionFeatures:
 
     def images(self, files: Sequence[Path]) -> np.ndarray:
         """See [`Extractor.images`]."""
-        rows = []
+        parts = []
         for start in range(0, len(files), _BATCH):
             arrays = [np.array(opened(file)) for file in files[start : start + _BATCH]]
             sizes = {array.shape for array in arrays}
@@ -88,8 +76,8 @@ class InceptionFeatures:
             for batch in [np.stack(arrays)] if len(sizes) == 1 else [array[None] for array in arrays]:
                 pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
                 with torch.no_grad():
-                    rows.append(_rows(self._model(pixels)))
-        return np.concatenate(rows)
+                    parts.append(_array(self._model(pixels)))
+        return np.concatenate(parts)
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
         """See [`Extractor.texts`]."""
@@ -97,13 +85,7 @@ class InceptionFeatures:
 
 
 class ClipFeatures:
-    """
-    The joint features of a CLIP model.
-
-    Args:
-        model (`str`): A folder, or an id on the Hugging Face Hub; safetensors only.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
-    """
+    """The joint features of a CLIP model: a folder, or an id on the Hugging Face Hub; safetensors only."""
 
     def __init__(self, model: str, device: torch.device | str = "cpu") -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
@@ -117,18 +99,18 @@ class ClipFeatures:
     @torch.no_grad()
     def images(self, files: Sequence[Path]) -> np.ndarray:
         """See [`Extractor.images`]."""
-        rows = []
+        parts = []
         for start in range(0, len(files), _BATCH):
             batch = [opened(file) for file in files[start : start + _BATCH]]
             pixels = self._processor(images=batch, return_tensors="pt").pixel_values
             states = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
-            rows.append(_rows(self._model.visual_projection(states)))
-        return np.concatenate(rows)
+            parts.append(_array(self._model.visual_projection(states)))
+        return np.concatenate(parts)
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> np.ndarray | None:
         """See [`Extractor.texts`]."""
-        rows = []
+        parts = []
         length = self._model.config.text_config.max_position_embeddings
         for start in range(0, len(prompts), _BATCH):
             tokens = self._tokenizer(
@@ -139,28 +121,39 @@ class ClipFeatures:
                 return_tensors="pt",
             )
             states = self._model.text_model(input_ids=tokens.input_ids.to(self._device)).pooler_output
-            rows.append(_rows(self._model.text_projection(states)))
-        return np.concatenate(rows)
+            parts.append(_array(self._model.text_projection(states)))
+        return np.concatenate(parts)
+
+
+class PerceptualDistance:
+    """LPIPS (R. Zhang et al., CVPR 2018) with AlexNet; its weights are fetched on first use."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+        try:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            self._metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise BenchError(
+                f"LPIPS is unavailable: {' '.join(str(error).split())[:300].rstrip('.')}. It fetches its weights, and "
+                f"needs more packages ({how_to_install('quality')})."
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, first: PIL.Image.Image, second: PIL.Image.Image) -> float:
+        """The distance of two images of one size: 0 for the same image."""
+        pixels = [to_tensor(image).to(self._device, torch.float32) for image in (first, second)]
+        return float(self._metric(*pixels))
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """
-    The images of a folder and of the folders in it, sorted.
-
-    Args:
-        folder (`str` or `Path`): The folder.
-
-    Returns:
-        `list[Path]`: Files.
-
-    Raises:
-        BenchError: If there are fewer than two.
-    """
+    """The images of a folder and of the folders in it, sorted; there must be two at least."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
         raise BenchError(f"{folder} holds {len(files)} images ({', '.join(_SUFFIXES)}): name a folder with more.")
     return files
 
 
-def _rows(features: torch.Tensor) -> np.ndarray:
+def _array(features: torch.Tensor) -> np.ndarray:
     return features.cpu().double().numpy()

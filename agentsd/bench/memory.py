@@ -1,4 +1,4 @@
-"""How much memory a method takes: the device's own count, or the peak of a process of its own."""
+"""Peak memory of a method: the device's own count, or the peak of a process of its own."""
 
 import multiprocessing
 import signal
@@ -19,78 +19,24 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """
-    Whether an error says that there is no memory left, on a GPU or a CPU.
-
-    Args:
-        error (`BaseException`): What was raised.
-
-    Returns:
-        `bool`: Whether it does.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.bench.memory import is_out_of_memory
-    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("a wrong shape"))
-    (True, False)
-    ```
-    """
+    """Whether an error says that there is no memory left, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """
-    What torch has allocated on a GPU at present.
-
-    Args:
-        device (`torch.device`): Where.
-
-    Returns:
-        `int`: Bytes; 0 where it is not counted.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.bench.memory import allocated_bytes
-    >>> allocated_bytes(torch.device("cpu"))
-    0
-    ```
-    """
+    """What torch has allocated on a GPU at present; 0 where it is not counted."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_memory(device: torch.device, prepare: Callable[[], Callable[[], object]], others: int = 0) -> int | None:
     """
-    The highest memory use during a call.
+    The highest memory use, in bytes, during the call that `prepare` returns; `None` where it cannot be measured.
 
-    On CUDA it is what torch had allocated, less what belongs to others. On Linux CPUs it is the resident memory of a
-    process of its own, weights and libraries included, so that memory which other methods left behind does not count.
-    Elsewhere it is not measured.
-
-    Args:
-        device (`torch.device`): Where the call runs.
-        prepare (`Callable`): Loads what is needed and returns the call; it must be picklable.
-        others (`int`, defaults to `0`): Bytes of a GPU that were taken before, and not for this.
-
-    Returns:
-        `int`, *optional*: Bytes, or `None` where it cannot be measured.
-
-    Raises:
-        MemoryError: If memory ran out in the process of its own.
-        RuntimeError: If something else went wrong in it.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.bench.memory import peak_memory
-    >>> peak_memory(torch.device("meta"), prepare=lambda: lambda: None) is None
-    True
-    ```
+    On CUDA it is what torch had allocated, less the bytes of others. On Linux CPUs it is the resident memory of a
+    process of its own, weights and libraries included, so that memory which other methods left behind does not count:
+    there, `prepare` must be picklable, and whatever goes wrong comes back as `MemoryError` or `RuntimeError`.
     """
     if not can_watch_peak(device):
         return None
@@ -110,7 +56,7 @@ def _in_own_process(prepare: Callable[[], Callable[[], object]]) -> int | None:
     # A fork of this process would inherit its memory, and OpenMP's threads do not survive a fork. The fork server has
     # imported the libraries once and done nothing with them.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["agentsd.utils.quiet", "agentsd.bench.subjects"])
+    server.set_forkserver_preload(["agentsd.utils.quiet", "agentsd.bench.models"])
     here, there = server.Pipe(duplex=False)
     child = server.Process(target=_measure, args=(prepare, torch.get_num_threads(), there), daemon=True)
     child.start()

@@ -1,19 +1,17 @@
-"""The ways of running a model that are compared: small adapters that switch a method on."""
+"""The methods that are compared: small adapters that switch one on in a copy of a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from ..config import AgentSDConfig, PresetName
 from ..models.unet import AttentionLayer, attended_models, find_layers, unsupported_reason
 from ..patch import apply_patch
 from ..runtime.processor import AgentAttnProcessor
 from ..utils.libraries import how_to_install
-from .attention_free import AttentionFreeProcessor
-from .todo import DownsampledProcessor
 
 
 BASELINE = "baseline"
@@ -69,16 +67,11 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Baseline:
-    """
-    The model as it is.
-
-    Args:
-        name (`str`): Its name.
-    """
+    """The model as it is."""
 
     name: str = BASELINE
-    has_ratio: bool = field(default=False, init=False)
-    needs_generation: bool = field(default=False, init=False)
+    has_ratio: ClassVar[bool] = False
+    needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -86,33 +79,35 @@ class Baseline:
 
 @dataclass(frozen=True)
 class FewerSteps(Baseline):
-    """
-    The model as it is, with as many steps as fit in the time that another method takes for all of its own.
-
-    Args:
-        name (`str`): Its name.
-        reference (`str`): The name of the other method.
-    """
+    """The model as it is, with as many steps as fit in the time that another method takes for all of its own."""
 
     name: str = "fewer-steps"
     reference: str = "agentsd"
-    has_ratio: bool = field(default=True, init=False)
-    needs_generation: bool = field(default=True, init=False)
+    has_ratio: ClassVar[bool] = True
+    needs_generation: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class NaiveAttention:
+    """Attention that writes its whole matrix to memory, in all layers: the baseline of papers on token merging."""
+
+    name: str = "baseline-naive"
+    has_ratio: ClassVar[bool] = False
+    needs_generation: ClassVar[bool] = False
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        unet: Any = attended_models(model)[0][1]
+        unet.set_attn_processor(AttnProcessor())
 
 
 @dataclass(frozen=True)
 class AgentSD:
-    """
-    This library.
-
-    Args:
-        name (`str`): Its name.
-        preset (`str`): The preset of [`AgentSDConfig`] that it runs.
-    """
+    """This library, with one of its presets."""
 
     name: str
     preset: PresetName
-    has_ratio: bool = field(default=True, init=False)
+    has_ratio: ClassVar[bool] = True
 
     @property
     def needs_generation(self) -> bool:
@@ -121,21 +116,18 @@ class AgentSD:
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
+        if self.preset != "paper":  # a single phase has no schedule to set
+            options = {name: value for name, value in options.items() if name != "agent_until"}
         apply_patch(model, config=AgentSDConfig.preset(self.preset, ratio=ratio, **options))
 
 
 @dataclass(frozen=True)
 class ToMeSD:
-    """
-    Token merging by its authors' own package.
-
-    Args:
-        name (`str`): Its name.
-    """
+    """Token merging by its authors' own package."""
 
     name: str = "tomesd"
-    has_ratio: bool = field(default=True, init=False)
-    needs_generation: bool = field(default=False, init=False)
+    has_ratio: ClassVar[bool] = True
+    needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -144,28 +136,23 @@ class ToMeSD:
         except ImportError as error:
             raise _not_installed("tomesd") from error
         unet = attended_models(model)[0][1]
-        sites = find_layers(unet)
-        if not sites:
+        layers = find_layers(unet)
+        if not layers:
             raise MethodUnavailable("tomesd found no transformer block in this model")
         shared = {name: options[name] for name in _SHARED_WITH_TOMESD if name in options}
         # tomesd counts from the model's input: the layers that agentsd patches by default lie deeper in SDXL, where it
         # would merge nothing, in silence.
-        first = 2 ** min(site.depth for site in sites)
+        first = 2 ** min(layer.depth for layer in layers)
         tomesd.apply_patch(unet, ratio=ratio, max_downsample=first * _max_downsample(options), **shared)
 
 
 @dataclass(frozen=True)
 class DeepCache:
-    """
-    Features of the inner blocks kept for some steps (X. Ma, G. Fang, X. Wang, CVPR 2024), by its authors' own package.
-
-    Args:
-        name (`str`): Its name.
-    """
+    """Features of the inner blocks kept for some steps (X. Ma et al., CVPR 2024), by its authors' own package."""
 
     name: str = "deepcache"
-    has_ratio: bool = field(default=False, init=False)
-    needs_generation: bool = field(default=True, init=False)
+    has_ratio: ClassVar[bool] = False
+    needs_generation: ClassVar[bool] = True
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -180,16 +167,11 @@ class DeepCache:
 
 @dataclass(frozen=True)
 class HiDiffusion:
-    """
-    Resolution-aware UNet and windowed attention (S. Zhang et al., ECCV 2024), by its authors' own package.
-
-    Args:
-        name (`str`): Its name.
-    """
+    """Resolution-aware UNet and windowed attention (S. Zhang et al., ECCV 2024), by its authors' own package."""
 
     name: str = "hidiffusion"
-    has_ratio: bool = field(default=False, init=False)
-    needs_generation: bool = field(default=True, init=False)
+    has_ratio: ClassVar[bool] = False
+    needs_generation: ClassVar[bool] = True
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -207,13 +189,7 @@ class HiDiffusion:
 
 @dataclass(frozen=True)
 class Combined:
-    """
-    Several methods at once.
-
-    Args:
-        name (`str`): Its name.
-        parts (`tuple[Method, ...]`): The methods, in the order in which they are switched on.
-    """
+    """Several methods at once, switched on in this order."""
 
     name: str
     parts: tuple[Method, ...]
@@ -236,60 +212,96 @@ class Combined:
 
 @dataclass(frozen=True)
 class OtherProcessor:
-    """
-    Another attention processor in the layers that agentsd patches.
-
-    Args:
-        name (`str`): Its name.
-        processor (`type`): Class of the processor; each layer gets its own.
-    """
+    """Another attention processor, one of its own in each layer that agentsd patches."""
 
     name: str
     processor: type
-    has_ratio: bool = field(default=False, init=False)
-    needs_generation: bool = field(default=False, init=False)
+    has_ratio: ClassVar[bool] = False
+    needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
-        sites = patchable_layers(model, options)
-        if not sites:
+        layers = patchable_layers(model, options)
+        if not layers:
             raise MethodUnavailable("this model has no self-attention that agentsd would patch")
-        for site in sites:
+        for layer in layers:
             processor = self.processor()
             if hasattr(processor, "note_size"):
-                site.transformer.register_forward_pre_hook(processor.note_size, with_kwargs=True)
-            site.attn.set_processor(processor)
+                layer.transformer.register_forward_pre_hook(processor.note_size, with_kwargs=True)
+            layer.attn.set_processor(processor)
 
 
-@dataclass(frozen=True)
-class NaiveAttention:
+class AttentionFreeProcessor:
+    """The attention-free reference: each token gets its own value, and what happens between tokens is left out."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Run the layer.
+
+        Args:
+            attn (`Attention`): The layer.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`): Its input.
+            encoder_hidden_states (`torch.Tensor`, *optional*): Not used.
+            attention_mask (`torch.Tensor`, *optional*): Not used.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, channels)`: `to_out(to_v(x))`.
+        """
+        out = attn.to_v(hidden_states)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+class DownsampledProcessor:
     """
-    Attention that writes its whole matrix to memory, in all layers: what the papers on token merging measured against.
+    ToDo: every token attends to one token of each 2×2 cell; keys and values are down-sampled, queries are not.
 
-    Args:
-        name (`str`): Its name.
+    Source: E. Smith, N. Saxena, A. Saha: *ToDo: Token Downsampling for Efficient Generation of High-Resolution
+    Images* (2024), [arXiv:2402.13573](https://arxiv.org/abs/2402.13573), with nearest-neighbour down-sampling.
     """
 
-    name: str = "baseline-naive"
-    has_ratio: bool = field(default=False, init=False)
-    needs_generation: bool = field(default=False, init=False)
+    def __init__(self) -> None:
+        self.size: tuple[int, int] | None = None
+        self._standard = AttnProcessor2_0()
 
-    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
-        """See [`Method.apply`]."""
-        unet: Any = attended_models(model)[0][1]
-        unet.set_attn_processor(AttnProcessor())
+    def note_size(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember height and width of what the layer's `Transformer2DModel` was given; a forward pre-hook for it."""
+        grid = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.size = (grid.shape[-2], grid.shape[-1])
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Run the layer.
+
+        Args:
+            attn (`Attention`): The layer.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`): Its input.
+            encoder_hidden_states (`torch.Tensor`, *optional*): Not used.
+            attention_mask (`torch.Tensor`, *optional*): Not used.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, channels)`: The layer's output.
+        """
+        assert self.size is not None
+        kept = hidden_states.unflatten(1, self.size)[:, ::2, ::2].flatten(1, 2)
+        return self._standard(attn, hidden_states, encoder_hidden_states=kept)
 
 
 def reseed(model: Any, seed: int) -> None:
-    """
-    Restart the random numbers of a method, so that an image does not depend on those drawn before it.
-
-    tomesd uses one generator from image to image; no other method has random state.
-
-    Args:
-        model (`DiffusionPipeline` or `UNet2DConditionModel`): A model with a method on.
-        seed (`int`): The image's seed.
-    """
+    """Restart the random numbers of tomesd, the only method with any, so that no image depends on those before it."""
     unet = attended_models(model)[0][1]
     info = getattr(unet, "_tome_info", None)
     if info is not None:
@@ -297,26 +309,23 @@ def reseed(model: Any, seed: int) -> None:
 
 
 def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLayer]:
-    """
-    The layers that agentsd patches.
-
-    Args:
-        model (`DiffusionPipeline` or `UNet2DConditionModel`): A pipeline or model, patched or not.
-        options (`Mapping[str, Any]`): Fields of [`AgentSDConfig`], of which `max_downsample` matters.
-
-    Returns:
-        `list[AttentionLayer]`: Layers of the UNet and of ControlNets.
-    """
+    """The layers that agentsd patches with these options, in the UNet and in ControlNets."""
     return [
-        site
+        layer
         for _, attended in attended_models(model)
-        for site in find_layers(attended)
-        if 2**site.level <= _max_downsample(options)
+        for layer in find_layers(attended)
+        if 2**layer.level <= _max_downsample(options)
         and (
-            isinstance(site.attn.processor, AgentAttnProcessor)
-            or unsupported_reason(site.attn, site.attn.processor) is None
+            isinstance(layer.attn.processor, AgentAttnProcessor)
+            or unsupported_reason(layer.attn, layer.attn.processor) is None
         )
     ]
+
+
+def agent_share(options: Mapping[str, Any]) -> float | None:
+    """The share of the noise range in which agentsd runs agents; `None` where one phase runs at all steps."""
+    config = AgentSDConfig.from_dict(dict(options))
+    return config.agent_until if config.is_scheduled else None
 
 
 def _max_downsample(options: Mapping[str, Any]) -> int:

@@ -3,19 +3,14 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
 from .methods import BASELINE
-from .settings import image_folder, short_name
-
-
-if TYPE_CHECKING:
-    from .report import BenchResult
-    from .rows import Row
+from .rows import Row, image_folder, short_name
 
 
 _ORIGIN = (1.0, 1.0)  # neither faster nor different
@@ -23,19 +18,13 @@ _GRID_IMAGES = 6
 _GRID_SIDE = 192
 
 
-def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) -> list[Path]:
+def save_plots(rows: Sequence[Row], folder: Path, images: Path | None = None) -> list[Path]:
     """
-    Draw every plot that the rows allow.
+    Draw every plot that the rows allow, as PNG files in a folder; without matplotlib, only grids of images.
 
-    Args:
-        result (`BenchResult`): The rows.
-        folder (`Path`): Where to.
-        images (`Path`, *optional*): The folder of the run's images; without it, there are no grids.
-
-    Returns:
-        `list[Path]`: PNG files; without matplotlib, only grids.
+    `images` is the folder of the run's images; without it, there are no grids.
     """
-    rows = [row for row in result.rows if row.reason is None]
+    rows = [row for row in rows if row.reason is None]
     files = []
     if importlib.util.find_spec("matplotlib") is not None:
         if len({(row.height, row.width) for row in rows}) > 1:
@@ -49,13 +38,7 @@ def save_plots(result: "BenchResult", folder: Path, images: Path | None = None) 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """
-    The points that no other point beats in both directions.
-
-    Args:
-        points (`Sequence[tuple[float, float]]`): Pairs of which more is better in both.
-
-    Returns:
-        `list[int]`: Indices, by rising first value.
+    The indices of points that no other point beats in both directions, by rising first value.
 
     Examples:
 
@@ -72,16 +55,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front[::-1]
 
 
-def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
+def plot_quality(rows: Sequence[Row], file: Path) -> Path:
     """
     Plot similarity to the baseline's images against speed, with the baseline itself and the Pareto front.
 
-    Args:
-        rows (`Sequence[Row]`): The rows of one setting; those without a speed-up or SSIM are left out.
-        file (`Path`): The PNG file to write.
-
-    Returns:
-        `Path`: That file.
+    The rows are those of one setting; without a speed-up or SSIM, they are left out.
     """
     judged = [row for row in rows if "ssim" in row.quality and row.speedup is not None and row.method != BASELINE]
     figure, axes = _figure()
@@ -102,7 +80,7 @@ def plot_quality(rows: "Sequence[Row]", file: Path) -> Path:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("speed-up over the baseline")
     has_intervals = any(len(row.quality["ssim"]) > 1 for row in judged)
-    axes.set_ylabel("SSIM to the baseline's image" + (" (95 % interval)" if has_intervals else ""))
+    axes.set_ylabel("SSIM to the baseline's image" + (" (95% interval)" if has_intervals else ""))
     axes.legend()
     return _save(figure, file)
 
@@ -117,7 +95,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _plot_sizes(rows: "list[Row]", model: str, folder: Path) -> Path:
+def _plot_sizes(rows: list[Row], model: str, folder: Path) -> Path:
     mine = [row for row in rows if row.model == model and row.speedup is not None]
     figure, axes = _figure()
     for name, batch in dict.fromkeys((row.name, row.batch) for row in mine):
@@ -150,7 +128,7 @@ def _save(figure: Any, file: Path) -> Path:
     return file
 
 
-def _draw_grids(rows: "list[Row]", folder: Path, images: Path) -> list[Path]:
+def _draw_grids(rows: list[Row], folder: Path, images: Path) -> list[Path]:
     """One sheet a setting: a line of the first images for each method."""
     files = []
     for setting in dict.fromkeys(row.setting for row in rows):
@@ -169,7 +147,7 @@ def _is_inside(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
 
 
-def _draw_grid(lines: "list[tuple[Row, list[Path]]]") -> PIL.Image.Image:
+def _draw_grid(lines: list[tuple[Row, list[Path]]]) -> PIL.Image.Image:
     font = PIL.ImageFont.load_default(size=16)
     labels = [row.name if row.method != "fewer-steps" else f"{row.name}\n{row.steps} steps" for row, _ in lines]
     label, gap = 16 + max(round(font.getlength(line)) for text in labels for line in text.split("\n")), 4

@@ -4,7 +4,7 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..config import AgentSDConfig
-from .methods import METHODS
-from .rows import COLUMNS, COMPARED, Row
-from .settings import SUITES, short_name
+from .methods import METHODS, agent_share
+from .plots import save_plots
+from .rows import COLUMNS, COMPARED, Row, short_name
+from .settings import SUITES
 from .store import BenchError, read_log, read_object
 
 
 _TEXT_COLUMNS = ("size", "method")
-_IMAGE_METRICS = ("PSNR", "SSIM", "MS-SSIM", "LPIPS")
 # A terminal has no room for these columns; they are in the reports.
 NOT_IN_TERMINAL = ("s/step", "step quartiles", "step speed-up", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
 
@@ -62,26 +61,12 @@ class BenchResult:
         return f"{models}: generations of {self.settings['steps']} steps{compiled}"
 
     def notes(self, intervals: bool = True, without: Collection[str] = ()) -> list[str]:
-        """
-        How to read the table.
-
-        Args:
-            intervals (`bool`, defaults to `True`): Whether the table shows them.
-            without (`Collection[str]`, *optional*): Headings of columns that the table leaves out.
-
-        Returns:
-            `list[str]`: A line each.
-        """
+        """How to read the table that [`BenchResult.cells`] gives with the same arguments, in a few lines."""
         shown = self.cells(intervals, without)
         return _notes(self, shown[0], has_intervals=shown != self.cells(False, without))
 
     def table(self) -> Table:
-        """
-        The rows as a table for the terminal.
-
-        Returns:
-            `rich.table.Table`: For `rich.print`. The notes are not part of it.
-        """
+        """The rows as a table for the terminal, without the notes."""
         table = Table(title=Text(self.title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         header, *lines = self.cells(intervals=False, without=NOT_IN_TERMINAL)
         for number, name in enumerate(header[1:]):
@@ -98,18 +83,7 @@ class BenchResult:
         return table
 
     def to_markdown(self, without: Collection[str] = ()) -> str:
-        """
-        Title, table, notes and environment as Markdown.
-
-        Args:
-            without (`Collection[str]`, *optional*): Headings of columns to leave out.
-
-        Returns:
-            `str`: Markdown text, ending in a newline.
-
-        Raises:
-            BenchError: If there is no column of a heading that is to be left out.
-        """
+        """Title, table, notes and machine as Markdown, without the columns of these headings."""
         header, *lines = self.cells(without=without)
         rule = [":--" if name in _TEXT_COLUMNS else "--:" for name in header]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
@@ -117,12 +91,7 @@ class BenchResult:
         return f"**{self.title}**\n\n{table}\n\n{notes}\n"
 
     def to_csv(self) -> str:
-        """
-        Every number of every row, a column each.
-
-        Returns:
-            `str`: CSV with a header.
-        """
+        """Every number of every row, a column each, below a header."""
         metrics = sorted({name for row in self.rows for name in row.quality})
         plain = [item.name for item in fields(Row) if item.name not in ("quality", *COMPARED)]
         spread = [f"{name}{end}" for name in (*COMPARED, *metrics) for end in ("", "_low", "_high")]
@@ -139,15 +108,7 @@ class BenchResult:
         return out.getvalue()
 
     def to_html(self, images: Sequence[Path] = ()) -> str:
-        """
-        A page that needs no other file.
-
-        Args:
-            images (`Sequence[Path]`): PNG files to show below the table.
-
-        Returns:
-            `str`: HTML.
-        """
+        """A page that needs no other file, with these PNG files below the table."""
         header, *lines = self.cells()
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>\n" for line in lines)
@@ -169,11 +130,9 @@ class BenchResult:
         Returns:
             `list[Path]`: The files written.
         """
-        from .plots import save_plots
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        plots = save_plots(self, folder, folder / "images")
+        plots = save_plots(self.rows, folder, folder / "images")
         files = {
             "report.md": self.to_markdown() + "".join(f"\n![{file.stem}]({file.name})\n" for file in plots),
             "report.csv": self.to_csv(),
@@ -185,14 +144,14 @@ class BenchResult:
 
     def cells(self, intervals: bool = True, without: Collection[str] = ()) -> list[list[str]]:
         """
-        The table as text.
+        The table as text, its header first.
 
         Args:
-            intervals (`bool`, defaults to `True`): Show the interval of a metric beside its value.
+            intervals (`bool`, defaults to `True`): Show the interval of a number beside it.
             without (`Collection[str]`, *optional*): Headings of columns to leave out.
 
         Returns:
-            `list[list[str]]`: Lines of cells, the header first.
+            `list[list[str]]`: Lines of cells.
 
         Raises:
             BenchError: If there is no column of a heading that is to be left out.
@@ -209,27 +168,14 @@ class BenchResult:
         return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
 
     def size_of(self, row: Row) -> str:
-        """
-        What was run, as far as it differs from row to row.
-
-        Args:
-            row (`Row`): One of the rows.
-
-        Returns:
-            `str`: Width and height, with the model before and the batch behind where there are several.
-        """
+        """Width and height of a row, with the model before and the batch behind where there are several."""
         has_models = len({row.model for row in self.rows}) > 1
         has_batches = any(row.batch != 1 for row in self.rows)
         before = f"{short_name(row.model)} " if has_models else ""
         return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
 
     def machine(self) -> str:
-        """
-        What it ran on.
-
-        Returns:
-            `str`: One line.
-        """
+        """What it ran on, in one line."""
         known = self.environment
         on_gpu = str(known.get("device")).startswith("cuda")
         parts = [
@@ -243,17 +189,7 @@ class BenchResult:
 def result_of(
     records: Sequence[Mapping[str, Any]], settings: dict[str, Any], environment: dict[str, Any]
 ) -> BenchResult:
-    """
-    The result of finished cases.
-
-    Args:
-        records (`Sequence[Mapping[str, Any]]`): Rows of `cases.jsonl`, in any order.
-        settings (`dict[str, Any]`): What was asked for.
-        environment (`dict[str, Any]`): What it ran on.
-
-    Returns:
-        `BenchResult`: The rows in the order of the settings.
-    """
+    """The result of the records of `cases.jsonl`, which may be in any order: its rows have that of the settings."""
     rows = [Row(**record) for record in records]
     unknown = sorted({row.method for row in rows} - METHODS.keys())
     if unknown:
@@ -315,85 +251,84 @@ def load_result(folder: str | Path) -> BenchResult:
 
 
 def _notes(result: BenchResult, shown: Collection[str], has_intervals: bool) -> list[str]:
+    notes = [*_notes_on_times(result, shown), *_notes_on_images(result, shown)]
+    if has_intervals:
+        notes.append(
+            "in brackets: 95% intervals, from a bootstrap over rounds or images (for FID and KID, a jackknife); "
+            "none for fewer than five rounds or ten images."
+        )
+    failed = [(row, row.reason.rstrip(".")) for row in result.rows if row.reason]
+    return [*notes, *(f"{row.name} at {result.size_of(row)} did not run: {reason}." for row, reason in failed)]
+
+
+def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str]:
     settings, rows = result.settings, result.rows
     is_call = SUITES[settings["suite"]].kind == "call"
-    unit = "UNet call" if is_call else "generation"
-    notes = []
     if any(row.is_computed for row in rows):
-        share = AgentSDConfig.from_dict(settings["options"]).agent_until
-        notes.append(
+        share = agent_share(settings["options"]) or 0.0
+        yield (
             f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
             "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
         )
-    times = "median and quartiles" if "quartiles" in shown else "median"
-    notes.append(
-        f"{times}: seconds per {unit}, over {_many(settings['repeats'], 'interleaved round')} in one process."
+    yield (
+        f"{'median and quartiles' if 'quartiles' in shown else 'median'}: seconds per "
+        f"{'UNet call' if is_call else 'generation'}, over {_many(settings['repeats'], 'interleaved round')} in one "
+        "process."
     )
     if "speed-up" in shown:
-        notes.append(
-            "speed-up: the baseline's time divided by the method's in the same round; the median over the rounds."
-        )
-    per_step = [name for name in ("s/step", "step quartiles", "step speed-up") if name in shown]
-    if per_step:
-        notes.append(f"{', '.join(per_step)}: of a denoising step, averaged over all; the first encodes the text too.")
+        yield "speed-up: the baseline's time divided by the method's in the same round; the median over the rounds."
+    if per_step := [name for name in ("s/step", "step quartiles", "step speed-up") if name in shown]:
+        yield f"{', '.join(per_step)}: of a denoising step, averaged over all; the first encodes the text too."
     others = {"× tomesd": "tomesd", "× free": "attention-free"}
-    compared = [name for name in others if name in shown]
-    if compared:
-        notes.append(
+    if compared := [name for name in others if name in shown]:
+        yield (
             f"{', '.join(compared)}: the same, with the time of {' or '.join(others[name] for name in compared)} "
             "in place of the baseline's."
         )
     if any(row.method == "attention-free" for row in rows):
-        notes.append(
+        yield (
             "attention-free: `to_out(to_v(x))` in place of self-attention in the patched layers, the reference for "
             "what faster attention can gain; its images are worthless."
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
-        notes.append("fewer-steps: baseline with as many steps as fit in agentsd's time.")
+        yield "fewer-steps: baseline with as many steps as fit in agentsd's time."
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
-        notes.append("peak memory: of a process that runs this method alone, weights and libraries included.")
-    if unit == "generation" and "launches/step" in shown:
-        notes.append("launches/step: GPU kernels of a short generation, with encoders and VAE, divided by its steps.")
-    pairwise = ", ".join(name for name in _IMAGE_METRICS if name in shown)
-    if pairwise:
-        notes.append(
-            f"{pairwise}: mean over {_many(settings['images'], 'image')} against the baseline's of the same seed and "
-            "prompt; pixel-identical images have no PSNR."
+        yield "peak memory: of a process that runs this method alone, weights and libraries included."
+    if "launches/step" in shown and not is_call:
+        yield "launches/step: GPU kernels of a short generation, with encoders and VAE, divided by its steps."
+
+
+def _notes_on_images(result: BenchResult, shown: Collection[str]) -> Iterator[str]:
+    settings = result.settings
+    if pairwise := [name for name in ("PSNR", "SSIM", "MS-SSIM", "LPIPS") if name in shown]:
+        yield (
+            f"{', '.join(pairwise)}: mean over {_many(settings['images'], 'image')} against the baseline's of the "
+            "same seed and prompt; pixel-identical images have no PSNR."
         )
-    distances = ", ".join(name for name in ("FID", "KID") if name in shown)
-    if distances:
+    if distances := [name for name in ("FID", "KID") if name in shown]:
         if settings["reference"] is None:
             other = "the baseline's images of the same seeds"
-            meaning = "Where the interval of KID contains 0, this many images cannot tell the sets apart."
+            meaning = " Where the interval of KID contains 0, this many images cannot tell the sets apart."
         else:
-            other = (
-                "fresh renders of what the model was trained on"
-                if settings["reference"] == "emoji"
-                else "the images given as --reference"
-            )
-            meaning = "".join(
-                "For scale, as many images of the reference itself have FID "
-                f"{floor[0]:.1f} ({floor[1]:.1f}–{floor[2]:.1f}). "
-                for floor in [row.quality["fid_floor"] for row in rows if "fid_floor" in row.quality][:1]
-            )
-        notes.append(f"{distances}: distance to {other}, in the features of {settings['features']}. {meaning}".strip())
+            is_own = settings["reference"] == "emoji"
+            other = "fresh renders of what the model was trained on" if is_own else "the images given as --reference"
+            meaning = ""
+            if floors := [row.quality["fid_floor"] for row in result.rows if "fid_floor" in row.quality]:
+                value, low, high = floors[0]
+                meaning = (
+                    f" For scale, as many images of the reference itself have FID {value:.1f} ({low:.1f}–{high:.1f})."
+                )
+        yield f"{', '.join(distances)}: distance to {other}, in the features of {settings['features']}.{meaning}"
     if any(name.startswith("Δ") for name in shown):
-        notes.append(
+        yield (
             "Δ: difference to the value of the baseline's images of the same seeds. Where an interval contains 0, "
             "this many images cannot tell the method from the baseline."
         )
     if SUITES[settings["suite"]].has_images and settings["features"] is None:
-        notes.append(
+        yield (
             "no FID, KID and CLIP score: for them, --features names an extractor (`inception`, or a CLIP model), and "
             "--reference the images to compare with."
         )
-    if has_intervals:
-        notes.append(
-            "in brackets: 95 % intervals, from a bootstrap over rounds or images (for FID and KID, a jackknife); "
-            "none for fewer than five rounds or ten images."
-        )
-    failed = [(row, row.reason.rstrip(".")) for row in rows if row.reason]
-    return [*notes, *(f"{row.name} at {result.size_of(row)} did not run: {reason}." for row, reason in failed)]
 
 
 def _many(count: int, thing: str) -> str:

@@ -1,35 +1,42 @@
-"""A row of a benchmark, and how each of its numbers is written in a table."""
+"""A case and the row that is measured for it, and how each of its numbers is written in a table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 
 # Fields that hold a quotient of times and the ends of its interval.
 COMPARED = ("of_baseline", "step_of_baseline", "of_tomesd", "of_free")
-# A reason that is told in the table itself.
+# A reason that the table itself gives.
 OUT_OF_MEMORY = "out of memory"
 
 
 def named(method: str, ratio: float | None) -> str:
-    """
-    What a method at a ratio is called.
-
-    Args:
-        method (`str`): Name of the method.
-        ratio (`float`, *optional*): Share of tokens to merge, for methods that merge.
-
-    Returns:
-        `str`: Both.
-
-    Examples:
-
-    ```python
-    >>> named("agentsd", 0.4), named("baseline", None)
-    ('agentsd 0.4', 'baseline')
-    ```
-    """
+    """What a method at a ratio is called: `agentsd 0.4`, or `baseline` where there is no ratio."""
     return method if ratio is None else f"{method} {ratio:g}"
+
+
+def short_name(model: str) -> str:
+    """What to call a model in a table or a file name: the last part of its path or hub id."""
+    return Path(model).name
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row is measured of: a method at one setting. A size of `None` is the model's own."""
+
+    model: str
+    method: str
+    ratio: float | None
+    height: int | None
+    width: int | None
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """Its name among the cases of one model, size and batch."""
+        return named(self.method, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Row:
         step_q3 (`float`, *optional*): Upper quartile of them.
         of_baseline (`list[float]`, *optional*):
             Median over the rounds of the baseline's seconds divided by this method's, with (given rounds enough)
-            the ends of its 95 % interval.
+            the ends of its 95% interval.
         step_of_baseline (`list[float]`, *optional*): The same of a denoising step.
         of_tomesd (`list[float]`, *optional*): The same for tomesd's seconds at the same ratio.
         of_free (`list[float]`, *optional*): The same for the attention-free model.
@@ -68,7 +75,7 @@ class Row:
             an image is kept as a black one. No metric counts them.
         identical (`int`): How many are the same as the baseline's, pixel by pixel; they have no PSNR.
         quality (`dict[str, list[float]]`):
-            Metric to value and, of sets large enough, the ends of its 95 % interval; under `"fid_floor"` the FID of as
+            Metric to value and, of sets large enough, the ends of its 95% interval; under `"fid_floor"` the FID of as
             many images of the reference itself, and under `"…_change"` the difference to the baseline's value with
             images of the same seeds.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
@@ -112,29 +119,39 @@ class Row:
     reason: str | None = None
 
     @property
-    def speedup(self) -> float | None:
-        """How many times as fast as the baseline."""
-        return None if self.of_baseline is None else self.of_baseline[0]
-
-    @property
     def name(self) -> str:
         """Method and ratio."""
         return named(self.method, self.ratio)
-
-    def without_intervals(self) -> "Row":
-        """
-        The values alone, for where there is no room for more.
-
-        Returns:
-            `Row`: A copy.
-        """
-        compared: dict[str, Any] = {name: (getattr(self, name) or [])[:1] or None for name in COMPARED}
-        return replace(self, **compared, quality={name: value[:1] for name, value in self.quality.items()})
 
     @property
     def setting(self) -> tuple[str, int, int, int]:
         """What it has in common with the rows that it is compared with."""
         return self.model, self.height, self.width, self.batch
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as the baseline."""
+        return None if self.of_baseline is None else self.of_baseline[0]
+
+    def without_intervals(self) -> "Row":
+        """A copy with the values alone, for where there is no room for more."""
+        compared: dict[str, Any] = {name: (getattr(self, name) or [])[:1] or None for name in COMPARED}
+        return replace(self, **compared, quality={name: value[:1] for name, value in self.quality.items()})
+
+
+def image_folder(case: Case | Row) -> Path:
+    """
+    Where the images of a case lie, below the folder of all images: a folder for its setting, in it one for its method.
+
+    Examples:
+
+    ```python
+    >>> image_folder(Case("emoji", "agentsd", 0.4, 256, 256, 1)).as_posix()
+    'emoji-256x256-batch1/agentsd-0.4'
+    ```
+    """
+    setting = f"{short_name(case.model)}-{case.width}x{case.height}-batch{case.batch}"
+    return Path(setting) / case.name.replace(" ", "-")
 
 
 # Heading and text of a column; columns without any text are left out.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from ..config import AgentSDConfig
 from ..utils.metrics import SSIM_SIDE
 from .methods import METHODS
-from .rows import named
-from .shapes import LATENT_SCALE, SHAPES
+from .models import LATENT_SCALE, SHAPES
+from .rows import Case, short_name
 from .store import BenchError
 
 
@@ -26,18 +26,10 @@ _CALL_METHODS = tuple(name for name, method in METHODS.items() if not method.nee
 
 @dataclass(frozen=True)
 class Suite:
-    """
-    A kind of measurement and what it is made of unless told otherwise.
-
-    Args:
-        kind (`"generation"` or `"call"`): Generations of a pipeline, or single calls of a UNet with random weights.
-        has_images (`bool`): Whether a set of images is drawn and judged.
-        defaults (`dict[str, Any]`): Values of [`BenchSettings`] that differ from its own defaults.
-        fixed (`dict[str, Any]`): Values that cannot be changed, since they are what the suite is about.
-    """
+    """A kind of measurement, and values of [`BenchSettings`]: those it has by default, and those it always has."""
 
     kind: Kind
-    has_images: bool = False
+    has_images: bool = False  # whether a set of images is drawn and judged
     defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
 
@@ -75,33 +67,6 @@ SUITES: dict[str, Suite] = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """
-    One row of the result: a method at one setting.
-
-    Args:
-        model (`str`): Name of the model.
-        method (`str`): Name of the method.
-        ratio (`float`, *optional*): Share of tokens merged; `None` for a method without one.
-        height (`int`, *optional*): Image height in pixels; `None` for the model's own.
-        width (`int`, *optional*): Image width in pixels.
-        batch (`int`): Images in one generation.
-    """
-
-    model: str
-    method: str
-    ratio: float | None
-    height: int | None
-    width: int | None
-    batch: int
-
-    @property
-    def name(self) -> str:
-        """Its name among the cases of one model, size and batch."""
-        return named(self.method, self.ratio)
-
-
-@dataclass(frozen=True)
 class BenchSettings:
     """
     What [`run_bench`] measures. [`BenchSettings.of_suite`] fills in what a suite is made of.
@@ -136,7 +101,7 @@ class BenchSettings:
             embedded model alone takes that model's own, `"emoji"`, unless told otherwise.
         reference (`str`, *optional*):
             What to compare sets with instead of the baseline's images: a folder of images, a file of features, or
-            `"emoji"`, see `agentsd.bench.reference`. Where `features` is `"emoji"` by default, so is this.
+            `"emoji"`, see `agentsd.bench.set_metrics`. Where `features` is `"emoji"` by default, so is this.
 
     Raises:
         BenchError: If a value is out of range, or a name is unknown.
@@ -205,45 +170,10 @@ class BenchSettings:
         for name in ("models", "methods", "ratios", "batches"):
             if not getattr(self, name):
                 raise BenchError(f"`{name}` is empty: name at least one.")
-        if self.suite == "paper" and set(self.models) != {"emoji"} and not self.prompts:
-            raise BenchError(
-                "With any model but emoji, the suite 'paper' draws the classes of ImageNet, whose names do not come "
-                "with agentsd: give a file with one prompt per line, such as 'a photo of a goldfish', as --prompts "
-                "FILE, or the prompts themselves as `prompts`."
-            )
-        if suite.kind == "call" and not self.sizes:
-            raise BenchError("`sizes` is empty: name at least one height and width.")
         _check_names("method", self.methods, METHODS)
-        named: dict[str, str] = {}
-        for model in self.models:
-            other = named.setdefault(short_name(model), model)
-            if other != model:
-                raise BenchError(
-                    f"{other} and {model} are both called {short_name(model)} in tables and folders of images: "
-                    "rename one, or run one after the other, each with a folder of its own."
-                )
-        if suite.kind == "call":
-            _check_names("shape", self.models, SHAPES)
-        for ratio in self.ratios:
-            if not 0 < ratio < 1:
-                raise BenchError(
-                    f"A ratio must lie between 0 and 1, but got {ratio}. To merge nothing, use `baseline`."
-                )
-        for model in self.models:
-            if suite.kind == "generation" and model in SHAPES and not Path(model).exists():
-                raise BenchError(f"{model} is the shape of a UNet with random weights: use the suite 'shapes'.")
-        if not 0 <= self.seed < 2**63:
-            raise BenchError(f"`seed` must lie between 0 and 2⁶³ − 1, but got {self.seed}.")
-        for height, width in self.sizes:
-            if suite.has_images and min(height, width) < SSIM_SIDE:
-                raise BenchError(f"SSIM needs at least {SSIM_SIDE} pixels per side, but got {height}×{width}.")
-            if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
-                raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
-        for name in ("steps", "warmup", "repeats", "images"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
-        if min(self.batches) < 1:
-            raise BenchError(f"A batch must be at least 1, but got {min(self.batches)}.")
+        self._check_sizes(suite)
+        self._check_models(suite)
+        self._check_numbers()
         self._refuse_unused(suite)
         if self.scheduler not in (None, "plms"):
             raise BenchError(f"`scheduler` must be 'plms' or left out, but got {self.scheduler!r}.")
@@ -252,15 +182,57 @@ class BenchSettings:
                 "Comparing with a `reference` needs a feature extractor: name one as `features` (--features), either "
                 "'inception' or a CLIP model."
             )
-        if self.budget_minutes is not None and self.budget_minutes <= 0:
-            raise BenchError(f"`budget_minutes` must be above 0, but got {self.budget_minutes}.")
-        for name in self.options:
-            if name == "ratio":
-                raise BenchError("`ratio` is not one of the options: name it among the ratios (--ratio).")
+        if "ratio" in self.options:
+            raise BenchError("`ratio` is not one of the options: name it among the ratios (--ratio).")
         try:
             AgentSDConfig.from_dict(self.options)
         except (TypeError, ValueError) as error:
             raise BenchError(str(error)) from error
+
+    def _check_models(self, suite: Suite) -> None:
+        if self.suite == "paper" and set(self.models) != {"emoji"} and not self.prompts:
+            raise BenchError(
+                "With any model but emoji, the suite 'paper' draws the classes of ImageNet, whose names do not come "
+                "with agentsd: give a file with one prompt per line, such as 'a photo of a goldfish', as --prompts "
+                "FILE, or the prompts themselves as `prompts`."
+            )
+        by_name: dict[str, str] = {}
+        for model in self.models:
+            other = by_name.setdefault(short_name(model), model)
+            if other != model:
+                raise BenchError(
+                    f"{other} and {model} are both called {short_name(model)} in tables and folders of images: "
+                    "rename one, or run one after the other, each with a folder of its own."
+                )
+            if suite.kind == "generation" and model in SHAPES and not Path(model).exists():
+                raise BenchError(f"{model} is the shape of a UNet with random weights: use the suite 'shapes'.")
+        if suite.kind == "call":
+            _check_names("shape", self.models, SHAPES)
+
+    def _check_sizes(self, suite: Suite) -> None:
+        if suite.kind == "call" and not self.sizes:
+            raise BenchError("`sizes` is empty: name at least one height and width.")
+        for height, width in self.sizes:
+            if suite.has_images and min(height, width) < SSIM_SIDE:
+                raise BenchError(f"SSIM needs at least {SSIM_SIDE} pixels per side, but got {height}×{width}.")
+            if min(height, width) < LATENT_SCALE or height % LATENT_SCALE or width % LATENT_SCALE:
+                raise BenchError(f"Heights and widths must be multiples of {LATENT_SCALE}, but got {height}×{width}.")
+
+    def _check_numbers(self) -> None:
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise BenchError(
+                    f"A ratio must lie between 0 and 1, but got {ratio}. To merge nothing, use `baseline`."
+                )
+        for name in ("steps", "warmup", "repeats", "images"):
+            if getattr(self, name) < 1:
+                raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
+        if min(self.batches) < 1:
+            raise BenchError(f"A batch must be at least 1, but got {min(self.batches)}.")
+        if not 0 <= self.seed < 2**63:
+            raise BenchError(f"`seed` must lie between 0 and 2⁶³ − 1, but got {self.seed}.")
+        if self.budget_minutes is not None and self.budget_minutes <= 0:
+            raise BenchError(f"`budget_minutes` must be above 0, but got {self.budget_minutes}.")
 
     def _refuse_unused(self, suite: Suite) -> None:
         """What would have no effect was meant for another suite."""
@@ -288,12 +260,7 @@ class BenchSettings:
         return SUITES[self.suite].has_images
 
     def groups(self) -> list[list[Case]]:
-        """
-        The cases, those together that are timed together: one model, size and batch.
-
-        Returns:
-            `list[list[Case]]`: Groups of cases, every method at every ratio, and methods without a ratio once.
-        """
+        """The cases, those together that are timed together: every method and ratio for one model, size and batch."""
         sizes: Sequence[tuple[int | None, int | None]] = self.sizes or ((None, None),)
         return [
             [
@@ -307,54 +274,8 @@ class BenchSettings:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        All fields as JSON has them, with lists for tuples.
-
-        Returns:
-            `dict[str, Any]`: Ready for JSON, and equal to what is read back.
-        """
+        """All fields as JSON has them, with lists for tuples: equal to what is read back."""
         return json.loads(json.dumps(asdict(self)))
-
-
-def short_name(model: str) -> str:
-    """
-    What to call a model in a table or a file name.
-
-    Args:
-        model (`str`): A name, hub id, file or folder.
-
-    Returns:
-        `str`: Its last part.
-
-    Examples:
-
-    ```python
-    >>> short_name("stabilityai/stable-diffusion-2-1")
-    'stable-diffusion-2-1'
-    ```
-    """
-    return Path(model).name
-
-
-def image_folder(case: Any) -> Path:
-    """
-    Where the images of a case lie, below the folder of all images.
-
-    Args:
-        case (`Case` or `Row`): The case.
-
-    Returns:
-        `Path`: A folder for its setting, and in it one for its method.
-
-    Examples:
-
-    ```python
-    >>> image_folder(Case("emoji", "agentsd", 0.4, 256, 256, 1)).as_posix()
-    'emoji-256x256-batch1/agentsd-0.4'
-    ```
-    """
-    setting = f"{short_name(case.model)}-{case.width}x{case.height}-batch{case.batch}"
-    return Path(setting) / case.name.replace(" ", "-")
 
 
 def _suite(name: str) -> Suite:

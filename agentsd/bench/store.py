@@ -1,4 +1,4 @@
-"""A folder that a long measurement writes to as it goes, and goes on from after it was cut off."""
+"""The folder that a run writes to as it goes, and resumes from after it was cut off."""
 
 import json
 from collections.abc import Callable
@@ -14,174 +14,13 @@ class BenchError(ValueError):
     """A benchmark cannot run as asked; the message says why and what to do."""
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """
-    Read a file of JSON lines, and leave it as it is: a run may be writing to it.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `list[dict[str, Any]]`: Its records, without a last line that was cut off in writing.
-
-    Raises:
-        BenchError: If a line cannot be read.
-
-    Examples:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from agentsd.bench.store import read_log
-    >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
-    >>> path.write_text('{"seconds": 1.5}\\n{"seco')
-    23
-    >>> read_log(path)
-    [{'seconds': 1.5}]
-    ```
-    """
-    records = []
-    try:
-        lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
-    except UnicodeDecodeError as error:
-        raise BenchError(f"{path} is not text ({error}). Start again in another folder.") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(read_object(line))
-        except ValueError as error:
-            raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
-    return records
-
-
-def read_object(text: str) -> dict[str, Any]:
-    """
-    Read a JSON object.
-
-    Args:
-        text (`str`): JSON.
-
-    Returns:
-        `dict[str, Any]`: The object.
-
-    Raises:
-        ValueError: If it is no JSON, or none of an object.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.bench.store import read_object
-    >>> read_object('{"method": "baseline"}')
-    {'method': 'baseline'}
-    ```
-    """
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError("it is not a JSON object")
-    return values
-
-
-def _complete_lines(text: str) -> str:
-    return text[: text.rfind("\n") + 1]
-
-
-class Log:
-    """
-    A file of JSON lines that is only ever appended to.
-
-    Args:
-        path (`Path`): The file; made if it is not there. A last line that was cut off in writing is taken away.
-
-    Raises:
-        BenchError: If a line cannot be read.
-
-    Examples:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from agentsd.bench.store import Log
-    >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
-    >>> Log(path).append({"seconds": 1.5})
-    >>> Log(path).records
-    [{'seconds': 1.5}]
-    ```
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.touch()
-        self.records: list[dict[str, Any]] = read_log(path)
-        text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            path.write_text(_complete_lines(text), encoding="utf-8")
-
-    def append(self, record: dict[str, Any]) -> None:
-        """
-        Write a record at once.
-
-        Args:
-            record (`dict[str, Any]`): Plain JSON values.
-        """
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self.records.append(record)
-
-    def find(self, **values: Any) -> list[dict[str, Any]]:
-        """
-        The records with these values.
-
-        Args:
-            values: Names and values that a record must have.
-
-        Returns:
-            `list[dict[str, Any]]`: Such records, in order.
-        """
-        return [record for record in self.records if all(record.get(name) == values[name] for name in values)]
-
-    def remove(self, is_stale: Callable[[dict[str, Any]], bool]) -> None:
-        """
-        Take records away; all others are left byte for byte.
-
-        Args:
-            is_stale (`Callable`): Whether to take a record away.
-        """
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line, record in zip(lines, self.records, strict=True) if not is_stale(record)]
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        unfinished.replace(self.path)
-        self.records = [record for record in self.records if not is_stale(record)]
-
-
 class RunFolder:
     """
     Where one run keeps its results.
 
     `settings.json` and `environment.json` say what was asked for and where it ran, so that a run never goes on from
     results of another one; `rounds.jsonl` has every timed round, `cases.jsonl` a row for every finished case, and
-    `images/` the images.
-
-    Args:
-        path (`Path`): The folder; made if it is not there.
-        settings (`dict[str, Any]`): What was asked for, of plain JSON values.
-        environment (`dict[str, Any]`): What it runs on, of plain JSON values.
-        resume (`bool`, defaults to `False`): Go on from the results that lie there.
-
-    Raises:
-        BenchError: If results lie there and `resume` is off, if they come from another run or are images alone, or
-            if a file cannot be read or written.
-
-    Examples:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from agentsd.bench.store import RunFolder
-    >>> path = Path(tempfile.mkdtemp())
-    >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}).cases.append({"method": "baseline"})
-    >>> RunFolder(path, {"suite": "cpu"}, {"torch": "2.13.0"}, resume=True).cases.records
-    [{'method': 'baseline'}]
-    ```
+    `images/` the images. A `BenchError` says what is wrong with what lies there.
     """
 
     def __init__(
@@ -211,25 +50,6 @@ class RunFolder:
         except OSError as error:
             raise BenchError(f"Cannot write to {path}: {error.strerror or error}. Name another folder.") from error
 
-    def keep(self, log: Log, record: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
-        """
-        The record of this key, made and written now if it is not there yet.
-
-        Args:
-            log (`Log`): Where it lies.
-            record (`Callable`): Makes it, without the key.
-            key: Names and values that identify it.
-
-        Returns:
-            `dict[str, Any]`: The record, with the key.
-        """
-        found = log.find(**key)
-        if found:
-            return found[0]
-        made = {**key, **record()}
-        log.append(made)
-        return made
-
     def _check(self, headers: dict[Path, dict[str, Any]]) -> None:
         changed = []
         for file, values in headers.items():
@@ -245,6 +65,76 @@ class RunFolder:
                 f"{self.path} holds a different run ({', '.join(changed)} differ). Name another folder, or run with "
                 "the same settings on the same machine and software."
             )
+
+
+class Log:
+    """A file of JSON lines, made if it is not there; a last line that was cut off in writing is taken away."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        self.records: list[dict[str, Any]] = read_log(path)
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            path.write_text(_complete_lines(text), encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a record at once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+
+    def find(self, **values: Any) -> list[dict[str, Any]]:
+        """The records with these values, in order."""
+        return [record for record in self.records if all(record.get(name) == values[name] for name in values)]
+
+    def keep(self, make: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
+        """The record of this key, made and written now if it is not there yet."""
+        found = self.find(**key)
+        if not found:
+            self.append({**key, **make()})
+            found = self.records[-1:]
+        return found[0]
+
+    def remove(self, is_stale: Callable[[dict[str, Any]], bool]) -> None:
+        """Take records away; all others are left byte for byte."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line, record in zip(lines, self.records, strict=True) if not is_stale(record)]
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.replace(self.path)
+        self.records = [record for record in self.records if not is_stale(record)]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """
+    The records of a file of JSON lines, without a last line that was cut off in writing.
+
+    The file is left as it is: a run may be writing to it.
+    """
+    records = []
+    try:
+        lines = _complete_lines(path.read_text(encoding="utf-8")).splitlines()
+    except UnicodeDecodeError as error:
+        raise BenchError(f"{path} is not text ({error}). Start again in another folder.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(read_object(line))
+        except ValueError as error:
+            raise BenchError(f"Line {number} of {path} cannot be read ({error}). Delete it to resume.") from error
+    return records
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """Read JSON that must be an object; whatever else it is is a `ValueError`."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    return values
+
+
+def _complete_lines(text: str) -> str:
+    return text[: text.rfind("\n") + 1]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

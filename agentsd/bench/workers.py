@@ -20,26 +20,12 @@ class Workers:
 
     `accelerate launch --multi_gpu --num_processes 2` starts two, on a machine without a GPU too, where `--cpu` would
     start a single one.
-
-    Args:
-        device (`str`, *optional*): Where the work runs; by default the GPU if there is one.
-
-    Raises:
-        ValueError: If there is no such device.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.bench.workers import Workers
-    >>> Workers().count
-    1
-    ```
     """
 
     def __init__(self, device: str | None = None) -> None:
         self._is_cuda = pick_device(device).type == "cuda"
-        # Unless told that there is no GPU to talk through, accelerate takes each process for the only one. The others
-        # wait while the main process times, which can take hours.
+        # Without `cpu=True` where there is no GPU, accelerate takes each process for the only one. The others wait
+        # while the main process times, which can take hours.
         self._state = PartialState(cpu=not self._is_cuda, timeout=timedelta(days=2))
 
     @property
@@ -62,27 +48,11 @@ class Workers:
         self._state.wait_for_everyone()
 
     def agree(self, value: Any) -> Any:
-        """
-        What the main process says.
-
-        Args:
-            value (`Any`): Something picklable; what the other processes give does not matter.
-
-        Returns:
-            `Any`: The main process' value, in every process.
-        """
+        """The main process' value, in every process; it must be picklable."""
         return value if self.count == 1 else broadcast_object_list([value], from_process=0)[0]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """
-        This process' part of some work.
-
-        Args:
-            items (`Sequence`): All of it.
-
-        Returns:
-            `Sequence`: Every `count`-th item.
-        """
+        """This process' part of some work: every `count`-th item."""
         return items[self._state.process_index :: self.count]
 
     @contextmanager

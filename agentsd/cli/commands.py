@@ -258,7 +258,7 @@ def bench(
         if not debug:
             quiet_libraries()
         from ..bench import BenchSettings, run_bench
-        from ..bench.prompts import read_prompts
+        from ..bench.images import read_prompts
 
         given: dict[str, Any] = {
             "models": (model,) if model is not None else None,
@@ -299,7 +299,7 @@ def bench(
         with progress_bars() as bars:
             task = bars.add_task("loading", total=None)
 
-            def advance(done: int, total: int, name: str) -> None:
+            def advance(name: str, done: int, total: int) -> None:
                 bars.update(task, description=name, completed=done, total=total)
 
             result = run_bench(asked, out=out, resume=resume, progress=advance)

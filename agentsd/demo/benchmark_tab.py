@@ -83,5 +83,5 @@ def _result_shown(folder: Path, images: Path | None) -> tuple[str, list[tuple[PI
     if len(result.rows) > _MOST_ROWS or len({row.model for row in result.rows}) > _MOST_MODELS:
         raise ValueError(f"Results of at most {_MOST_ROWS} rows and {_MOST_MODELS} models can be shown here.")
     with tempfile.TemporaryDirectory() as scratch:
-        files = save_plots(result, Path(scratch), images)
+        files = save_plots(result.rows, Path(scratch), images)
         return result.to_markdown(), [(opened(file), file.stem) for file in files]

@@ -11,9 +11,8 @@ import PIL.Image
 import torch
 
 from ..bench.methods import METHODS, reseed
-from ..bench.rows import named
-from ..bench.settings import short_name
-from ..bench.subjects import twin_pipeline
+from ..bench.models import twin_pipeline
+from ..bench.rows import named, short_name
 from ..compare import Comparison, compare
 from ..config import AgentSDConfig
 from ..patch import patched

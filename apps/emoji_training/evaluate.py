@@ -9,8 +9,7 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from agentsd.bench.reference import ReferenceSet
-from agentsd.bench.set_metrics import clip_scores
+from agentsd.bench.set_metrics import ReferenceSet, clip_scores
 
 from .captions import Captions, distinct_scenes
 from .clip import embed_pictures, embed_texts, shrink

@@ -4,16 +4,19 @@ import sys
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from models import tiny_sd, tiny_sdxl, tiny_unet
 
 import agentsd
-from agentsd.bench import METHODS, BenchSettings, MethodUnavailable
-from agentsd.bench.attention_free import AttentionFreeProcessor
-from agentsd.bench.methods import patchable_layers
-from agentsd.bench.settings import Case
-from agentsd.bench.shapes import SHAPES, call_unet, share_weights, unet_inputs
-from agentsd.bench.subjects import PipelineSubject, UNetSubject, switch_on
+from agentsd.bench import METHODS, MethodUnavailable
+from agentsd.bench.methods import AttentionFreeProcessor, patchable_layers
+from agentsd.bench.models import (
+    PipelineSubject,
+    UNetSubject,
+    call_unet,
+    switch_on,
+    unet_inputs,
+)
+from agentsd.bench.rows import Case
 from agentsd.models.unet import patched_layers
 from agentsd.patch import current_patch
 
@@ -33,10 +36,8 @@ def call(unet, height=128, width=128):
 def on(unet, name, ratio=0.4, **options):
     """A copy of a UNet with a method on, as the benchmark makes it."""
     subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
-    settings = BenchSettings(options=options)
-    return switch_on(
-        subject, unet, Case("sd15", name, ratio if METHODS[name].has_ratio else None, 128, 128, 1), settings
-    )
+    case = Case("sd15", name, ratio if METHODS[name].has_ratio else None, 128, 128, 1)
+    return switch_on(subject, unet, case, options)
 
 
 def draw(name, steps=4, **options):
@@ -44,7 +45,7 @@ def draw(name, steps=4, **options):
     subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
     case = Case("tiny", name, 0.4 if METHODS[name].has_ratio else None, 64, 64, 1)
     pipe = tiny_sd()
-    twin = switch_on(subject, pipe, case, BenchSettings(options=options))
+    twin = switch_on(subject, pipe, case, options)
     return subject.draw(twin, case, steps, ["red apple"], [0]).images[0]
 
 
@@ -60,13 +61,6 @@ def test_a_method_changes_a_copy_only(unet, name):
         assert difference > 1e-3
     assert torch.equal(call(unet), before)
     assert set(unet.state_dict()) == keys
-
-
-def test_copies_share_weights_and_nothing_else(unet):
-    """A dozen patched copies of a model of 3.4 GB must fit in memory."""
-    twin = share_weights(unet)
-    assert all(a is b for a, b in zip(unet.parameters(), twin.parameters(), strict=True))
-    assert not {id(module) for module in unet.modules()} & {id(module) for module in twin.modules()}
 
 
 def test_a_patch_of_the_users_is_no_part_of_the_comparison(unet):
@@ -118,9 +112,16 @@ def test_agentsd_methods_run_their_presets(unet, name, preset):
     assert current_patch(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
 
 
+@pytest.mark.parametrize("name", ["agentsd-agent", "agentsd-tome"])
+def test_a_single_phase_has_no_schedule_to_set(unet, name):
+    """The share of agents belongs to the schedule, which `agentsd` alone follows."""
+    assert current_patch(on(unet, name, agent_until=0.3)).config == current_patch(on(unet, name)).config
+    assert current_patch(on(unet, "agentsd", agent_until=0.3)).config.agent_until == 0.3
+
+
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])
 def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
-    patched = [site.name for site in patched_layers(on(unet, "agentsd", **options))]
+    patched = [layer.name for layer in patched_layers(on(unet, "agentsd", **options))]
     free = [
         name
         for name, module in on(unet, "attention-free", **options).named_modules()
@@ -165,11 +166,11 @@ def test_deepcache_is_the_real_package_and_combines():
     assert abs(both - agent).max() > 1e-4
 
 
-def test_a_image_does_not_depend_on_those_before_it():
+def test_an_image_does_not_depend_on_those_before_it():
     """tomesd's own generator goes on from image to image."""
     subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
     case = Case("tiny", "tomesd", 0.4, 64, 64, 1)
-    twin = switch_on(subject, tiny_sd(), case, BenchSettings())
+    twin = switch_on(subject, tiny_sd(), case, {})
     first, again = (subject.draw(twin, case, 2, ["red apple"], [3]).images[0] for _ in range(2))
     assert (first == again).all()
 
@@ -203,27 +204,3 @@ def test_a_model_without_self_attention_is_not_timed_as_if_it_had_some():
     ):
         with pytest.raises(error):
             on(unet, name)
-
-
-@pytest.mark.parametrize(
-    ("shape", "parameters", "sites"), [("sd15", 859_520_964, 5), ("sd21", 865_910_724, 5), ("sdxl", 2_567_463_684, 10)]
-)
-def test_the_shapes_are_the_real_ones(shape, parameters, sites):
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SHAPES[shape])
-    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
-    assert len(patchable_layers(unet, {})) == sites
-
-
-@pytest.mark.parametrize(("shape", "side"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024)])
-def test_the_shapes_have_the_native_size_of_their_models(shape, side):
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SHAPES[shape])
-    assert UNetSubject(shape, 0, torch.device("cpu"), torch.float32).size(unet) == (side, side)
-
-
-def test_inputs_fit_the_model_and_repeat(unet):
-    first, second = unet_inputs(unet, 64, 128), unet_inputs(unet, 64, 128)
-    assert first["sample"].shape == (2, 4, 8, 16)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert unet_inputs(unet, 64, 128, batch=3)["sample"].shape == (6, 4, 8, 16)

@@ -13,11 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from agentsd.bench import BenchError, BenchSettings, Row, load_result, plots
-from agentsd.bench.plots import pareto_front
+from agentsd.bench import BenchError, BenchSettings, load_result
 from agentsd.bench.report import result_of
 from agentsd.bench.store import RunFolder
-from agentsd.bench.tables import fill_tables
 from agentsd.utils.environment import environment
 
 
@@ -115,8 +113,8 @@ def test_a_table_of_quality_fits_a_terminal(facts):
     assert any(
         note.startswith("no FID, KID and CLIP score: for them, --features") for note in without_features.notes()
     )
-    assert "95 % intervals" in result.to_markdown()
-    assert not any("95 %" in note for note in result.notes(intervals=False)), "the terminal has no room for them"
+    assert "95% intervals" in result.to_markdown()
+    assert not any("95%" in note for note in result.notes(intervals=False)), "the terminal has no room for them"
 
 
 def test_what_did_not_run_is_told_apart(facts):
@@ -170,7 +168,7 @@ def test_brackets_in_the_name_of_a_model_are_no_markup_in_the_terminal(facts):
     text = console.export_text()
     assert "a [b] (2) 768×768" in text
     assert "c [fp16] 768×768" in text
-    assert not any("95 %" in note for note in result.notes())
+    assert not any("95%" in note for note in result.notes())
 
 
 def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
@@ -179,55 +177,6 @@ def test_what_comes_from_a_user_is_no_markup_in_the_page(facts):
     page = result_of(rows, settings, facts).to_html()
     assert "<script>" not in page
     assert "<b>" not in page
-
-
-def test_quality_is_plotted_and_images_are_laid_out(facts, tmp_path):
-    rows = [
-        record("baseline", steps=4, seconds=2.0, of_baseline=[1.0], images=2),
-        record("agentsd", 0.4, steps=4, seconds=1.0, of_baseline=[2.0], images=2, quality={"ssim": [0.9, 0.8, 0.95]}),
-        record(
-            "fewer-steps", 0.4, steps=2, seconds=1.0, of_baseline=[1.9], images=2, quality={"ssim": [0.7, 0.6, 0.8]}
-        ),
-    ]
-    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
-    colours = {"baseline": (200, 0, 0), "agentsd-0.4": (0, 200, 0), "fewer-steps-0.4": (0, 0, 200)}
-    for name, colour in colours.items():
-        for index in range(2):
-            file = tmp_path / "images" / "sd15-768x768-batch1" / name / f"{index:05d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            PIL.Image.new("RGB", (64, 64), colour).save(file)
-    files = {file.name: file for file in result_of(rows, settings, facts).save(tmp_path)}
-    assert {"quality-speed-sd15-768x768-batch1.png", "images-sd15-768x768-batch1.png"} < set(files)
-    with PIL.Image.open(files["images-sd15-768x768-batch1.png"]) as sheet:
-        lines = [sheet.getpixel((sheet.width - 50, sheet.height * (2 * line + 1) // 6)) for line in range(3)]
-    assert lines == list(colours.values())
-
-
-def test_intervals_are_drawn_where_there_are_some():
-    assert plots._lengths([[0.75, 0.5, 1.0], [0.5]]) == [[0.25, 0.0], [0.25, 0.0]]
-
-
-def test_each_setting_has_a_plot_of_its_own_with_baseline_in_it(facts, tmp_path, monkeypatch):
-    """A method that is slower and different is on no front: baseline is at 1 and 1."""
-    fronts = []
-    monkeypatch.setattr(plots, "pareto_front", lambda points: fronts.append(points) or pareto_front(points))
-    rows = [
-        record(
-            "agentsd", 0.4, height=side, width=side, seconds=1.0, of_baseline=[0.9], quality={"ssim": [0.9, 0.8, 0.95]}
-        )
-        for side in (512, 768)
-    ]
-    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",)}
-    files = [file.name for file in result_of(rows, settings, facts).save(tmp_path)]
-    assert [name for name in files if name.startswith("quality-speed")] == [
-        f"quality-speed-sd15-{side}x{side}-batch1.png" for side in (512, 768)
-    ]
-    assert fronts == [[(1.0, 1.0), (0.9, 0.9)]] * 2
-
-
-def test_the_front_holds_what_nothing_beats():
-    assert pareto_front([(1, 1), (2, 0.5), (1.5, 0.4), (0.9, 0.9)]) == [0, 1]
-    assert pareto_front([(1, 1), (1, 1)]) in ([0], [1])
 
 
 def test_a_folder_that_holds_no_results(facts, tmp_path):
@@ -248,41 +197,8 @@ def test_a_folder_that_holds_no_results(facts, tmp_path):
             load_result(tmp_path)
 
 
-def test_tables_of_a_document_are_made_from_results(facts, tmp_path):
-    folder = RunFolder(tmp_path / "results", BenchSettings.of_suite("cpu").to_dict(), facts)
-    folder.cases.append(RECORDS[3])
-    document = tmp_path / "README.md"
-    document.write_text("Before.\n<!-- results: results -->\nold\n<!-- /results -->\nAfter.\n")
-    text = fill_tables(document)
-    assert "| 768×768 | baseline |" in text
-    assert "old" not in text
-    assert text.startswith("Before.\n<!-- results: results -->\n")
-    assert text.endswith("<!-- /results -->\nAfter.\n")
-    document.write_text(text)
-    assert fill_tables(document) == text
-    document.write_text(text.replace("results: results", "results: results without quartiles, peak memory"))
-    narrow = fill_tables(document)
-    assert "| size | method | median | speed-up |" in narrow
-    assert "- median: seconds per UNet call" in narrow
-    document.write_text(text.replace("results: results", "results: results without FOD"))
-    with pytest.raises(BenchError, match="no column 'FOD'"):
-        fill_tables(document)
-    document.write_text("No table.")
-    with pytest.raises(BenchError, match="no results table"):
-        fill_tables(document)
-
-
 def test_a_report_of_a_gpu_names_it(facts):
     on_gpu = {**facts, "device": "cuda:0", "gpu": "NVIDIA H100"}
     result = result_of(RECORDS, BenchSettings.of_suite("cpu").to_dict(), on_gpu)
     assert result.machine().startswith("NVIDIA H100,")
     assert not any("of a process that runs this method alone" in note for note in result.notes())
-
-
-def test_quality_is_plotted_against_speed(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
-    row = Row("m", "agentsd", 0.4, 8, 8, of_baseline=[2.0], quality={"ssim": [0.9]})
-    plots.plot_quality([row], tmp_path / "plot.png")
-    points = [tuple(drawn.lines[0].get_xydata()[0]) for drawn in figures[0].axes[0].containers]
-    assert (2.0, 0.9) in points

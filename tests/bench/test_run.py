@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_runs import calls, speed
+from bench_runs import calls, quality, speed
 
-from agentsd.bench import METHODS, BenchError, BenchSettings, case_timer, run_bench, runner
+from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
 from agentsd.bench import methods as methods_module
-from agentsd.bench.settings import Case
-from agentsd.bench.shapes import SHAPES
-from agentsd.bench.subjects import UNetSubject, subject_of
+from agentsd.bench.models import SHAPES, UNetSubject
+from agentsd.bench.rows import Case
+from agentsd.bench.store import RunFolder
 from agentsd.utils.timing import Variant
 
 
@@ -23,9 +23,9 @@ from agentsd.utils.timing import Variant
 
 
 def test_every_method_at_every_setting_is_a_row(model):
-    told = []
+    reported = []
     settings = speed(model, ratios=(0.3, 0.5), batches=(1, 2), sizes=((64, 64), (64, 96)), repeats=1, steps=1)
-    result = run_bench(settings, progress=lambda *state: told.append(state))
+    result = run_bench(settings, progress=lambda *state: reported.append(state))
     names = ["baseline"]
     names += [
         f"{name} {ratio}" for name in ("agentsd", "agentsd-agent", "agentsd-tome", "tomesd") for ratio in (0.3, 0.5)
@@ -45,8 +45,8 @@ def test_every_method_at_every_setting_is_a_row(model):
     compared = {row.method for row in result.rows if row.of_tomesd}
     assert compared == {"agentsd", "agentsd-agent", "agentsd-tome"}, "with tomesd at their own ratio"
     assert {row.method for row in result.rows if row.of_free} == compared | {"tomesd"}
-    assert told[0] == (0, 80, "tiny 64×64 baseline")
-    assert told[-1] == (80, 80, "done")
+    assert reported[0] == ("tiny 64×64 baseline", 0, 80)
+    assert reported[-1] == ("done", 80, 80)
     assert result.environment["device"] == "cpu"
     assert result.environment["dtype"] == "float32"
     assert result.environment["sdpa"] == "flash attention"
@@ -86,7 +86,7 @@ def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps
 
     from agentsd.utils.timing import Sample
 
-    monkeypatch.setattr(case_timer, "time_round", time_round)
+    monkeypatch.setattr(measure, "time_round", time_round)
     rows = run_bench(speed(model, methods=("baseline", "fewer-steps"), steps=6, repeats=2)).rows
     assert [row.steps for row in rows] == [6, steps]
     in_turn = [["baseline", "agentsd 0.4"], ["baseline", "fewer-steps 0.4"]]
@@ -220,17 +220,16 @@ def test_the_real_shape_runs():
 def test_what_compiles_later_is_warmed_up_for_longer(monkeypatch):
     """DeepCache makes another graph in its second call, which must not be compiled in the first timed round."""
     graphs = iter([0, 1, 1, 2, 2, 2])  # looked at before and after each call
-    monkeypatch.setattr(case_timer, "compiled_graphs", lambda: next(graphs))
+    monkeypatch.setattr(measure, "compiled_graphs", lambda: next(graphs))
     called = []
     for compiled, wanted in ((True, 3), (False, 1)):
         called.clear()
         bench = SimpleNamespace(
             settings=BenchSettings(compile=compiled),
-            counter=SimpleNamespace(step=lambda name: None),
             subject=SimpleNamespace(device=torch.device("cpu")),
         )
         graphs = iter([0, 1, 1, 2, 2, 2])
-        case_timer.CaseTimer._warm_up(bench, Variant("deepcache", called.append))
+        measure.CaseTimer._warm_up(bench, Variant("deepcache", called.append), lambda: None)
         assert len(called) == wanted
 
 
@@ -239,29 +238,38 @@ def test_every_row_has_its_own_memory(model, monkeypatch):
         _, case, _ = prepare.args
         return case.width + (case.method == "agentsd")
 
-    monkeypatch.setattr(case_timer, "peak_memory", peak)
+    monkeypatch.setattr(measure, "peak_memory", peak)
     settings = speed(model, methods=("baseline", "agentsd"), memory=True, repeats=1, sizes=((64, 64), (64, 96)))
     assert [row.peak_bytes for row in run_bench(settings).rows] == [64, 65, 96, 97]
 
 
+def test_memory_and_launches_on_a_gpu_are_kept_without_what_others_hold(tmp_path, monkeypatch):
+    """Without one: what is asked of it is watched."""
+    monkeypatch.setattr(measure, "peak_memory", lambda device, prepare, others: prepare() and 1000 - others)
+    monkeypatch.setattr(measure, "count_launches", lambda call: call() or 40)
+    steps = []
+    subject = SimpleNamespace(
+        device=torch.device("cuda"), call=lambda model, case, count: lambda watch: steps.append(count)
+    )
+    folder = RunFolder(tmp_path, {}, {})
+    timer = measure.CaseTimer(subject, BenchSettings(), folder, None, None)
+    case = Case("m", "baseline", None, 64, 64, 1)
+    timer._twins[case.name] = object()
+    for _ in range(2):  # the second time, both are on record
+        timer._profile(case, Variant(case.name, lambda watch: None), others=300)
+    key = {"model": "m", "height": 64, "width": 64, "batch": 1, "name": "baseline"}
+    assert folder.rounds.records == [
+        {"kind": "memory", **key, "peak_bytes": 700},
+        {"kind": "launches", **key, "launches": 4.0},
+    ]
+    assert steps == [10]
+
+
 def test_the_budget_is_in_minutes(shape, monkeypatch):
     clock = iter([0.0, 0.0, 89.0])
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     rows = run_bench(calls(methods=("baseline",), budget_minutes=1.5)).rows
     assert [row.reason for row in rows] == [None, None]
-
-
-def test_a_call_has_the_batch_of_its_case(shape):
-    """With guidance, twice as many samples as images."""
-    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
-    call = subject.call(subject.load(), Case("sd15", "baseline", None, 64, 128, 3), 1)
-    assert call.args[1]["sample"].shape == (6, 4, 8, 16)
-
-
-def test_models_are_loaded_in_the_precision_asked_for(model, shape):
-    half = torch.bfloat16
-    assert subject_of(model, speed(model, dtype="bfloat16"), "a", "cpu").load().unet.dtype == half
-    assert UNetSubject("sd15", 0, torch.device("cpu"), half).load().dtype == half
 
 
 def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
@@ -279,3 +287,34 @@ def test_a_model_is_gone_when_the_next_one_is_loaded(shape, monkeypatch):
     settings = {"methods": ("baseline",), "sizes": ((64, 64),), "repeats": 1, "memory": False, "device": "cpu"}
     run_bench(BenchSettings.of_suite("shapes", models=("sd15", "sd21"), **settings))
     assert alive == [False]
+
+
+# Progress
+
+
+@pytest.mark.parametrize(("methods", "total"), [(("baseline", "agentsd"), 10), (("agentsd", "fewer-steps"), 17)])
+def test_progress_goes_by_calls_and_images(model, methods, total):
+    """Without a leap: also over the baseline's images where it is not asked for, and calls that settle steps."""
+    reported = []
+    run_bench(quality(model, methods=methods), progress=lambda what, done, total: reported.append((done, total)))
+    assert reported == [(done, total) for done in range(total + 1)]
+
+
+def test_progress_begins_where_a_run_was_cut_off(model, tmp_path):
+    def interrupt(what, done, total):
+        if done == 8:  # the second image of agentsd, after four calls and four images
+            assert what.endswith("64×64 agentsd 0.4 images")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(quality(model), out=tmp_path, progress=interrupt)
+    reported = []
+    run_bench(quality(model), out=tmp_path, resume=True, progress=lambda what, done, total: reported.append(done))
+    assert reported == [8, 9, 10]
+
+
+def test_what_cannot_run_counts_as_done(model, monkeypatch):
+    reported = []
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda what, done, total: reported.append(done))
+    assert reported == [5, 6, 7, 8, 9, 10]

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from agentsd.bench.reference import ReferenceSet
-from agentsd.bench.set_metrics import clip_scores, frechet_distance, kernel_distance
+from agentsd.bench.set_metrics import ReferenceSet, clip_scores, frechet_distance, kernel_distance
 from agentsd.utils.intervals import bootstrap_mean, bootstrap_median, jackknife
 
 
@@ -96,7 +95,7 @@ def test_the_interval_of_a_distance_covers_no_difference():
 
 @pytest.mark.parametrize("metric", ["frechet_distance", "kernel_distance"])
 def test_the_interval_of_a_distance_to_a_reference_is_as_wide_as_it_should_be(metric):
-    """Neither narrower than what other images would give, nor so wide that nothing could be told."""
+    """Neither narrower than what other images would give, nor so wide that it says nothing."""
     rng = np.random.default_rng(0)
     distance = getattr(ReferenceSet.of(rng.normal(size=(400, 8))), metric)
     intervals = [jackknife(distance, rng.normal(size=(64, 8)) + 0.3) for _ in range(60)]

@@ -57,3 +57,20 @@ def test_a_suite_keeps_what_it_is_about():
 def test_what_would_have_no_effect_is_refused(suite, values, unused):
     with pytest.raises(BenchError, match=f"has no use for `{unused}`"):
         BenchSettings.of_suite(suite, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reference": "somewhere"}, r"name one as `features`"),
+        ({"sizes": ((8, 64),)}, "SSIM needs at least 11 pixels per side"),
+        ({"seed": -1}, "`seed` must lie between"),
+        ({"models": ("sd15",)}, "suite 'shapes'"),
+        ({"suite": "speed", "features": "emoji"}, "judges no images"),
+        ({"suite": "speed", "lpips": True}, "judges no images"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_late_is_refused(values, message):
+    suite = values.pop("suite", "quality")
+    with pytest.raises(BenchError, match=message):
+        BenchSettings.of_suite(suite, **{"models": ("somebody/else",), **values})

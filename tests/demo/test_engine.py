@@ -14,7 +14,7 @@ import agentsd
 from agentsd.bench import METHODS
 from agentsd.bench import methods as methods_module
 from agentsd.bench.methods import reseed
-from agentsd.bench.subjects import twin_pipeline
+from agentsd.bench.models import twin_pipeline
 from agentsd.demo.engine import Engine
 from agentsd.demo.queue import Stopped
 from agentsd.demo.requests import Limits, Wish

@@ -33,7 +33,7 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPModel
 
-    from agentsd.bench.reference import ReferenceSet
+    from agentsd.bench.set_metrics import ReferenceSet
 
     assert run(archive_dir, tmp_path, "--stage", "all") == 0
     assert all(state(tmp_path, stage)["finished"] for stage in ("vae", "clip", "unet"))

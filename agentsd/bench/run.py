@@ -6,28 +6,22 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ..utils.environment import environment
+from ..utils.loading import pick_device, pick_dtype
 from ..utils.memory import keep_freed_memory
-from ..utils.timing import Sample, paired_speedup, summarize
-from .case_timer import CaseTimer, group_of, reason_of
-from .computed import PHASES, can_call, is_computed, whole_schedule
-from .counter import Counter, Progress
-from .features import load_extractor
-from .judge import ImageJudge
-from .lpips import PerceptualDistance
+from ..utils.progress import Progress
+from .images import ImageJudge, builtin_prompts, check_metrics
+from .measure import CaseTimer, can_call, reason_of
 from .memory import is_out_of_memory
 from .methods import BASELINE, METHODS, FewerSteps
-from .prompts import builtin_prompts
-from .reference import check_reference
+from .models import PipelineSubject, Subject, UNetSubject
 from .report import BenchResult, result_of
-from .rows import named
-from .settings import BenchSettings, Case, image_folder, short_name
+from .rows import Case, image_folder, short_name
+from .settings import BenchSettings
 from .store import BenchError, RunFolder
-from .subjects import Subject, subject_of
 from .workers import Workers
 
 
@@ -54,8 +48,8 @@ def run_bench(
         resume (`bool`, defaults to `False`):
             Continue from the results in `out`; finished rows are not measured again. What `budget_minutes` left out is
             tried again, and `budget_minutes` may differ from before.
-        progress (`Callable[[int, int, str], None]`, *optional*):
-            Called before each call with how many calls and images are done, how many there are, and what runs next.
+        progress (`Callable[[str, int, int], None]`, *optional*):
+            Called before each call with what runs next, how many calls and images are done, and how many there are.
 
     Returns:
         `BenchResult`: A row for every case; one that could not run says why.
@@ -78,7 +72,7 @@ def run_bench(
         raise BenchError("Resuming needs the folder of the run to resume.")
     if out is None and workers.count > 1:
         raise BenchError("Several processes need a folder that they share: name one with --out.")
-    _check_metrics(settings)
+    check_metrics(settings)
     prompts = settings.prompts or builtin_prompts()
     subjects = [
         subject_of(model, settings, prompts[0], settings.device or workers.device)
@@ -107,7 +101,7 @@ def run_bench(
                     settings.budget_minutes is not None and time.monotonic() - started > 60 * settings.budget_minutes
                 )
                 bench.run_group(cases, is_late=workers.agree(is_late))
-            bench.forget_model()
+            bench.timer.forget_model()
         counter.finish()
         records = folder.cases.records
         failures = [record["reason"] for record in records if record.get("reason") and not _is_left_out(record)]
@@ -116,14 +110,145 @@ def run_bench(
         return result_of(records, settings.to_dict(), facts)
 
 
-def _check_metrics(settings: BenchSettings) -> None:
-    """Better now than after hours of drawing."""
-    if settings.lpips:
-        PerceptualDistance()
-    if settings.features is not None:
-        extractor = load_extractor(settings.features)
-        if settings.reference is not None:
-            check_reference(settings.reference, extractor)
+def subject_of(model: str, settings: BenchSettings, prompt: str, device: str | None) -> Subject:
+    """What a suite measures of a model: a generation of the prompt, or a call. Nothing is loaded yet."""
+    where = pick_device(device)
+    dtype = pick_dtype(settings.dtype, where)
+    if settings.kind == "call":
+        return UNetSubject(model, settings.seed, where, dtype)
+    return PipelineSubject(model, prompt, settings.guidance_scale, settings.scheduler, settings.seed, where, dtype)
+
+
+class _ModelBench:
+    """The measurements of one model."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        settings: BenchSettings,
+        folder: RunFolder,
+        workers: Workers,
+        counter: "Counter",
+        prompts: tuple[str, ...],
+    ) -> None:
+        self.subject, self.settings, self.folder = subject, settings, folder
+        self.workers, self.counter = workers, counter
+        self.timer = CaseTimer(
+            subject, settings, folder, counter.step, lambda case, reason: self._keep(case, {"reason": reason})
+        )
+        self.judge = ImageJudge(subject, settings, folder.images, workers, prompts, self._count_images)
+
+    def run_group(self, cases: list[Case], is_late: bool) -> None:
+        """Measure the cases of one size and batch, and keep a row for each."""
+        if cases[0].height is None:
+            height, width = self.subject.size(self.timer.model)
+            cases = [replace(case, height=height, width=width) for case in cases]
+        prefix = f"{short_name(cases[0].model)} {cases[0].width}×{cases[0].height} "
+        work = _work(cases, self.settings)
+        self.counter.begin(
+            prefix,
+            {case.name: sum(numbers) for case, numbers in work.items()},
+            {case.name: self._left(case, *numbers) for case, numbers in work.items()},
+        )
+        missing = [case for case in cases if not self.folder.cases.find(**asdict(case))]
+        if is_late:
+            for case in missing:
+                self._keep(case, {"reason": f"{_LATE}: the {self.settings.budget_minutes:g} minutes were used up"})
+            return
+        if missing and self.workers.is_main:
+            self.timer.time(cases)
+        # The other processes have not seen the rows of what could not run.
+        self.folder.cases.records = self.workers.agree(self.folder.cases.records)
+        for case in cases:
+            if not self.folder.cases.find(**asdict(case)):
+                self._finish(case)
+
+    def _left(self, case: Case, calls: int, images: int) -> int:
+        """How many of these calls and images are not on record."""
+        if self.folder.cases.find(**asdict(case)):
+            return 0
+        rounds = len(self.timer.rounds(case))
+        called = calls if rounds >= self.settings.repeats else min(rounds, calls)
+        drawn = len(list((self.folder.images / image_folder(case)).glob("*.png")))
+        return calls - called + images - min(drawn, images)
+
+    def _finish(self, case: Case) -> None:
+        """Keep the row of a case that could run."""
+        numbers = self.workers.agree(self.timer.numbers(case) if self.workers.is_main else {})
+        if self.settings.has_images and numbers.get("reason") is None:
+            baseline = replace(case, method=BASELINE, ratio=None)
+            models = partial(self.timer.twin, case), partial(self.timer.twin, baseline)
+            try:
+                numbers |= self.judge.judge(case, baseline, numbers["steps"], *models)
+            except Exception as error:
+                # With several processes, the others wait for this one's images.
+                if self.workers.count > 1 or not is_out_of_memory(error):
+                    raise
+                numbers = {"reason": reason_of(error)}
+        self._keep(case, numbers)
+
+    def _count_images(self, name: str, count: int) -> None:
+        self.counter.step(name, "images", count * self.workers.count)  # the others draw as many at the same time
+
+    def _keep(self, case: Case, numbers: Mapping[str, Any]) -> None:
+        record = {**asdict(case), **numbers}
+        if self.workers.is_main:
+            self.folder.cases.append(record)
+        else:
+            self.folder.cases.records.append(record)
+        self.counter.end(case.name)
+
+
+class Counter:
+    """
+    Counts the calls and images of a run, in groups of cases that each have a name.
+
+    A case that has ended counts as a whole, whatever it left out, so that what cannot run does not spoil the estimate
+    of the time that is left.
+
+    Examples:
+
+    ```python
+    >>> counter = Counter(print, total=3)
+    >>> counter.begin("64×64 ", {"baseline": 1, "agentsd": 2}, left={"baseline": 0, "agentsd": 2})
+    >>> counter.step("agentsd")
+    64×64 agentsd 1 3
+    >>> counter.end("agentsd")
+    >>> counter.finish()
+    done 3 3
+    ```
+    """
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._done = 0
+        self._prefix = ""
+        self._left: dict[str, int] = {}
+
+    def begin(self, prefix: str, work: Mapping[str, int], left: Mapping[str, int]) -> None:
+        """A group of cases begins: the work of each by its name, and how much of it an earlier run has left to do."""
+        self._prefix, self._left = prefix, dict(left)
+        self._done += sum(work.values()) - sum(left.values())
+
+    def step(self, name: str, what: str = "", count: int = 1) -> None:
+        """A call of a case begins; `what` is shown behind its name."""
+        if self._progress is not None:
+            self._progress(f"{self._prefix}{name} {what}".rstrip(), self._done, self._total)
+        self._count(name, count)
+
+    def end(self, name: str) -> None:
+        """A case has its row."""
+        self._count(name, self._left[name])
+
+    def finish(self) -> None:
+        """All is done."""
+        if self._progress is not None:
+            self._progress("done", self._total, self._total)
+
+    def _count(self, name: str, count: int) -> None:
+        counted = min(count, self._left[name])
+        self._left[name] -= counted
+        self._done += counted
 
 
 def _check_rows(folder: RunFolder, settings: BenchSettings, facts: dict[str, Any]) -> None:
@@ -142,126 +267,6 @@ def _by_model(settings: BenchSettings) -> list[list[list[Case]]]:
     for cases in settings.groups():
         groups.setdefault(cases[0].model, []).append(cases)
     return list(groups.values())
-
-
-class _ModelBench:
-    """The measurements of one model, which is loaded when first needed."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        settings: BenchSettings,
-        folder: RunFolder,
-        workers: Workers,
-        counter: Counter,
-        prompts: tuple[str, ...],
-    ) -> None:
-        self.subject, self.settings, self.folder = subject, settings, folder
-        self.workers, self.counter = workers, counter
-        self._timer = CaseTimer(subject, settings, folder, counter, self._keep)
-        self._judge = ImageJudge(subject, settings, folder.images, workers, prompts, self._tell_of_images)
-
-    def forget_model(self) -> None:
-        """Let go of the model and its copies: the next one needs the memory."""
-        self._timer.forget_model()
-
-    def run_group(self, cases: list[Case], is_late: bool) -> None:
-        """Measure the cases of one size and batch, and keep a row for each."""
-        if cases[0].height is None:
-            height, width = self.subject.size(self._timer.model)
-            cases = [replace(case, height=height, width=width) for case in cases]
-        prefix = f"{short_name(cases[0].model)} {cases[0].width}×{cases[0].height} "
-        work = _work(cases, self.settings)
-        self.counter.begin(
-            prefix,
-            {case.name: sum(numbers) for case, numbers in work.items()},
-            {case.name: self._left(case, *numbers) for case, numbers in work.items()},
-        )
-        missing = [case for case in cases if not self.folder.cases.find(**asdict(case))]
-        if is_late:
-            for case in missing:
-                self._keep(case, {"reason": f"{_LATE}: the {self.settings.budget_minutes:g} minutes were used up"})
-            return
-        if missing and self.workers.is_main:
-            self._timer.time(cases)
-        # The other processes have not seen the rows of what could not run.
-        self.folder.cases.records = self.workers.agree(self.folder.cases.records)
-        for case in cases:
-            if not self.folder.cases.find(**asdict(case)):
-                self._finish(case)
-
-    def _left(self, case: Case, calls: int, images: int) -> int:
-        """How many of these calls and images are not on record."""
-        if self.folder.cases.find(**asdict(case)):
-            return 0
-        rounds = len(self._timer.rounds(case))
-        called = calls if rounds >= self.settings.repeats else min(rounds, calls)
-        drawn = len(list((self.folder.images / image_folder(case)).glob("*.png")))
-        return calls - called + images - min(drawn, images)
-
-    # Rows
-
-    def _finish(self, case: Case) -> None:
-        """Keep the row of a case that could run."""
-        row = self.workers.agree(self._numbers(case, self._timer.rounds(case)) if self.workers.is_main else {})
-        if self.settings.has_images and row.get("reason") is None:
-            baseline = replace(case, method=BASELINE, ratio=None)
-            try:
-                row |= self._judge.judge(
-                    case, baseline, row["steps"], partial(self._timer.twin, case), partial(self._timer.twin, baseline)
-                )
-            except Exception as error:
-                # With several processes, the others wait for this one's images.
-                if self.workers.count > 1 or not is_out_of_memory(error):
-                    raise
-                row = {"reason": reason_of(error)}
-        self._keep(case, row)
-
-    def _tell_of_images(self, name: str, count: int) -> None:
-        self.counter.step(name, "images", count * self.workers.count)  # the others draw as many at the same time
-
-    def _numbers(self, case: Case, rounds: list[dict[str, Sample]]) -> dict[str, Any]:
-        computed = is_computed(case, self.settings)
-        if computed:
-            if not rounds or not all(named(phase, case.ratio) in rounds[-1] for phase in PHASES):
-                return {"reason": f"computed from {' and '.join(PHASES)}, which did not both run"}
-            rounds = [{**samples, case.name: whole_schedule(samples, case, self.settings)} for samples in rounds]
-        elif any(case.name not in samples for samples in rounds):
-            raise BenchError(
-                f"{self.folder.path} has no row of {case.name}, and its rounds were timed without it: rows have been "
-                "deleted. Start again in another folder."
-            )
-        summary = summarize(rounds, case.name)
-        key = {**group_of(case), "name": case.name}
-        kept: dict[str, Any] = {}
-        for kind, value in (("memory", "peak_bytes"), ("launches", "launches")):
-            for record in self.folder.rounds.find(kind=kind, **key):
-                kept[value] = record[value]
-        steps = None if self.settings.kind == "call" else self._timer.steps(case)
-        others = {
-            "of_baseline": BASELINE,
-            "of_tomesd": named("tomesd", case.ratio),
-            "of_free": "attention-free",
-        }
-        compared = {
-            key: paired_speedup(rounds, case.name, other)
-            for key, other in others.items()
-            if case.method != BASELINE and other != case.name and other in rounds[-1]
-        }
-        if "of_baseline" in compared and steps is not None:
-            compared["step_of_baseline"] = paired_speedup(rounds, case.name, BASELINE, attrgetter("step_seconds"))
-        if case.method == BASELINE:
-            compared["of_baseline"] = [1.0]
-            compared |= {"step_of_baseline": [1.0]} if steps is not None else {}
-        return {**asdict(summary), **compared, **kept, "steps": steps, "is_computed": computed}
-
-    def _keep(self, case: Case, row: Mapping[str, Any]) -> None:
-        record = {**asdict(case), **row}
-        if self.workers.is_main:
-            self.folder.cases.append(record)
-        else:
-            self.folder.cases.records.append(record)
-        self.counter.end(case.name)
 
 
 def _is_left_out(record: Mapping[str, Any]) -> bool:

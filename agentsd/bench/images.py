@@ -1,5 +1,6 @@
 """Draws a set of images with each method and judges it: against the baseline's images, and as a set."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,12 @@ import PIL.Image
 
 from ..utils.images import opened, to_image
 from ..utils.intervals import bootstrap_mean, jackknife
+from ..utils.loading import resolve_model
 from ..utils.metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
-from .features import Extractor, load_extractor
-from .lpips import PerceptualDistance
-from .reference import ReferenceSet, load_reference
-from .set_metrics import clip_scores, frechet_distance, kernel_distance
-from .settings import BenchSettings, Case, image_folder
+from .features import Extractor, PerceptualDistance, load_extractor
+from .rows import Case, image_folder
+from .set_metrics import ReferenceSet, check_reference, clip_scores, frechet_distance, kernel_distance, load_reference
+from .settings import BenchSettings
 from .store import BenchError
 from .workers import Workers
 
@@ -29,15 +30,10 @@ _SMALLEST_SET = 3
 @dataclass
 class ImageJudge:
     """
-    Draws and judges the images of one model.
+    Draws and judges the images of one model, the prompts in turn.
 
-    Args:
-        subject (`PipelineSubject`): Draws.
-        settings (`BenchSettings`): How many images, from which seeds, and how sets are compared.
-        images (`Path`): Folder for the images; those that lie there already are not drawn again.
-        workers (`Workers`): The processes that share the drawing.
-        prompts (`tuple[str, ...]`): What is drawn, in turn.
-        on_draw (`Callable[[str, int], None]`): Told the name of a case and a number of images before each drawing.
+    Images that lie in the folder already are not drawn again. `on_draw` gets the name of a case and a number of images
+    before each drawing.
     """
 
     subject: Any
@@ -46,7 +42,7 @@ class ImageJudge:
     workers: Workers
     prompts: tuple[str, ...]
     on_draw: Callable[[str, int], None]
-    # Baseline's images are compared with again and again.
+    # The baseline's images are compared with again and again.
     _known: dict[Path, np.ndarray] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -74,33 +70,25 @@ class ImageJudge:
         """
         Draw the set of a case, and compare it with the baseline's.
 
-        Args:
-            case (`Case`): What is judged.
-            baseline_case (`Case`): Baseline at the same setting.
-            steps (`int`): Denoising steps of the case.
-            model (`Callable`): Gives the pipeline with the case's method on; asked only if something is to be drawn.
-            baseline (`Callable`): Gives the unpatched pipeline.
-
-        Returns:
-            `dict[str, Any]`: Numbers of images, and under `"quality"` each metric's value with the ends of its
-            95 % interval. Only the main process has all of them.
+        `model` and `baseline` give the pipelines, and are asked only if something is to be drawn. What comes back is
+        numbers of images and, under `"quality"`, each metric's value with the ends of its 95% interval; only the main
+        process has all of them.
         """
-        reference = self._draw(baseline_case, self.settings.steps, baseline)
-        images = reference if case == baseline_case else self._draw(case, steps, model)
+        others = self._draw(baseline_case, self.settings.steps, baseline)
+        images = others if case == baseline_case else self._draw(case, steps, model)
         self.workers.wait()  # until all have drawn their share
         if not self.workers.is_main:
             return {}
-        is_bad = [_is_blank(file) for file in images]
-        good = [file for file, bad in zip(images, is_bad, strict=True) if not bad]
+        good = [file for file in images if not _is_blank(file)]
         pairs = [
             (file, other)
-            for file, other, bad in zip(images, reference, is_bad, strict=True)
-            if case != baseline_case and not bad and not _is_blank(other)
+            for file, other in zip(images, others, strict=True)
+            if case != baseline_case and file in good and not _is_blank(other)
         ]
         identical, fidelity = self._pairs(pairs)
         return {
             "images": len(images),
-            "blank": sum(is_bad),
+            "blank": len(images) - len(good),
             "identical": identical,
             "quality": {**fidelity, **self._sets(good, pairs)},
         }
@@ -198,6 +186,34 @@ class ImageJudge:
     def _texts(self, extractor: Extractor, images: Sequence[Path]) -> np.ndarray | None:
         """Features of what the images were to show."""
         return extractor.texts([self.prompts[int(file.stem) % len(self.prompts)] for file in images])
+
+
+def check_metrics(settings: BenchSettings) -> None:
+    """See that the networks and the reference that a run needs can be had, before hours of drawing."""
+    if settings.lpips:
+        PerceptualDistance()
+    if settings.features is not None:
+        extractor = load_extractor(settings.features)
+        if settings.reference is not None:
+            check_reference(settings.reference, extractor)
+
+
+def builtin_prompts() -> tuple[str, ...]:
+    """A plain prompt for everything that the embedded model has learned to draw."""
+    training = Path(resolve_model("emoji")) / "training.json"
+    return tuple(json.loads(training.read_text(encoding="utf-8"))["prompts"])
+
+
+def read_prompts(file: str | Path) -> tuple[str, ...]:
+    """Prompts of a text file, one a line; empty lines are left out."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"Cannot read the prompts in {file}: {error}.") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise BenchError(f"{file} holds no prompts: write one on each line.")
+    return prompts
 
 
 def _read(file: Path) -> PIL.Image.Image:
