@@ -3,29 +3,30 @@
 import inspect
 import json
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
-from rich.table import Table
-from rich.text import Text
+import torch
 
 from .config import AgentSDConfig
 from .models.unet import attended_models
 from .patch import is_patched, patched, unpatched
 from .patch_report import PatchReport, report
 from .utils.environment import environment
-from .utils.generation import Run, RunTime, check_draws_images, generate_timed, pipeline_call
+from .utils.generation import Run, RunTime, TimedImage, check_draws_images, pipeline_call
 from .utils.images import difference_map, side_by_side
 from .utils.metrics import decibels, fidelity, similarity
+from .utils.progress import Progress
+from .utils.timing import SpeedUp, Stopwatch, Variant, time_rounds
 
 
-# Variant ("baseline" or "agentsd"), steps done, steps in all. Whatever it raises ends the comparison.
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _OWN_OPTIONS = {
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator", "num_images_per_prompt"),
@@ -34,21 +35,42 @@ _OWN_OPTIONS = {
 
 
 @dataclass(frozen=True)
+class PatchedRun:
+    """A run with the patch, and how it compares with the one without (`baseline`)."""
+
+    run: Run
+    baseline: Run
+    report: PatchReport
+
+    @cached_property
+    def speed_up(self) -> SpeedUp:
+        """How many times faster a step is."""
+        return _speed_up(self.baseline.rounds, self.run.rounds, _per_step)
+
+    @cached_property
+    def total_speed_up(self) -> SpeedUp:
+        """How many times faster the whole generation is, with text encoding and decoding."""
+        return _speed_up(self.baseline.rounds, self.run.rounds, lambda time: time.total)
+
+    @cached_property
+    def fidelity(self) -> tuple[float | None, float | None]:
+        """PSNR and SSIM of the image."""
+        return fidelity(self.run.values, self.baseline.values)
+
+    @cached_property
+    def difference(self) -> tuple[PIL.Image.Image, int]:
+        """Where the images differ, and how many times that was brightened."""
+        return difference_map(self.baseline.image, self.run.image)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """
-    An image generated twice from one seed, without the patch (`baseline`) and with it (`agentsd`).
+    An image generated from one seed without the patch (`baseline`) and with it (`agentsd`), as [`compare`] returns it.
 
     Args:
-        baseline_run (`Run`): Image, times and memory without the patch.
-        agentsd_run (`Run`): The same with it.
-        difference (`PIL.Image.Image`): Where they differ, brightened `difference_scale` times.
-        difference_scale (`int`): How much the difference is brightened.
-        side_by_side (`PIL.Image.Image`): All three with labels.
-        psnr (`float`, *optional*): Peak signal-to-noise ratio in decibels, infinite for identical images.
-        ssim (`float`, *optional*):
-            Structural similarity, `None` for images of less than 11 pixels. Both are `None` if an image has values
-            that are not finite.
-        report (`PatchReport`): What the patch did to each layer.
+        baseline_run (`Run`): Image, times and peak memory without the patch.
+        variants (`dict[str, PatchedRun]`): The same with it, what it did to each layer, and how the two compare.
         settings (`dict[str, Any]`): What was generated, and how.
         environment (`dict[str, Any]`): Machine and versions that it ran on.
 
@@ -57,29 +79,34 @@ class Comparison:
     ```python
     >>> import agentsd
     >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji")
-    >>> comparison = pipe.compare("red apple", steps=2, progress=lambda *step: None)
+    >>> comparison = pipe.compare("red apple", steps=2, seconds=0, progress=lambda *step: None)
     >>> comparison.agentsd.size, comparison.ssim < 1
     ((256, 256), True)
+    >>> comparison.rounds, comparison.speed_up_interval  # in no seconds, one round is timed
+    (1, None)
     >>> comparison.save("comparison")["side_by_side"].name
     'side_by_side.png'
     ```
     """
 
     baseline_run: Run
-    agentsd_run: Run
-    difference: PIL.Image.Image
-    difference_scale: int
-    side_by_side: PIL.Image.Image
-    psnr: float | None
-    ssim: float | None
-    report: PatchReport
+    variants: dict[str, PatchedRun]
     settings: dict[str, Any]
     environment: dict[str, Any]
+
+    @property
+    def _variant(self) -> PatchedRun:
+        return next(iter(self.variants.values()))
 
     @property
     def baseline(self) -> PIL.Image.Image:
         """The image without the patch."""
         return self.baseline_run.image
+
+    @property
+    def agentsd_run(self) -> Run:
+        """Image, times and peak memory with the patch."""
+        return self._variant.run
 
     @property
     def agentsd(self) -> PIL.Image.Image:
@@ -88,66 +115,136 @@ class Comparison:
 
     @property
     def baseline_time(self) -> RunTime:
-        """Time without the patch."""
+        """Time without the patch, the median over the rounds."""
         return self.baseline_run.time
 
     @property
     def agentsd_time(self) -> RunTime:
-        """Time with the patch."""
+        """Time with the patch, the median over the rounds."""
         return self.agentsd_run.time
 
     @property
-    def warnings(self) -> list[str]:
-        """What is wrong with the images: not finite, black, replaced by the safety checker."""
-        return self.baseline_run.warnings + self.agentsd_run.warnings
+    def rounds(self) -> int:
+        """How often each image was timed."""
+        return len(self.baseline_run.rounds)
 
     @property
     def speed_up(self) -> float:
         """How many times faster a step is with the patch."""
-        return self.baseline_time.seconds_per_step / self.agentsd_time.seconds_per_step
+        return self._variant.speed_up.value
+
+    @property
+    def speed_up_interval(self) -> tuple[float, float] | None:
+        """Its 95% interval, or `None` if each image was timed once."""
+        return self._variant.speed_up.interval
+
+    @property
+    def is_difference_measured(self) -> bool | None:
+        """Whether that interval leaves out 1, or `None` if there is none."""
+        return self._variant.speed_up.is_difference
 
     @property
     def total_speed_up(self) -> float:
         """How many times faster the whole generation is, with text encoding and decoding."""
-        return self.baseline_time.total / self.agentsd_time.total
+        return self._variant.total_speed_up.value
 
-    def table(self) -> Table:
-        """
-        Times and fidelity as a table for the terminal.
+    @property
+    def psnr(self) -> float | None:
+        """Peak signal-to-noise ratio in decibels, infinite for identical images, `None` if one is not finite."""
+        return self._variant.fidelity[0]
 
-        Returns:
-            `rich.table.Table`: For `rich.print`.
-        """
-        title = f"{self.settings['prompt']!r}, seed {self.settings['seed']}, {_size_and_steps(self)}"
-        table = Table(title=Text(title))  # as it is: a prompt may hold brackets, which rich would read as markup
-        for heading in ("", "without agentsd", "with agentsd", "speed-up"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        for name, before, after, gain in (
-            ("per step", self.baseline_time.seconds_per_step, self.agentsd_time.seconds_per_step, self.speed_up),
-            ("total", self.baseline_time.total, self.agentsd_time.total, self.total_speed_up),
+    @property
+    def ssim(self) -> float | None:
+        """Structural similarity, `None` if an image is not finite or has less than 11 pixels on a side."""
+        return self._variant.fidelity[1]
+
+    @property
+    def difference(self) -> PIL.Image.Image:
+        """Where the two images differ, brightened `difference_scale` times."""
+        return self._variant.difference[0]
+
+    @property
+    def difference_scale(self) -> int:
+        """How many times the difference is brightened."""
+        return self._variant.difference[1]
+
+    @property
+    def report(self) -> PatchReport:
+        """What the patch did to each layer."""
+        return self._variant.report
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the images: not finite, black, replaced by the safety checker."""
+        runs = [self.baseline_run, *(variant.run for variant in self.variants.values())]
+        return [warning for run in runs for warning in run.warnings]
+
+    @property
+    def timing(self) -> str:
+        """How the times were taken, in one line."""
+        if self.rounds == 1:
+            return "Each image timed once, after a warm-up."
+        rounds = f"{self.rounds} rounds in alternating order, after a warm-up"
+        return f"Times are medians of {rounds}; speed-ups are means over rounds, with 95% intervals."
+
+    @cached_property
+    def side_by_side(self) -> PIL.Image.Image:
+        """Both images and their difference with labels."""
+        panels = [(self.baseline, f"without agentsd: {self.baseline_time.seconds_per_step:.3g} s per step")]
+        for name, variant in self.variants.items():
+            difference, scale = variant.difference
+            panels += [
+                (variant.run.image, f"with {name}: {variant.run.time.seconds_per_step:.3g} s per step"),
+                (difference, f"difference, {scale} times as bright"),  # Pillow's font has no multiplication sign
+            ]
+        images, labels = zip(*panels, strict=True)
+        return side_by_side(list(images), list(labels))
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Times and fidelity as the cells of a table, the headings first."""
+        rows = [("", "without agentsd", "with agentsd", "speed-up")]
+        for name, time_of, speed_up in (
+            ("per step", lambda time: time.seconds_per_step, self._variant.speed_up),
+            ("total", lambda time: time.total, self._variant.total_speed_up),
         ):
-            table.add_row(name, f"{before:.3f} s", f"{after:.3f} s", f"{gain:.2f}×")
-        table.add_section()
-        table.add_row("peak memory", self.baseline_run.peak, self.agentsd_run.peak, "")
-        table.add_row("PSNR", "", decibels(self.psnr), "")
-        table.add_row("SSIM", "", similarity(self.ssim), "")
+            before, after = (f"{time_of(time):.3f} s" for time in (self.baseline_time, self.agentsd_time))
+            rows.append((name, before, after, str(speed_up)))
+        return [
+            *rows,
+            ("peak memory", self.baseline_run.peak, self.agentsd_run.peak, ""),
+            ("PSNR", "", decibels(self.psnr), ""),
+            ("SSIM", "", similarity(self.ssim), ""),
+        ]
+
+    def table(self) -> "Table":
+        """`rows()` as a table for `rich.print`."""
+        from rich.table import Table
+        from rich.text import Text
+
+        width, height, steps = (self.settings[name] for name in ("width", "height", "steps"))
+        title = f"{self.settings['prompt']!r}, seed {self.settings['seed']}, {width}×{height}, {steps} steps"
+        # As it is: a prompt may hold brackets, which rich would read as markup.
+        table = Table(title=Text(title), caption=self.timing)
+        headings, *rows = self.rows()
+        for heading in headings:
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in rows:
+            # What a speed-up says beside its number goes below, for narrow terminals.
+            table.add_row(*(cell.replace(", ", "\n") for cell in row), end_section=row[0] == "total")
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Everything but the images as plain values.
-
-        Returns:
-            `dict[str, Any]`: Ready for JSON: an infinite PSNR is `None`, as is an unknown one; `is_identical` tells
-            the two apart.
-        """
+        """Everything but the images, ready for JSON: an infinite PSNR is `None` there, and `is_identical` is true."""
         return {
             "settings": self.settings,
             "environment": self.environment,
+            "rounds": self.rounds,
             "baseline": _plain_run(self.baseline_run),
             "agentsd": _plain_run(self.agentsd_run),
             "speed_up": self.speed_up,
+            "speed_up_interval": self.speed_up_interval,
             "total_speed_up": self.total_speed_up,
+            "total_speed_up_interval": self._variant.total_speed_up.interval,
             "psnr": self.psnr if self.psnr is not None and math.isfinite(self.psnr) else None,
             "ssim": self.ssim,
             "is_identical": self.psnr == math.inf,
@@ -187,14 +284,16 @@ def compare(
     width: int | None = None,
     seed: int = 0,
     negative_prompt: str | None = None,
+    seconds: float = 30.0,
     progress: Progress | None = None,
-    baseline: Run | None = None,
     **options: Any,
 ) -> Comparison:
     """
-    Generate one image with and without the patch, from the same seed.
+    Generate one image with and without the patch, from the same seed, and time both.
 
-    Each variant is warmed up before it is timed. Afterwards the pipeline is patched, or not, as it was before.
+    After a warm-up the two are timed in turn, in rounds of alternating order: three of them, and more while the 95%
+    interval of the speed-up per step still contains 1 and `seconds` are not over. Afterwards the pipeline is patched,
+    or not, as it was before.
 
     Args:
         pipe (`DiffusionPipeline`):
@@ -208,11 +307,12 @@ def compare(
         width (`int`, *optional*): Width in pixels.
         seed (`int`, defaults to `0`): Seed of the noise.
         negative_prompt (`str`, *optional*): What not to draw.
+        seconds (`float`, defaults to `30.0`):
+            How long to go on timing. Where one round takes longer, it is the only one, and there is no interval; so
+            it is with a compiled model.
         progress (`Callable[[str, int, int], None]`, *optional*):
-            Called at each step with the variant, the steps done and the total of steps; during the warm-up, no step is
-            done yet. An exception that it raises ends the comparison. It replaces the pipeline's progress bar.
-        baseline (`Run`, *optional*):
-            The run without the patch, if [`generate_timed`] has made it before with the same arguments.
+            Called at each step with what is drawn (such as `"baseline, round 2"`), the steps done and all steps of
+            that image. An exception that it raises ends the comparison. It replaces the pipeline's progress bar.
         options: Passed to the pipeline, such as `image` and `strength`.
 
     Returns:
@@ -229,45 +329,21 @@ def compare(
     ```python
     >>> from agentsd.compare import compare
     >>> from agentsd.utils.loading import load_pipeline
-    >>> comparison = compare(load_pipeline("emoji"), "red apple", steps=2, progress=lambda *step: None)
+    >>> comparison = compare(load_pipeline("emoji"), "red apple", steps=2, seconds=0, progress=lambda *step: None)
     >>> comparison.speed_up > 0
     True
     ```
     """
     pipe = getattr(pipe, "pipe", pipe)  # an AgentSDPipeline's own
-    _check(pipe, prompt, steps, seed, options)
+    _check(pipe, prompt, steps, seed, seconds, options)
     call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
     has_own_patch = config is None and is_patched(pipe)
-    if not has_own_patch:
-        with patched(pipe, config=config):
-            pass  # what is wrong with it is better known before the image without it than after
-    if baseline is None:
-        with unpatched(pipe):
-            baseline = generate_timed(pipe, call, steps, seed, "without agentsd", _part(progress, "baseline"))
-    with nullcontext() if has_own_patch else patched(pipe, config=config):
-        agentsd = generate_timed(pipe, call, steps, seed, "with agentsd", _part(progress, "agentsd"))
-        patch_report = report(pipe)
-    if baseline.values.shape != agentsd.values.shape:
-        raise ValueError(
-            f"`baseline` is a run of another size: {baseline.values.shape}, but the image is {agentsd.values.shape}."
-        )
-
-    difference, scale = difference_map(baseline.image, agentsd.image)
-    ratio, likeness = fidelity(agentsd.values, baseline.values)
-    labels = [
-        f"without agentsd: {baseline.time.seconds_per_step:.3g} s per step",
-        f"with agentsd: {agentsd.time.seconds_per_step:.3g} s per step",
-        f"difference, {scale} times as bright",  # Pillow's built-in font has no multiplication sign
-    ]
+    variants = {"agentsd": nullcontext if has_own_patch else partial(patched, pipe, config=config)}
+    runs, reports = _timed_runs(pipe, call, steps, seed, seconds, progress, variants)
+    baseline = runs.pop("baseline")
     return Comparison(
         baseline_run=baseline,
-        agentsd_run=agentsd,
-        difference=difference,
-        difference_scale=scale,
-        side_by_side=side_by_side([baseline.image, agentsd.image, difference], labels),
-        psnr=ratio,
-        ssim=likeness,
-        report=patch_report,
+        variants={name: PatchedRun(run, baseline, reports[name]) for name, run in runs.items()},
         settings={
             "pipeline": type(pipe).__name__,
             "prompt": prompt,
@@ -277,13 +353,75 @@ def compare(
             "guidance_scale": guidance_scale,
             "height": baseline.image.height,
             "width": baseline.image.width,
-            "patch": patch_report.config.to_dict(),
+            "seconds": seconds,
+            "patch": next(iter(reports.values())).config.to_dict(),
         },
         environment=environment(pipe._execution_device, pipe.unet.dtype),
     )
 
 
-def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any]) -> None:
+def _timed_runs(
+    pipe: Any,
+    call: dict[str, Any],
+    steps: int,
+    seed: int,
+    seconds: float,
+    progress: Progress | None,
+    variants: Mapping[str, Callable[[], AbstractContextManager]],
+) -> tuple[dict[str, Run], dict[str, PatchReport]]:
+    """The runs of the baseline and of every variant, within whose context it is drawn, and what that did to layers."""
+    contexts: dict[str, Callable[[], AbstractContextManager]] = {"baseline": partial(unpatched, pipe), **variants}
+    images = {
+        name: TimedImage(pipe, call, steps, seed, f"with {name}" if name in variants else "without agentsd")
+        for name in contexts
+    }
+    reports = {}
+
+    def draw(name: str, watch: Stopwatch) -> None:
+        images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
+
+    def is_clear() -> bool:
+        before, *others = (image.rounds for image in images.values())
+        return all(_speed_up(before, after, _per_step).is_difference for after in others)
+
+    with ExitStack() as stack:
+
+        def switch_to(name: str) -> None:
+            stack.close()
+            stack.enter_context(contexts[name]())
+
+        def warm_up(name: str) -> None:
+            switch_to(name)
+            images[name].warm_up(f"{name}, warm-up", progress)
+
+        # What is wrong with a patch is better known before the image without it than after.
+        for name in [*variants, "baseline"]:
+            warm_up(name)
+            if name in variants:
+                reports[name] = report(pipe)
+        timed = [Variant(name, partial(draw, name)) for name in images]
+        # Each switch has a compiled model compiled anew, and only so often.
+        seconds, before_call = (0, warm_up) if _is_compiled(pipe) else (seconds, switch_to)
+        time_rounds(timed, images["baseline"].device, seconds, is_clear, before_call)
+    return {name: image.run() for name, image in images.items()}, reports
+
+
+def _is_compiled(pipe: Any) -> bool:
+    models = [model for model in (pipe.unet, getattr(pipe, "controlnet", None)) if isinstance(model, torch.nn.Module)]
+    parts = [part for model in models for part in model.modules()]
+    # As a whole by `torch.compile`, or in place, as diffusers does with blocks.
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+
+
+def _speed_up(before: list[RunTime], after: list[RunTime], time_of: Callable[[RunTime], float]) -> SpeedUp:
+    return SpeedUp.of([time_of(time) for time in before], [time_of(time) for time in after])
+
+
+def _per_step(time: RunTime) -> float:
+    return time.seconds_per_step
+
+
+def _check(pipe: Any, prompt: str, steps: int, seed: int, seconds: float, options: dict[str, Any]) -> None:
     attended_models(pipe)  # raises what is wrong with another object
     check_draws_images(pipe)
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
@@ -298,6 +436,10 @@ def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any
             raise TypeError(f"`{name}` must be an integer, but got {value!r}.")
         if value < low:
             raise ValueError(f"`{name}` must be at least {low}, but got {value}.")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"`seconds` must be a number, but got {seconds!r}.")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"`seconds` must be at least 0 and finite, but got {seconds}.")
     taken = sorted(_OWN_OPTIONS & options.keys())
     if taken:
         raise TypeError(
@@ -306,19 +448,11 @@ def _check(pipe: Any, prompt: str, steps: int, seed: int, options: dict[str, Any
         )
 
 
-def _part(progress: Progress | None, variant: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else partial(progress, variant)
-
-
 def _plain_run(run: Run) -> dict[str, Any]:
     return {
         "seconds_per_step": run.time.seconds_per_step,
         "total_seconds": run.time.total,
         "step_seconds": run.time.steps,
+        "rounds": [{"total_seconds": time.total, "step_seconds": time.steps} for time in run.rounds],
         "peak_bytes": run.peak_bytes,
     }
-
-
-def _size_and_steps(comparison: Comparison) -> str:
-    width, height, steps = (comparison.settings[name] for name in ("width", "height", "steps"))
-    return f"{width}×{height}, {steps} steps"

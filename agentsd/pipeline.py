@@ -61,15 +61,22 @@ class AgentSDPipeline:
 
         Args:
             model (`str` or `os.PathLike`, defaults to `"emoji"`):
-                A built-in name, folder, `.safetensors` file or id on the Hub; see [`resolve_model`].
+                The built-in name `"emoji"`, a folder that a pipeline was saved in, a `.safetensors` file, or an id on
+                the Hub. A folder of that name takes precedence over the Hub, and the built-in name over a folder: for
+                a folder called `emoji`, write `"./emoji"` or pass a `Path`.
             ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
             config (`AgentSDConfig`, `str` or `os.PathLike`, *optional*):
                 An `AgentSDConfig` holds all options of the patch, instead of `ratio` and keywords. A string or path is
                 diffusers' own `config` for a `.safetensors` file: the folder with the model's description.
             filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*): As for [`apply_patch`].
-            device (`str` or `torch.device`, *optional*): CUDA, else MPS, else the CPU; see [`pick_device`].
-            dtype (`str` or `torch.dtype`, *optional*): float16 on CUDA, else float32; see [`pick_dtype`].
-            options: Fields of [`AgentSDConfig`]; anything else goes to diffusers, as in [`load_pipeline`].
+            device (`str` or `torch.device`, *optional*): By default CUDA, else Apple's MPS, else the CPU.
+            dtype (`str` or `torch.dtype`, *optional*):
+                float32, float16 or bfloat16. By default float16 on CUDA, and float32 elsewhere: CPUs are slow in half
+                precision, and MPS is known for black images in it.
+            options:
+                Fields of [`AgentSDConfig`]. Anything else goes to `from_pretrained` or, for a file,
+                `from_single_file` of diffusers: components, `variant`, `revision`, … A file holds weights only; the
+                description that goes with them is fetched from the Hub unless `config` names a folder that has it.
 
         Returns:
             `AgentSDPipeline`: The patched pipeline.
@@ -152,11 +159,11 @@ class AgentSDPipeline:
 
     def compare(self, prompt: str, **options: Any) -> "Comparison":
         """
-        Generate the same image with and without the patch.
+        Generate the same image with and without the patch, and time both.
 
         Args:
             prompt (`str`): What to draw.
-            options: As for [`agentsd.compare.compare`].
+            options: As for [`agentsd.compare.compare`], such as `steps`, `seed` and, for the timing, `seconds`.
 
         Returns:
             `Comparison`: Both images, their difference, times and fidelity.
@@ -165,7 +172,7 @@ class AgentSDPipeline:
 
         ```python
         >>> from agentsd import AgentSDPipeline
-        >>> comparison = AgentSDPipeline.from_pretrained("emoji").compare("red apple", steps=2)
+        >>> comparison = AgentSDPipeline.from_pretrained("emoji").compare("red apple", steps=2, seconds=0)
         >>> comparison.baseline.size == comparison.agentsd.size
         True
         ```

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import statistics
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,12 +25,14 @@ from rich.console import Console
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import agentsd
-from agentsd.compare import RunTime, compare
+from agentsd.compare import RunTime
 from agentsd.models.unet import find_layers
 from agentsd.utils.images import difference_map, image_warnings, side_by_side
 
 
 PROMPT = "a red apple"
+# One round of each, as most of what is tested here is not about times.
+compare = partial(agentsd.compare.compare, seconds=0)
 
 
 def draw(pipe, steps=3):
@@ -74,7 +78,8 @@ def test_pipelines_that_start_from_a_image():
     seen = []
     start = PIL.Image.new("RGB", (128, 128), "red")
     compare(tiny_refiner(), PROMPT, steps=4, image=start, strength=0.5, progress=lambda *step: seen.append(step))
-    assert [step[1:] for step in seen if step[1]] == [(1, 2), (2, 2)] * 2
+    rounds = [(done, total) for what, done, total in seen if "round" in what and done]
+    assert rounds == [(1, 2), (2, 2)] * 2
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.2}, {}], ids=["given", "the pipeline's own"])
@@ -151,7 +156,7 @@ def test_cancelling_leaves_everything_as_it_was(variant, patch_first):
     pipe._progress_bar_config = {"disable": True, "desc": "mine"}
 
     def cancel(name, done, total):
-        if (name, done) == (variant, 1):
+        if (name, done) == (f"{variant}, round 1", 1):
             raise InterruptedError("cancelled by the user")
 
     with pytest.raises(InterruptedError, match="cancelled by the user"):
@@ -175,15 +180,99 @@ def test_interrupted_pipeline_is_no_result():
 # --- times ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_counts_every_step_of_both():
-    """During the warm-up nothing is done yet, but it can be cancelled."""
+def test_progress_counts_the_steps_of_every_image():
+    """Also of the warm-ups, which can be cancelled as well."""
     seen = []
     comparison = compare(tiny_sd(), PROMPT, steps=4, progress=lambda *step: seen.append(step))
     for variant in ("baseline", "agentsd"):
-        counts = [done for name, done, total in seen if name == variant and total == 4]
-        assert counts == [0, 0, 0, 1, 2, 3, 4]
+        for what, total in (("warm-up", 3), ("round 1", 4)):
+            counts = [step[1:] for step in seen if step[0] == f"{variant}, {what}"]
+            assert counts == [(done, total) for done in range(total + 1)]
+    assert len(seen) == 2 * (4 + 5)
     assert len(comparison.baseline_time.steps) == len(comparison.agentsd_time.steps) == 4
     assert comparison.baseline_time.total > sum(comparison.baseline_time.steps) > 0
+
+
+def drawn(seen):
+    """The images that progress told of, in order."""
+    return list(dict.fromkeys(what for what, done, _ in seen if done))
+
+
+def test_rounds_are_interleaved_in_alternating_order():
+    """What drifts (heat, a neighbour's load) must not be taken for a difference. Nothing comes between two rounds."""
+    seen = []
+    comparison = compare(tiny_sd(), PROMPT, steps=1, seconds=0.5, progress=lambda *step: seen.append(step))
+    *warm_ups, first, second, third, fourth, fifth, sixth = drawn(seen)[:8]
+    assert {name.split(", ")[1] for name in warm_ups} == {"warm-up"} and len(warm_ups) == 2
+    assert [first, second] == ["baseline, round 1", "agentsd, round 1"]
+    assert [third, fourth] == ["agentsd, round 2", "baseline, round 2"]
+    assert [fifth, sixth] == ["baseline, round 3", "agentsd, round 3"]
+    assert comparison.rounds == len(drawn(seen)) // 2 - 1 >= 3
+    assert len(comparison.agentsd_run.rounds) == len(comparison.baseline_run.rounds)
+    low, high = comparison.speed_up_interval
+    assert low < comparison.speed_up < high
+
+
+def with_step_times(monkeypatch, of_baseline, of_agentsd):
+    """A clock that stands still but in the steps of timed images: these take a time from a list, round by round."""
+    now = 0.0
+    monkeypatch.setattr("agentsd.utils.timing.time.perf_counter", lambda: now)
+
+    def progress(what, done, total):
+        nonlocal now
+        name, part = what.split(", ")
+        times = {"baseline": of_baseline, "agentsd": of_agentsd}[name]
+        if part.startswith("round") and done < total:
+            now += times[(int(part.split()[1]) - 1) % len(times)]
+
+    return progress
+
+
+def test_a_clear_difference_takes_three_rounds(monkeypatch):
+    progress = with_step_times(monkeypatch, [1.0, 1.01, 0.99], [0.5, 0.505, 0.5])
+    comparison = compare(tiny_sd(), PROMPT, steps=2, seconds=1000, progress=progress)
+    assert comparison.rounds == 3
+    assert comparison.speed_up == pytest.approx(2, rel=0.01)
+    assert comparison.is_difference_measured
+    assert comparison.speed_up_interval[0] > 1.9
+
+
+def test_without_a_difference_rounds_go_on_until_the_time_is_over(monkeypatch):
+    """And the result says so, wherever the speed-up itself happens to be."""
+    progress = with_step_times(monkeypatch, [1.0, 1.2], [1.2, 1.0])
+    comparison = compare(tiny_sd(), PROMPT, steps=2, seconds=40, progress=progress)
+    assert comparison.rounds == 10  # of 4.4 seconds each
+    low, high = comparison.speed_up_interval
+    assert low < 1 < high
+    assert comparison.is_difference_measured is False
+    assert shown(comparison).count("no difference measured") == 2
+    assert "medians of 10 rounds in alternating order" in comparison.timing
+    assert comparison.timing in " ".join(shown(comparison).split())
+
+
+def test_where_one_round_takes_all_the_time_there_is_one(monkeypatch):
+    progress = with_step_times(monkeypatch, [20.0], [10.0])
+    comparison = compare(tiny_sd(), PROMPT, steps=2, seconds=30, progress=progress)
+    assert comparison.rounds == 1
+    assert (comparison.speed_up, comparison.speed_up_interval, comparison.is_difference_measured) == (2, None, None)
+    assert shown(comparison).count(" timed once │") == 2
+    assert [row[3] for row in comparison.rows()[1:3]] == ["2.00×, timed once"] * 2
+    assert "Each image timed once, after a warm-up." in shown(comparison)
+
+
+def test_a_compiled_model_is_warm_when_it_is_timed():
+    """Each time it is patched anew it is compiled anew, which takes a thousand times as long as a step."""
+    pipe = tiny_sd()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    seen = []
+
+    def progress(what, done, total):
+        seen.append((what, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+
+    comparison = compare(pipe, PROMPT, steps=3, seconds=1000, progress=progress)
+    graphs = [{count for what, count in seen if what == f"{name}, round 1"} for name in ("baseline", "agentsd")]
+    assert [len(counts) for counts in graphs] == [1, 1]
+    assert comparison.rounds == 1
 
 
 def test_seconds_per_step_leave_out_the_first():
@@ -269,9 +358,7 @@ def test_files(tmp_path):
 
 def test_table_shows_any_prompt():
     """Prompts hold brackets (weights in some notations), which rich would swallow or fail on as markup."""
-    console = Console(width=100, file=io.StringIO())
-    console.print(compare(tiny_sd(), "apple [red] [/]", steps=1).table())
-    assert "'apple [red] [/]', seed 0, 128×128, 1 steps" in console.file.getvalue()
+    assert "'apple [red] [/]', seed 0, 128×128, 1 steps" in shown(compare(tiny_sd(), "apple [red] [/]", steps=1))
 
 
 @pytest.mark.parametrize(("difference", "scale"), [(0, 1), (1, 64), (3, 64), (10, 16), (100, 2), (200, 1)])
@@ -309,6 +396,9 @@ def test_side_by_side_shows_every_image_and_label(size):
         ({"steps": 2.5}, TypeError, "`steps` must be an integer, but got 2.5"),
         ({"seed": -1}, ValueError, "`seed` must be at least 0"),
         ({"seed": True}, TypeError, "`seed` must be an integer"),
+        ({"seconds": -1}, ValueError, "`seconds` must be at least 0 and finite, but got -1"),
+        ({"seconds": math.nan}, ValueError, "`seconds` must be at least 0 and finite, but got nan"),
+        ({"seconds": "30"}, TypeError, "`seconds` must be a number, but got '30'"),
         ({"num_inference_steps": 5}, TypeError, "sets num_inference_steps itself"),
         ({"generator": None, "output_type": "pt"}, TypeError, "sets generator, output_type itself"),
         ({"config": {"ratio": 0.5}}, TypeError, "must be an AgentSDConfig"),
@@ -348,26 +438,44 @@ def test_both_images_are_the_ones_asked_for():
 
 def test_numbers_stand_under_the_run_that_they_are_of():
     comparison = compare(tiny_sd(), PROMPT, steps=2)
-    before, after = RunTime(total=9.0, steps=[2.0, 2.0]), RunTime(total=5.0, steps=[1.0, 1.0])
-    comparison = replace(
-        comparison,
-        baseline_run=replace(comparison.baseline_run, time=before, peak_bytes=2),
-        agentsd_run=replace(comparison.agentsd_run, time=after, peak_bytes=1),
-    )
+    before = [RunTime(steps=[2.0, step], total=9.0) for step in (2.0, 1.8, 2.1)]
+    after = [RunTime(steps=[1.0, step], total=5.0) for step in (1.0, 0.9, 1.0)]
+    baseline = replace(comparison.baseline_run, rounds=before, peak_bytes=2)
+    variant = comparison.variants["agentsd"]
+    variant = replace(variant, baseline=baseline, run=replace(variant.run, rounds=after, peak_bytes=1))
+    comparison = replace(comparison, baseline_run=baseline, variants={"agentsd": variant})
     found = comparison.to_dict()
-    for name, time, peak in (("baseline", before, 2), ("agentsd", after, 1)):
-        expected = {"total_seconds": time.total, "step_seconds": time.steps, "peak_bytes": peak}
-        assert found[name] == {"seconds_per_step": time.seconds_per_step, **expected}
-    console = Console(width=100, file=io.StringIO())
+    assert found["rounds"] == 3
+    for name, times, steps, total, peak in (
+        ("baseline", before, [2.0, 2.0], 9.0, 2),
+        ("agentsd", after, [1, 1], 5, 1),
+    ):
+        assert found[name] == {
+            "seconds_per_step": steps[1],
+            "step_seconds": steps,
+            "total_seconds": total,
+            "rounds": [{"total_seconds": time.total, "step_seconds": time.steps} for time in times],
+            "peak_bytes": peak,
+        }
+    # Pairs of one round are compared: 2.0, 2.0 and 2.1.
+    assert found["speed_up"] == comparison.speed_up == pytest.approx(statistics.geometric_mean([2.0, 2.0, 2.1]))
+    assert [found["total_speed_up"], *found["total_speed_up_interval"]] == pytest.approx([1.8] * 3)
+    low, high = found["speed_up_interval"]
+    line = next(line for line in shown(comparison).splitlines() if "per step" in line)
+    assert line.index("2.000 s") < line.index("1.000 s") < line.index(f"2.03× ({low:.2f}–{high:.2f})")
+
+
+def shown(comparison):
+    console = Console(width=120, file=io.StringIO())
     console.print(comparison.table())
-    line = next(line for line in console.file.getvalue().splitlines() if "per step" in line)
-    assert line.index("2.000 s") < line.index("1.000 s")
+    return console.file.getvalue()
 
 
 def test_the_sheet_has_each_image_under_its_name(monkeypatch):
     seen = []
     monkeypatch.setattr("agentsd.compare.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
     comparison = compare(tiny_sd(), PROMPT, steps=1)
+    assert comparison.side_by_side is comparison.side_by_side
     (images, labels), *_ = seen
     assert images == [comparison.baseline, comparison.agentsd, comparison.difference]
     assert [label.split(":")[0] for label in labels[:2]] == ["without agentsd", "with agentsd"]

@@ -110,7 +110,7 @@ def test_compare(model):
     """The wrapper compares with its own patch, and keeps it."""
     pipe = AgentSDPipeline.from_pretrained(model, ratio=0.2, device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    comparison = pipe.compare("a red apple", steps=2)
+    comparison = pipe.compare("a red apple", steps=2, seconds=0)
     assert comparison.settings["patch"]["ratio"] == 0.2
     assert comparison.baseline.size == comparison.agentsd.size == (128, 128)
     assert pipe.patch_config.ratio == 0.2

@@ -34,7 +34,7 @@ from .options import (
     patch_config,
     sizes,
 )
-from .terminal import at_work, errors_as_messages, print_table, progress_bars, warn
+from .terminal import at_work, errors_as_messages, print_table, progress_bar, progress_bars, warn
 
 
 app = typer.Typer(
@@ -129,6 +129,9 @@ def compare(
     width: Width = None,
     seed: Seed = 0,
     negative_prompt: NegativePrompt = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long to go on timing while no difference shows; 0 times once.")
+    ] = 30,
     device: Device = None,
     dtype: DType = None,
     debug: Debug = False,
@@ -142,11 +145,12 @@ def compare(
     with errors_as_messages(debug):
         from ..compare import compare as run_comparison
         from ..utils.generation import check_draws_from_text
+        from ..utils.memory import keep_freed_memory
 
         check_draws_from_text(pipe)
-        with progress_bars() as bars:
-            names = {"baseline": "without agentsd", "agentsd": "with agentsd"}
-            tasks = {variant: bars.add_task(name, total=steps) for variant, name in names.items()}
+        if pipe.device.type == "cpu":
+            keep_freed_memory()
+        with progress_bar() as progress:
             comparison = run_comparison(
                 pipe,
                 prompt,
@@ -157,7 +161,8 @@ def compare(
                 width=width,
                 seed=seed,
                 negative_prompt=negative_prompt,
-                progress=lambda variant, done, total: bars.update(tasks[variant], completed=done, total=total),
+                seconds=seconds,
+                progress=progress,
             )
         files = comparison.save(out)
         warn(comparison.warnings)

@@ -1,4 +1,4 @@
-"""Ctrl+C on the command line: in whatever moment it comes, it ends the command, with exit code 130."""
+"""Ctrl+C on the command line: in whatever moment it comes, it ends the command."""
 
 import os
 import signal
@@ -8,21 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .terminal import messages
+from .terminal import say
 
 
 @contextmanager
 def ends_on_interrupt() -> Iterator[None]:
-    """
-    End the program where it is interrupted, and say so in one line. For the whole program, as it handles the signal.
+    """Exit with code 130 on Ctrl+C."""
+    is_interrupted = False
 
-    Raises:
-        SystemExit: With code 130, which shells give to what was interrupted.
-    """
-    interrupts: list[int] = []
-
-    def interrupt(number: int, _frame: object) -> None:
-        interrupts.append(number)
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
         raise KeyboardInterrupt
 
     def interrupt_again(lost: Any) -> None:
@@ -38,12 +34,10 @@ def ends_on_interrupt() -> Iterator[None]:
     sys.unraisablehook = interrupt_again
     try:
         yield
-    except KeyboardInterrupt:  # where no command was at work
-        messages.print("Interrupted.")
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer makes an exit of an interrupt, and libraries make an error of their own of one that meets them in an
+        # unlucky moment. A command that runs until it is interrupted, such as `demo`, ends with code 0.
+        if not is_interrupted or (isinstance(end, SystemExit) and not end.code):
+            raise
+        say("Interrupted.")
         raise SystemExit(130) from None
-    except SystemExit as end:
-        # Libraries turn an interrupt into an error of their own where it meets them in an unlucky moment.
-        if interrupts and end.code not in (0, 130):
-            messages.print("Interrupted.")
-            raise SystemExit(130) from None
-        raise

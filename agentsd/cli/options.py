@@ -41,21 +41,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -> Any:
-    """
-    Load a model, and end with a message if that fails.
-
-    Args:
-        model (`str`): What `--model` was given.
-        device (`str`, *optional*): What `--device` was given.
-        dtype (`str`, *optional*): What `--dtype` was given.
-        debug (`bool`): Let errors through as they are.
-
-    Returns:
-        `DiffusionPipeline`: The pipeline, on its device.
-
-    Raises:
-        typer.Exit: Instead of an error.
-    """
+    """Load a model, or exit with a message."""
     with errors_as_messages(debug, exit_code=2), at_work(f"Starting {model}"):
         if not debug:
             quiet_libraries()
@@ -67,17 +53,7 @@ def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -
 
 
 def check_model(model: str, device: str | None, dtype: str | None) -> None:
-    """
-    Look whether a model can be loaded so, without loading it.
-
-    Args:
-        model (`str`): What `--model` was given.
-        device (`str`, *optional*): What `--device` was given.
-        dtype (`str`, *optional*): What `--dtype` was given.
-
-    Raises:
-        ValueError: If there is no such model, device or dtype.
-    """
+    """Refuse a model, device or dtype that is not there, without loading anything."""
     from ..utils.loading import pick_device, pick_dtype, resolve_model
 
     resolve_model(model)
@@ -85,19 +61,7 @@ def check_model(model: str, device: str | None, dtype: str | None) -> None:
 
 
 def patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
-    """
-    The configuration that `--ratio` and `--set` ask for.
-
-    Args:
-        ratio (`float`, *optional*): What `--ratio` was given.
-        settings (`list[str]`, *optional*): What `--set` was given.
-
-    Returns:
-        `AgentSDConfig`: Defaults where nothing was given.
-
-    Raises:
-        ValueError: If they contradict each other or the configuration.
-    """
+    """The configuration that `--ratio` and `--set` ask for."""
     from ..config import AgentSDConfig
 
     values = assignments(settings)
@@ -107,25 +71,7 @@ def patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDCon
 
 
 def assignments(settings: list[str] | None) -> dict[str, Any]:
-    """
-    The values of `--set NAME=VALUE`.
-
-    Args:
-        settings (`list[str]`, *optional*): What `--set` was given.
-
-    Returns:
-        `dict[str, Any]`: Name to value: a number, `True`, `False`, `None`, or else text.
-
-    Raises:
-        ValueError: If one has no value, or comes twice.
-
-    Examples:
-
-    ```python
-    >>> assignments(["agent_until=0.3", "use_rand=false"])
-    {'agent_until': 0.3, 'use_rand': False}
-    ```
-    """
+    """The values of `--set NAME=VALUE`: numbers, `True`, `False`, `None`, or else text."""
     values: dict[str, Any] = {}
     for setting in settings or ():
         name, equals, text = setting.partition("=")
@@ -148,15 +94,7 @@ def _value(text: str) -> Any:
 
 
 def check_image_file(file: Path) -> None:
-    """
-    Look whether an image can be written there.
-
-    Args:
-        file (`Path`): What `--out` was given.
-
-    Raises:
-        ValueError: If it is a folder, or no kind of image.
-    """
+    """Refuse a file that an image cannot be written to."""
     from PIL import Image
 
     if file.is_dir():
@@ -171,15 +109,7 @@ def check_image_file(file: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """
-    Look whether a folder can be there.
-
-    Args:
-        folder (`Path`): What `--out` was given.
-
-    Raises:
-        ValueError: If a file is there or on the way there, or nothing can be written there.
-    """
+    """Refuse a folder that results cannot be written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--out {existing} is a file: name a folder.")
@@ -188,35 +118,14 @@ def check_folder(folder: Path) -> None:
 
 
 def sizes(heights: list[int] | None, widths: list[int] | None) -> tuple[tuple[int, int], ...] | None:
-    """
-    Pair the heights and widths of options that may be given several times.
-
-    Args:
-        heights (`list[int]`, *optional*): What `--height` was given.
-        widths (`list[int]`, *optional*): What `--width` was given.
-
-    Returns:
-        `tuple[tuple[int, int], ...]`, *optional*: Pairs of height and width.
-
-    Raises:
-        ValueError: If one is missing.
-    """
+    """Pairs of height and width from options that may be given several times."""
     if len(heights or ()) != len(widths or ()):
         raise ValueError("Give --height and --width the same number of times, or neither.")
     return tuple(zip(heights, widths, strict=True)) if heights and widths else None
 
 
 def check_size(height: int | None, width: int | None) -> None:
-    """
-    Look whether both height and width were given, or neither.
-
-    Args:
-        height (`int`, *optional*): What `--height` was given.
-        width (`int`, *optional*): What `--width` was given.
-
-    Raises:
-        ValueError: If one is missing.
-    """
+    """Refuse a height without a width, and a width without a height."""
     # Given one of them, some pipelines silently take their default for both.
     if (height is None) != (width is None):
         raise ValueError("Give both --height and --width, or neither.")

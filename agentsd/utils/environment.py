@@ -17,24 +17,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "tomesd", "DeepC
 
 
 def environment(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """
-    Describe the machine and the software.
-
-    Args:
-        device (`str` or `torch.device`, *optional*): Where the measurement runs, if there is one.
-        dtype (`torch.dtype`, *optional*): Its precision.
-
-    Returns:
-        `dict[str, Any]`: Plain values, ready for JSON. A package that is not installed has the version `None`.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.environment import environment
-    >>> environment()["agentsd"]
-    '0.1.0'
-    ```
-    """
+    """Machine and software as plain values, ready for JSON; `None` for a package that is not installed."""
     facts: dict[str, Any] = {
         "agentsd": agentsd.__version__,
         "commit": _commit(),

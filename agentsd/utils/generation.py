@@ -1,11 +1,10 @@
-"""One image, generated after a warm-up and timed step by step."""
+"""One image of a pipeline: what the pipeline is called with, and how an image is drawn, timed and kept."""
 
 import inspect
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 
 from .images import image_warnings, to_image
 from .memory import read_peak, start_peak
+from .progress import Progress
+from .timing import Stopwatch, time_call
 
 
 # With three steps, evenly spaced schedules reach both the agent phase and the ToMe phase.
@@ -25,13 +26,7 @@ _WARMUP_STEPS = 3
 
 @dataclass(frozen=True)
 class RunTime:
-    """
-    How long one generation took.
-
-    Args:
-        steps (`list[float]`): Seconds of each denoising step. The first contains the text encoding too.
-        total (`float`): Seconds from the prompt to the decoded image.
-    """
+    """Seconds of each denoising step, the first with the text encoding, and from the prompt to the decoded image."""
 
     steps: list[float]
     total: float
@@ -44,26 +39,23 @@ class RunTime:
 
 @dataclass(frozen=True)
 class Run:
-    """
-    One generation.
-
-    Args:
-        values (`np.ndarray` of shape `(height, width, 3)`): The image, in `[0, 1]`.
-        time (`RunTime`): How long it took.
-        peak_bytes (`int`, *optional*):
-            Highest memory use, of the whole process on a CPU; `None` where it cannot be measured.
-        warnings (`list[str]`): What is wrong with the image.
-    """
+    """An image of shape `(height, width, 3)` in `[0, 1]`, and how long it took in each round in which it was drawn."""
 
     values: np.ndarray
-    time: RunTime
-    peak_bytes: int | None = None
+    rounds: list[RunTime]
+    peak_bytes: int | None = None  # of the whole process on a CPU; `None` where it cannot be measured
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
     def image(self) -> PIL.Image.Image:
         """The image as an image."""
         return to_image(self.values)
+
+    @property
+    def time(self) -> RunTime:
+        """The median over the rounds, of each step and of the whole."""
+        steps = zip(*(time.steps for time in self.rounds), strict=True)
+        return RunTime(list(map(statistics.median, steps)), statistics.median(time.total for time in self.rounds))
 
     @property
     def peak(self) -> str:
@@ -79,31 +71,7 @@ def pipeline_call(
     negative_prompt: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """
-    The arguments that a pipeline is called with: those that were given, so that it keeps its own for the others.
-
-    Args:
-        prompt (`str`): What to draw.
-        guidance_scale (`float`, *optional*): Strength of the prompt.
-        height (`int`, *optional*): Height in pixels.
-        width (`int`, *optional*): Width in pixels.
-        negative_prompt (`str`, *optional*): What not to draw.
-        options: Anything else.
-
-    Returns:
-        `dict[str, Any]`: Arguments.
-
-    Raises:
-        ValueError: If only one of `height` and `width` is given.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.generation import pipeline_call
-    >>> pipeline_call("red apple", guidance_scale=4.0)
-    {'prompt': 'red apple', 'guidance_scale': 4.0}
-    ```
-    """
+    """The arguments that a pipeline is called with: those that were given, so that it keeps its own for the others."""
     # Given one of them, some pipelines silently take their default for both.
     if (height is None) != (width is None):
         raise ValueError("Give both `height` and `width`, or neither.")
@@ -119,23 +87,7 @@ def pipeline_call(
 
 
 def check_draws_images(pipe: Any) -> None:
-    """
-    Refuse a pipeline that draws something else than images.
-
-    Args:
-        pipe (`DiffusionPipeline`): The pipeline.
-
-    Raises:
-        TypeError: If it draws videos.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.generation import check_draws_images
-    >>> from agentsd.utils.loading import load_pipeline
-    >>> check_draws_images(load_pipeline("emoji"))
-    ```
-    """
+    """Refuse a pipeline that draws videos."""
     if "num_videos_per_prompt" in inspect.signature(pipe.__call__).parameters:
         raise TypeError(
             f"{type(pipe).__name__} draws videos, not images: patch it with `agentsd.apply_patch`, and call it "
@@ -144,23 +96,7 @@ def check_draws_images(pipe: Any) -> None:
 
 
 def check_draws_from_text(pipe: Any) -> None:
-    """
-    Refuse a pipeline that cannot draw images from nothing but text.
-
-    Args:
-        pipe (`DiffusionPipeline`): The pipeline.
-
-    Raises:
-        TypeError: If it starts from an image, or draws videos.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.generation import check_draws_from_text
-    >>> from agentsd.utils.loading import load_pipeline
-    >>> check_draws_from_text(load_pipeline("emoji"))
-    ```
-    """
+    """Refuse a pipeline that cannot draw images from nothing but text."""
     check_draws_images(pipe)
     kind = type(pipe).__name__
     # Pipelines from elsewhere may take an image or leave it; those of diffusers that know the name need one.
@@ -171,118 +107,100 @@ def check_draws_from_text(pipe: Any) -> None:
         )
 
 
+class TimedImage:
+    """One image of a pipeline, drawn again in each round of a timing; `name` is what warnings call it."""
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int, seed: int, name: str) -> None:
+        self.pipe, self.call, self.steps, self.seed, self.name = pipe, call, steps, seed, name
+        self.device = torch.device(pipe._execution_device)
+        self.peak_bytes: int | None = None
+        self._output: Any = None
+        self.watches: list[Stopwatch] = []
+
+    def warm_up(self, what: str, progress: Progress | None = None) -> None:
+        """Draw with few steps, which already take as much memory as all of them."""
+        # Not where times are taken: memory that was given back before takes its time to come again.
+        is_watched = start_peak(self.device)
+        self._draw(Stopwatch(self.device), self._warmup_steps(), what, progress)
+        self.peak_bytes = read_peak(self.device) if is_watched else None
+
+    def draw(self, watch: Stopwatch, what: str, progress: Progress | None = None) -> None:
+        """Draw the image. Its first one is kept, as the others are the same."""
+        output = self._draw(watch, self.steps, what, progress)
+        self.watches.append(watch)
+        if self._output is None:
+            self._output = output
+
+    @property
+    def rounds(self) -> list[RunTime]:
+        """How long it took each time."""
+        times = (watch.seconds() for watch in self.watches)
+        return [RunTime(seconds[:-1], sum(seconds)) for seconds in times]
+
+    def run(self) -> Run:
+        """What came of it."""
+        warnings = image_warnings(self._output, self.name, self.pipe.unet.dtype)
+        return Run(self._output.images[0], self.rounds, self.peak_bytes, warnings)
+
+    def _warmup_steps(self) -> int:
+        # A pipeline that starts from an image runs only the last `strength` of the steps it is asked for.
+        strength = inspect.signature(self.pipe.__call__).parameters.get("strength")
+        share = 1 if strength is None else self.call.get("strength", strength.default)
+        return min(self.steps, math.ceil(_WARMUP_STEPS / share)) if share > 0 else self.steps
+
+    def _draw(self, watch: Stopwatch, steps: int, what: str, progress: Progress | None) -> Any:
+        done = 0
+
+        def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal done
+            watch.mark()
+            done += 1
+            if progress is not None:
+                # Fewer than `steps` if the pipeline starts from an image.
+                progress(what, done, getattr(self.pipe, "num_timesteps", steps))
+            return tensors
+
+        if progress is not None:
+            progress(what, 0, steps)
+        with _progress_bar(self.pipe, what, is_shown=progress is None):
+            output = self.pipe(
+                **self.call,
+                num_inference_steps=steps,
+                # On the CPU, so that a seed means the same noise on every device.
+                generator=torch.Generator().manual_seed(self.seed),
+                output_type="np",
+                callback_on_step_end=end_of_step,
+            )
+        if getattr(self.pipe, "interrupt", False):
+            raise RuntimeError("The generation was interrupted.")
+        return output
+
+
 def generate_timed(
     pipe: Any,
     call: Mapping[str, Any],
     steps: int,
     seed: int,
     name: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> Run:
-    """
-    Warm a pipeline up, then generate one image and time it.
-
-    Args:
-        pipe (`DiffusionPipeline`): The pipeline, patched or not.
-        call (`Mapping[str, Any]`): The prompt and other arguments of the pipeline.
-        steps (`int`): Denoising steps.
-        seed (`int`): Seed of the noise.
-        name (`str`): What to call the image in warnings.
-        progress (`Callable[[int, int], None]`, *optional*):
-            Called at each step with the steps done and the total of steps; during the warm-up, no step is done yet. An
-            exception that it raises ends the generation. It replaces the pipeline's progress bar.
-        prepare (`Callable[[], None]`, *optional*): Called between the warm-up and the image.
-
-    Returns:
-        `Run`: Image and times.
-
-    Raises:
-        RuntimeError: If the run was interrupted (`pipe._interrupt`).
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.generation import generate_timed
-    >>> from agentsd.utils.loading import load_pipeline
-    >>> run = generate_timed(load_pipeline("emoji"), {"prompt": "red apple"}, 2, 0, "plain", lambda done, of: None)
-    >>> len(run.time.steps)
-    2
-    ```
-    """
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            # Fewer than `steps` if the pipeline starts from an image.
-            progress(done, getattr(pipe, "num_timesteps", steps) if done else steps)
-
-    with _without_progress_bar(pipe):
-        _run(pipe, call, _warmup_steps(pipe, call, steps), seed, lambda _done: tell(0))
+    """Warm a pipeline up, `prepare()`, then draw one image and time it once."""
+    image = TimedImage(pipe, call, steps, seed, name)
+    image.warm_up(name, progress)
     if prepare is not None:
         prepare()
-    device = torch.device(pipe._execution_device)
-    is_watched = start_peak(device)
-    with nullcontext() if progress is None else _without_progress_bar(pipe):
-        output, times = _run(pipe, call, steps, seed, tell)
-    peak = read_peak(device) if is_watched else None
-    return Run(output.images[0], times, peak, image_warnings(output, name, pipe.unet.dtype))
-
-
-def _warmup_steps(pipe: Any, call: Mapping[str, Any], steps: int) -> int:
-    # A pipeline that starts from an image runs only the last `strength` of the steps it is asked for.
-    strength = inspect.signature(pipe.__call__).parameters.get("strength")
-    share = 1 if strength is None else call.get("strength", strength.default)
-    return min(steps, math.ceil(_WARMUP_STEPS / share)) if share > 0 else steps
+    time_call(lambda watch: image.draw(watch, name, progress), image.device)
+    return image.run()
 
 
 @contextmanager
-def _without_progress_bar(pipe: Any) -> Iterator[None]:
+def _progress_bar(pipe: Any, what: str, is_shown: bool) -> Iterator[None]:
     before = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**before, "disable": True})
+    # One bar after the other in the same line: nobody knows how many images there will be.
+    options = {"desc": what, "leave": False, **before} if is_shown else {**before, "disable": True}
+    pipe.set_progress_bar_config(**options)
     try:
         yield
     finally:
         pipe.set_progress_bar_config(**before)
-
-
-def _run(
-    pipe: Any, call: Mapping[str, Any], steps: int, seed: int, tell: Callable[[int], None]
-) -> tuple[Any, RunTime]:
-    device = torch.device(pipe._execution_device)
-    seconds: list[float] = []
-    mark = 0.0
-
-    def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal mark
-        synchronize(device)
-        seconds.append(time.perf_counter() - mark)
-        tell(len(seconds))
-        mark = time.perf_counter()
-        return tensors
-
-    synchronize(device)
-    start = mark = time.perf_counter()
-    output = pipe(
-        **call,
-        num_inference_steps=steps,
-        # On the CPU, so that a seed means the same noise on every device.
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-        callback_on_step_end=end_of_step,
-    )
-    synchronize(device)
-    total = time.perf_counter() - start
-    if getattr(pipe, "interrupt", False):
-        raise RuntimeError("The generation was interrupted.")
-    return output, RunTime(seconds, total)
-
-
-def synchronize(device: torch.device) -> None:
-    """
-    Wait until the device has done all that was asked of it.
-
-    Args:
-        device (`torch.device`): Nothing to wait for on a CPU.
-    """
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -17,27 +17,7 @@ _MIN_PANEL_WIDTH = 320
 
 
 def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:
-    """
-    Show where two images differ: black where they agree, the brighter the further the worst colour channel is off.
-
-    Args:
-        image (`PIL.Image.Image`): An image.
-        reference (`PIL.Image.Image`): Another one of the same size.
-
-    Returns:
-        `tuple[PIL.Image.Image, int]`: The map, and how many times the difference was brightened: a power of two, as
-        high as nearly all pixels allow.
-
-    Examples:
-
-    ```python
-    >>> import PIL.Image
-    >>> from agentsd.utils.images import difference_map
-    >>> image, scale = difference_map(PIL.Image.new("RGB", (8, 8)), PIL.Image.new("RGB", (8, 8), (10, 0, 0)))
-    >>> scale, image.getpixel((0, 0))
-    (16, (160, 160, 160))
-    ```
-    """
+    """Where two images differ, black where they agree, and how many times that was brightened."""
     first, second = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (image, reference))
     difference = np.abs(first - second).max(axis=-1)
     peak = np.percentile(difference, 99)
@@ -48,25 +28,7 @@ def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[
 
 
 def side_by_side(images: list[PIL.Image.Image], labels: list[str]) -> PIL.Image.Image:
-    """
-    Put images of one size beside each other, each under its label.
-
-    Args:
-        images (`list[PIL.Image.Image]`): The images. Small ones are enlarged, so that the labels can be read.
-        labels (`list[str]`): A line of text for each.
-
-    Returns:
-        `PIL.Image.Image`: One image.
-
-    Examples:
-
-    ```python
-    >>> import PIL.Image
-    >>> from agentsd.utils.images import side_by_side
-    >>> side_by_side([PIL.Image.new("RGB", (512, 512))] * 2, ["one", "two"]).width > 1024
-    True
-    ```
-    """
+    """Put images of one size beside each other, each under its label."""
     factor = math.ceil(_MIN_PANEL_WIDTH / images[0].width)
     width, height = images[0].width * factor, images[0].height * factor
     gap = width // 32
@@ -82,28 +44,7 @@ def side_by_side(images: list[PIL.Image.Image], labels: list[str]) -> PIL.Image.
 
 
 def image_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
-    """
-    What is wrong with a generated image, so that a black one is never taken for a result.
-
-    Args:
-        output (`StableDiffusionPipelineOutput`): What the pipeline returned with `output_type="np"`.
-        name (`str`): What to call the image.
-        dtype (`torch.dtype`): The precision that it was generated in.
-
-    Returns:
-        `list[str]`: Sentences; empty if nothing is wrong.
-
-    Examples:
-
-    ```python
-    >>> import numpy as np
-    >>> import torch
-    >>> from types import SimpleNamespace
-    >>> from agentsd.utils.images import image_warnings
-    >>> image_warnings(SimpleNamespace(images=np.zeros((1, 8, 8, 3))), "with agentsd", torch.float32)
-    ['The image with agentsd is a single colour.']
-    ```
-    """
+    """What is wrong with a generated image, so that a black one is never taken for a result."""
     image = output.images[0]
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         return [f"The safety checker replaced the image {name} with a black one."]
@@ -116,37 +57,12 @@ def image_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
 
 
 def to_image(image: np.ndarray) -> PIL.Image.Image:
-    """
-    An image as a PIL image, black where it is not a number.
-
-    Args:
-        image (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
-
-    Returns:
-        `PIL.Image.Image`: The image.
-
-    Examples:
-
-    ```python
-    >>> import numpy as np
-    >>> from agentsd.utils.images import to_image
-    >>> to_image(np.full((4, 6, 3), np.nan)).size
-    (6, 4)
-    ```
-    """
+    """An image of shape `(height, width, 3)` in `[0, 1]` as a PIL image, black where it is not a number."""
     finite = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
     return PIL.Image.fromarray((finite * 255).round().astype(np.uint8))
 
 
 def opened(file: str | Path) -> PIL.Image.Image:
-    """
-    Read an image file and close it.
-
-    Args:
-        file (`str` or `Path`): The file.
-
-    Returns:
-        `PIL.Image.Image`: The image in RGB.
-    """
+    """Read an image file and close it."""
     with PIL.Image.open(file) as image:
         return image.convert("RGB")

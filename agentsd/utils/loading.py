@@ -50,36 +50,7 @@ _PIPELINES_OF_FILES = {
 
 
 def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] = ()) -> Path | str:
-    """
-    Find out what a model's name means.
-
-    Args:
-        model (`str` or `os.PathLike`, defaults to `"emoji"`):
-            The built-in name `"emoji"`, a folder that a pipeline was saved in, a single `.safetensors` file, or the
-            id of a model on the Hugging Face Hub, such as `"stable-diffusion-v1-5/stable-diffusion-v1-5"`. A folder
-            of that name takes precedence over the Hub, and the built-in name over a folder: for a folder called
-            `emoji`, write `"./emoji"` or pass a `Path`.
-        replaced (`Collection[str]`, *optional*):
-            Components that will not be loaded from there, so that it does not matter how they are kept.
-
-    Returns:
-        `Path` or `str`: An existing folder or file, or the id on the Hub (which is not looked up here).
-
-    Raises:
-        FileNotFoundError: If it can only be a path, and nothing is there.
-        TypeError: If it is neither a name nor a path.
-        ValueError: If its weights are pickles, or it is a file or folder of another kind.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.loading import resolve_model
-    >>> resolve_model("emoji").name
-    'emoji'
-    >>> resolve_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    'stable-diffusion-v1-5/stable-diffusion-v1-5'
-    ```
-    """
+    """The folder or file that a model is in, or its id on the Hub; `replaced` components may be pickles there."""
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"`model` must be a name or a path, but got {type(model).__name__}.")
     name = os.fspath(model)
@@ -109,36 +80,7 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     **options: Any,
 ) -> diffusers.DiffusionPipeline:
-    """
-    Load a pipeline, unpatched. Only safetensors are loaded, never pickles.
-
-    Args:
-        model (`str` or `os.PathLike`, defaults to `"emoji"`): What [`resolve_model`] takes.
-        device (`str` or `torch.device`, *optional*): See [`pick_device`].
-        dtype (`str` or `torch.dtype`, *optional*): See [`pick_dtype`]. `torch_dtype` is another name for it.
-        options:
-            Passed to `from_pretrained` or, for a file, `from_single_file` of diffusers: components, `variant`,
-            `revision`, … A file holds weights only; the description that goes with them is fetched from the Hub unless
-            `config` names a folder that has it.
-
-    Returns:
-        `DiffusionPipeline`: The pipeline on its device. With `device_map`, diffusers places it instead.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        OSError: If it cannot be read, or the Hub cannot be reached or does not have it.
-        TypeError: If there is no such option, or `dtype` is given under both names.
-        ValueError: If it is not a model, its weights are pickles, or device or dtype cannot be used.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.loading import load_pipeline
-    >>> pipe = load_pipeline("emoji", device="cpu")
-    >>> pipe.unet.dtype
-    torch.float32
-    ```
-    """
+    """Load a pipeline, unpatched, from safetensors only; `options` go to diffusers."""
     if "torch_dtype" in options:
         if dtype is not None:
             raise TypeError("Give either `dtype` or `torch_dtype`, not both.")
@@ -154,27 +96,7 @@ def load_pipeline(
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """
-    The device to run on.
-
-    Args:
-        device (`str` or `torch.device`, *optional*):
-            `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, …; by default CUDA, else Apple's MPS, else the CPU.
-
-    Returns:
-        `torch.device`: A device that works.
-
-    Raises:
-        ValueError: If there is no such device, or it cannot be used here.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.loading import pick_device
-    >>> pick_device("cpu")
-    device(type='cpu')
-    ```
-    """
+    """The device asked for, if it works; by default CUDA, else MPS, else the CPU."""
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -189,29 +111,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> torch.dtype:
-    """
-    The precision to run in.
-
-    Args:
-        dtype (`str` or `torch.dtype`, *optional*):
-            float32, float16 or bfloat16, as `torch.float16`, `"float16"` or `"fp16"`. By default float16 on CUDA, and
-            float32 elsewhere: CPUs are slow in half precision, and MPS is known for black images in it.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it will run.
-
-    Returns:
-        `torch.dtype`: The precision.
-
-    Raises:
-        ValueError: If it is none of the three.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.loading import pick_dtype
-    >>> pick_dtype(), pick_dtype("bf16"), pick_dtype(device="cuda")
-    (torch.float32, torch.bfloat16, torch.float16)
-    ```
-    """
+    """The precision asked for, as a dtype or by name; by default float16 on CUDA, else float32."""
     if dtype is None:
         return torch.float16 if torch.device(device).type == "cuda" else torch.float32
     found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
@@ -221,23 +121,7 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: str | torch.devic
 
 
 def own_size(pipe: Any) -> tuple[int, int]:
-    """
-    The size of image that a pipeline was made for.
-
-    Args:
-        pipe (`DiffusionPipeline`): A pipeline with a UNet.
-
-    Returns:
-        `tuple[int, int]`: Height and width in pixels.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.loading import load_pipeline, own_size
-    >>> own_size(load_pipeline("emoji"))
-    (256, 256)
-    ```
-    """
+    """Height and width in pixels that a pipeline was made for."""
     size = pipe.unet.config.sample_size
     height, width = size if isinstance(size, Sequence) else (size, size)
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor

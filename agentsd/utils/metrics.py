@@ -186,68 +186,17 @@ def _size(image: "torch.Tensor") -> str:
 
 
 def decibels(value: float | None) -> str:
-    """
-    A peak signal-to-noise ratio for people.
-
-    Args:
-        value (`float`, *optional*): Decibels, infinite for identical images, `None` if not known.
-
-    Returns:
-        `str`: A few characters.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.metrics import decibels
-    >>> decibels(31.234), decibels(float("inf")), decibels(None)
-    ('31.23 dB', 'identical', 'unknown')
-    ```
-    """
+    """A peak signal-to-noise ratio for people."""
     return "unknown" if value is None else "identical" if math.isinf(value) else f"{value:.2f} dB"
 
 
 def similarity(value: float | None) -> str:
-    """
-    A structural similarity for people.
-
-    Args:
-        value (`float`, *optional*): From -1 to 1, `None` if not known.
-
-    Returns:
-        `str`: A few characters.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.metrics import similarity
-    >>> similarity(0.98765)
-    '0.9877'
-    ```
-    """
+    """A structural similarity for people."""
     return "unknown" if value is None else f"{value:.4f}"
 
 
 def fidelity(image: "np.ndarray", reference: "np.ndarray") -> tuple[float | None, float | None]:
-    """
-    How close an image is to a reference.
-
-    Args:
-        image (`np.ndarray` of shape `(height, width, 3)`): Values in `[0, 1]`.
-        reference (`np.ndarray` of shape `(height, width, 3)`): The same.
-
-    Returns:
-        `tuple[float | None, float | None]`: PSNR in decibels and SSIM; both `None` if a value is not finite, and SSIM
-            if the images are smaller than its window of 11 pixels.
-
-    Examples:
-
-    ```python
-    >>> import numpy as np
-    >>> from agentsd.utils.metrics import fidelity
-    >>> fidelity(np.zeros((16, 16, 3)), np.zeros((16, 16, 3)))
-    (inf, 1.0)
-    ```
-    """
+    """PSNR and SSIM of images of shape `(height, width, 3)`; `None` if one is not finite or, for SSIM, too small."""
     import numpy as np
 
     if not (np.isfinite(image).all() and np.isfinite(reference).all()):

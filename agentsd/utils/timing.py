@@ -1,5 +1,6 @@
-"""Fair timing of several variants in one process: interleaved rounds and medians of paired ratios."""
+"""Fair timing of several variants in one process: interleaved rounds, and ratios of the times within a round."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,29 +9,21 @@ from operator import attrgetter
 
 import torch
 
-from .generation import synchronize
-from .intervals import bootstrap_median
+from .intervals import bootstrap_median, student_mean
+
+
+# The fewest rounds that say how far apart rounds are.
+FEWEST_ROUNDS = 3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Stopwatch:
-    """
-    Takes times: on CUDA as events in the device's queue, so that taking one waits for nothing; elsewhere by the clock.
-
-    Args:
-        device (`torch.device`): Where the work runs.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.utils.timing import Stopwatch
-    >>> watch = Stopwatch(torch.device("cpu"))
-    >>> watch.mark()
-    >>> watch.mark()
-    >>> len(watch.seconds())
-    1
-    ```
-    """
+    """Takes times: on CUDA as events in the device's queue, so that taking one waits for nothing; else by a clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,12 +41,7 @@ class Stopwatch:
             self._times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """
-        The time between each mark and the next.
-
-        Returns:
-            `list[float]`: Seconds; one less than there were marks.
-        """
+        """The time between each mark and the next."""
         synchronize(self.device)
         if self.device.type == "cuda":
             pairs = zip(self._events, self._events[1:], strict=False)
@@ -67,13 +55,7 @@ Call = Callable[[Stopwatch], object]
 
 @dataclass(frozen=True)
 class Variant:
-    """
-    Something to time.
-
-    Args:
-        name (`str`): Unique among the variants timed together.
-        call (`Callable[[Stopwatch], object]`): What is timed; it may mark the end of every step.
-    """
+    """Something to time, under a name of its own."""
 
     name: str
     call: Call
@@ -81,13 +63,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sample:
-    """
-    One timed call.
-
-    Args:
-        seconds (`float`): From its beginning to its end, the device's queue drained.
-        step_seconds (`float`, *optional*): From its beginning to the end of the last step, divided by the steps.
-    """
+    """One timed call: all of it, and from its beginning to the end of its last step, divided by the steps."""
 
     seconds: float
     step_seconds: float | None = None
@@ -95,18 +71,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Summary:
-    """
-    What is reported of a variant's samples.
-
-    Args:
-        rounds (`int`): Number of samples.
-        seconds (`float`): Median time in seconds.
-        q1 (`float`): Lower quartile in seconds.
-        q3 (`float`): Upper quartile in seconds.
-        step_seconds (`float`, *optional*): Median time of a step in seconds.
-        step_q1 (`float`, *optional*): Its lower quartile.
-        step_q3 (`float`, *optional*): Its upper quartile.
-    """
+    """Median and quartiles of a variant's samples, and of their steps if they had any."""
 
     rounds: int
     seconds: float
@@ -118,25 +83,7 @@ class Summary:
 
 
 def time_call(call: Call, device: torch.device) -> Sample:
-    """
-    Time one call.
-
-    Args:
-        call (`Callable[[Stopwatch], object]`): What to time.
-        device (`torch.device`): Where it runs.
-
-    Returns:
-        `Sample`: Seconds of the call and, if it marked its steps, of a step.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.utils.timing import time_call
-    >>> time_call(lambda watch: None, torch.device("cpu")).seconds < 1
-    True
-    ```
-    """
+    """Time one call."""
     synchronize(device)
     watch = Stopwatch(device)
     watch.mark()
@@ -152,29 +99,7 @@ def time_round(
     on_call: Callable[[str], None] | None = None,
     on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Sample]:
-    """
-    Time every variant once, in turn. Calling this again and again, each time in the reverse of the last order, gives
-    A B C C B A: a slow drift of the machine (heat, a neighbour's load) meets all variants alike, and so does what the
-    one before left behind in caches and memory.
-
-    Args:
-        variants (`Sequence[Variant]`): What to time; each has been called before, so that nothing is set up now.
-        device (`torch.device`): Where it runs.
-        on_call (`Callable`, *optional*): Told the variant's name before each call.
-        on_error (`Callable`, *optional*): Told the name and error of a variant that fails, instead of raising it.
-
-    Returns:
-        `dict[str, Sample]`: A sample by variant name.
-
-    Examples:
-
-    ```python
-    >>> import torch
-    >>> from agentsd.utils.timing import Variant, time_round
-    >>> list(time_round([Variant("nothing", lambda watch: None)], torch.device("cpu")))
-    ['nothing']
-    ```
-    """
+    """Time every variant once, in turn; `on_call` hears of each before, `on_error` of errors instead of the caller."""
     samples: dict[str, Sample] = {}
     for variant in variants:
         if on_call is not None:
@@ -188,59 +113,75 @@ def time_round(
     return samples
 
 
+def time_rounds(
+    variants: Sequence[Variant],
+    device: torch.device,
+    seconds: float,
+    is_clear: Callable[[], bool],
+    on_call: Callable[[str], None] | None = None,
+) -> list[dict[str, Sample]]:
+    """Time variants that are warm in rounds A B, B A, A B, … until `is_clear()`, or `seconds` have gone into it."""
+    # In alternating order a slow drift of the machine (heat, a neighbour's load) meets all variants alike, and so does
+    # what the one before left behind in caches and memory.
+    rounds: list[dict[str, Sample]] = []
+    start = time.perf_counter()
+    while True:
+        rounds.append(time_round(variants[::-1] if len(rounds) % 2 else variants, device, on_call))
+        spent = time.perf_counter() - start
+        if len(rounds) == 1 and spent > seconds:
+            return rounds
+        if len(rounds) >= FEWEST_ROUNDS and (spent >= seconds or (_is_look(len(rounds)) and is_clear())):
+            return rounds
+
+
+def _looks(rounds: int) -> int:
+    """How often the result was looked at: after 3, 6, 12, … rounds, and after the last one."""
+    return 1 + max(0, math.ceil(math.log2(rounds / FEWEST_ROUNDS)))
+
+
+def _is_look(rounds: int) -> bool:
+    return rounds == FEWEST_ROUNDS * 2 ** (_looks(rounds) - 1)
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times faster something is, with a 95% interval from three rounds on."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, before: Sequence[float], after: Sequence[float]) -> "SpeedUp":
+        """The geometric mean over rounds of the ratio of two times, paired as they share the machine's state."""
+        logs = [math.log(slow / fast) for slow, fast in zip(before, after, strict=True)]
+        # Fewer rounds than three are only ever one.
+        value, *ends = student_mean(logs, _looks(len(logs))) if len(logs) >= FEWEST_ROUNDS else logs[:1]
+        return cls(math.exp(value), (math.exp(ends[0]), math.exp(ends[1])) if ends else None)
+
+    @property
+    def is_difference(self) -> bool | None:
+        """Whether it is faster or slower beyond doubt; `None` if it was timed once."""
+        return None if self.interval is None else not self.interval[0] <= 1 <= self.interval[1]
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:.2f}×, timed once"
+        text = "{:.2f}× ({:.2f}–{:.2f})".format(self.value, *self.interval)
+        return text if self.is_difference else f"{text}, no difference measured"
+
+
 def paired_speedup(
     rounds: Sequence[Mapping[str, Sample]],
     name: str,
     other: str,
     time_of: Callable[[Sample], float] = attrgetter("seconds"),
 ) -> list[float]:
-    """
-    How much faster one variant is than another: the median over the rounds of the ratio within a round, because two
-    times measured one after the other share the machine's momentary state.
-
-    Args:
-        rounds (`Sequence[Mapping[str, Sample]]`): What `time_round` returned, round by round.
-        name (`str`): The variant.
-        other (`str`): The variant to compare with.
-        time_of (`Callable[[Sample], float]`, *optional*): Which of its times to compare; by default the seconds.
-
-    Returns:
-        `list[float]`: The median and, from five rounds on, the ends of its 95 % interval.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.timing import Sample, paired_speedup
-    >>> rounds = [{"a": Sample(4.0), "b": Sample(2.0)}, {"a": Sample(9.0), "b": Sample(3.0)}]
-    >>> paired_speedup(rounds, "b", "a")
-    [2.5]
-    ```
-    """
+    """The median over rounds of how many times faster a variant is than another, and from five on its 95% interval."""
     return bootstrap_median([time_of(samples[other]) / time_of(samples[name]) for samples in rounds])
 
 
 def summarize(rounds: Sequence[Mapping[str, Sample]], name: str) -> Summary:
-    """
-    Summarise one variant over all rounds.
-
-    Args:
-        rounds (`Sequence[Mapping[str, Sample]]`): What `time_round` returned, round by round.
-        name (`str`): The variant.
-
-    Returns:
-        `Summary`: Median and quartiles.
-
-    Raises:
-        ValueError: If there is no round.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.utils.timing import Sample, summarize
-    >>> summarize([{"a": Sample(4.0)}, {"a": Sample(9.0)}], "a").seconds
-    6.5
-    ```
-    """
+    """Median and quartiles of one variant over all rounds."""
     if not rounds:
         raise ValueError("There is no finished round to summarise.")
     q1, median, q3 = _quartiles([samples[name].seconds for samples in rounds])

@@ -27,7 +27,10 @@ def stop_at(monkeypatch, name):
 
 def test_compare(monkeypatch, model):
     calls = stop_at(monkeypatch, "agentsd.compare.compare")
-    run("compare red --ratio 0.7 --guidance 3 --height 96 --width 160 --seed 3 --negative-prompt blue -m", model)
+    run(
+        "compare red --ratio 0.7 --guidance 3 --height 96 --width 160 --seed 3 --negative-prompt blue --seconds 9 -m",
+        model,
+    )
     (_, prompt), options = calls[0]
     options.pop("progress")
     assert prompt == "red"
@@ -39,6 +42,7 @@ def test_compare(monkeypatch, model):
         "width": 160,
         "seed": 3,
         "negative_prompt": "blue",
+        "seconds": 9.0,
     }
 
 

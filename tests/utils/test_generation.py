@@ -1,0 +1,50 @@
+"""One timed image: warmed up first, and told of step by step."""
+
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from models import tiny_sd
+
+from agentsd.utils.generation import Run, RunTime, generate_timed
+
+
+def test_one_image_is_timed_after_a_warm_up():
+    """What must happen in between, such as a seed set anew, happens there."""
+    pipe, seen = tiny_sd(), []
+    run = generate_timed(
+        pipe,
+        {"prompt": "a red apple"},
+        steps=4,
+        seed=0,
+        name="with patience",
+        progress=lambda *step: seen.append(step),
+        prepare=lambda: seen.append("prepare"),
+    )
+    image, warm_up = ([("with patience", done, total) for done in range(total + 1)] for total in (4, 3))
+    assert seen == [*warm_up, "prepare", *image]
+    assert len(run.rounds) == 1 and run.time == run.rounds[0] and len(run.time.steps) == 4
+    assert run.time.total > sum(run.time.steps) > 0
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = pipe("a red apple", num_inference_steps=4, generator=generator, output_type="np").images[0]
+    np.testing.assert_array_equal(run.values, expected)
+
+
+def test_the_time_of_a_run_is_the_median_over_its_rounds():
+    """Of each step by itself: one that was disturbed does not count."""
+    rounds = [RunTime([1.0, 2.0, 9.0], 13.0), RunTime([1.5, 8.0, 2.0], 12.0), RunTime([1.2, 2.5, 2.1], 6.0)]
+    assert Run(np.zeros((8, 8, 3)), rounds).time == RunTime([1.2, 2.5, 2.1], 12.0)
+
+
+def test_the_library_draws_no_tables_by_itself():
+    """Who uses it from Python or a page of their own does not load the command line's packages."""
+    code = """
+import sys
+import agentsd.compare, agentsd.pipeline
+from agentsd.utils import environment, generation, images, intervals, libraries, loading, memory, metrics, timing
+print({"gradio", "rich", "typer"} & set(sys.modules))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
