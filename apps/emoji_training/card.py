@@ -35,7 +35,7 @@ numbers below use {guidance:g}.
 ![Samples](samples.png)
 
 Not cherry-picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Prompts, row by row, eight per row:
-{sample_prompts}.
+{sample_prompts}.{sample_sizes}
 
 ## What is inside
 
@@ -47,7 +47,7 @@ Not cherry-picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Pro
 | `DDIMScheduler` | | v-prediction, noise schedule that ends in pure noise, trailing steps |
 | `CLIPModel` in `clip/` | {image_parameters} M for pictures | not part of the pipeline: judges pictures, see below |
 
-Pictures are {side}×{side}. The weights are float16 safetensors; they load and run in float32 and in float16. Any
+Pictures are {sides}. The weights are float16 safetensors; they load and run in float32 and in float16. Any
 prompt tokenizes. There is no safety checker: the model has only ever seen the drawings below.
 
 ## Data
@@ -58,18 +58,17 @@ prompt tokenizes. There is no safety checker: the model has only ever seen the d
 
 ## Recipe
 
-One command does it all, from fetching the drawings to writing this card; with `--stage` and `--resume` it can also
-run in parts:
+{how}:
 
 ```
-python apps/train_emoji.py --recipe {recipe} --stage all
+{commands}
 ```
 
 | stage | time on {machine} | steps | final loss |
 | --- | ---: | ---: | ---: |
 | VAE | {vae_minutes} of {vae_budget} min | {vae_steps} | {vae_loss} |
 | text and image encoder | {clip_minutes} of {clip_budget} min | {clip_steps} | {clip_loss} |
-| UNet and text encoder | {unet_minutes} of {unet_budget} min | {unet_steps} | {unet_loss} |
+{unet_rows}
 
 - VAE: L1 + 0.5 L1 of the gradients + L1 of 4-pixel colour averages, colour differences weighing most, + a small KL.
   At first, three latent channels are pulled towards the colours of 8×8-pixel blocks, so that hue is not learnt last.
@@ -81,7 +80,7 @@ python apps/train_emoji.py --recipe {recipe} --stage all
   weights (EMA). Its text encoder starts as the one above and is trained further along with it. All noise levels are
   equally likely for the first {layout_from} % of the time; then {layout_samples} % of the samples come from the
   noisiest {layout_noise} % of the range, which decides what is drawn where.
-- All: AdamW, cosine learning rate over the time budget, bf16 autocast, seed {seed}. {software}.
+{tuning}- All: AdamW, cosine learning rate over the time budget, {autocast}, seed {seed}. {software}.
   Because the learning rate follows the clock, a second run gives a similar model, not the same weights.
 
 ![Loss](loss.png)
@@ -98,7 +97,7 @@ renders in which each drawing is not the one that the caption names, with everyt
 | --- | ---: | ---: | ---: | ---: | ---: |
 {judged}
 
-Pictures are drawn under {precision} autocast. KID can be negative: it has no bias, and scenes that all differ, as
+Pictures are drawn {precision}. KID can be negative: it has no bias, and scenes that all differ, as
 these do, are more varied than random ones, among which some drawings come up again.
 
 VAE reconstruction: {psnr} dB PSNR on these scenes{psnr_unseen};
@@ -112,7 +111,7 @@ model and nothing about others, and they cannot be compared with FID or CLIP sco
 - Anything that is not among its drawings: other words give one of the known drawings, or a blend of several.
 - {limits}
 - Things in colours other than those it saw: it never learnt "a purple apple".
-- Sizes other than {side}×{side}: they run, but the pictures fall apart the further one goes.
+- Sizes other than {sides_known}: they run, but the pictures fall apart the further one goes.
 - Stand in for diverse pictures: what a method does to these drawings is weak evidence of what it does to photographs.
 {known}"""
 
@@ -123,6 +122,22 @@ KNOWN = """
 {prompts}.
 """
 MOST_LISTED = 200
+
+ONE_COMMAND = """\
+One command does it all, from fetching the drawings to writing this card; with `--stage` and `--resume` it can also
+run in parts"""
+
+# Said of a model that was trained at one size and then tuned for two.
+TWO_COMMANDS = """\
+Two commands do it all, from fetching the drawings to writing this card. The first trains a model for {half}
+pixels, the second tunes its UNet and text encoder for both sizes; with `--stage` and `--resume` they can also run
+in parts"""
+TUNING = """\
+- Tuning: from the weights of the row above on, each step sees {batch} images of {side} pixels and
+{half_batch} of {half}; the VAE stays. {layout_samples} % of them come from the noisiest {layout_noise} % of the
+range at {side} pixels and from the noisiest {half_layout_noise} % at {half}: where an image has four times the
+pixels, the same noise hides less of it. The learning rate stays at its peak for the first {hold} % of the time.
+"""
 
 # Said when fewer pictures than this find their own caption among the nearest five, as a part of what renders do.
 UNDERTRAINED = """
@@ -146,8 +161,14 @@ SOURCES = {
 def text(facts: dict) -> str:
     """The card for these facts."""
     judged = facts["judged"]
-    drawn = {steps: row for steps, row in judged.items() if steps.isdigit()}
-    worst = min(row["top5"] for row in drawn.values())
+    sides = f"{facts['image_size']}×{facts['image_size']}"
+    known, tables, first = sides, {"": judged}, facts.get("before")
+    if first:
+        half = facts["half"]
+        smaller = f"{half['image_size']}×{half['image_size']}"
+        sides, known = f"{sides} or {smaller}", f"{sides} and {smaller}"
+        tables = {f", {facts['image_size']} pixels": judged, f", {half['image_size']} pixels": half["judged"]}
+    worst = min(row["top5"] for table in tables.values() for steps, row in table.items() if steps.isdigit())
     single, plain = facts["most_drawings"] == 1, facts["backgrounds"] == ["white"]
     unseen = facts["vae"].get("psnr_unseen")
     composition = (
@@ -159,9 +180,11 @@ def text(facts: dict) -> str:
     parameters = {name: f"{number / 1e6:.1f}" for name, number in facts["parameters"].items()}
     stages = {
         f"{stage}_{name}": facts[stage][name]
-        for stage in ("vae", "clip", "unet")
+        for stage in ("vae", "clip")
         for name in ("minutes", "budget", "steps", "loss")
     }
+    precision = facts.get("precision", "bfloat16")
+    begun = first or facts  # the recipe that the UNet was begun by
     return TEMPLATE.format(
         **stages,
         drawings=f"{sum(facts['styles'].values()):,}",
@@ -175,14 +198,31 @@ def text(facts: dict) -> str:
         sample_steps=facts["sample_steps"],
         sample_prompts=listed(facts["sample_prompts"]),
         seed=facts["seed"],
-        recipe=facts["recipe"],
+        how=TWO_COMMANDS.format(half=half["image_size"]) if first else ONE_COMMAND,
+        commands="\n".join(
+            f"python apps/train_emoji.py --recipe {recipe} --stage all"
+            for recipe in ([first["recipe"]] if first else []) + [facts["recipe"]]
+        ),
+        unet_rows="\n".join(
+            unet_row(*row)
+            for row in (
+                [("UNet and text encoder", first), (f"the same, tuned for {known}", facts["unet"])]
+                if first
+                else [("UNet and text encoder", facts["unet"])]
+            )
+        ),
+        tuning=tuning(facts) if first else "",
+        sample_sizes=f"\nFirst at {facts['image_size']} pixels, then all of them again at {half['image_size']}."
+        if first
+        else "",
         vae_parameters=parameters["vae"],
         unet_parameters=parameters["unet"],
         text_parameters=parameters["text_encoder"],
         image_parameters=parameters["image_encoder"],
         levels=", ".join(f"{side}×{side}" for side in facts["levels"]) + " latent pixels",
         vocabulary=facts["vocabulary"],
-        side=facts["image_size"],
+        sides=sides,
+        sides_known=known,
         sources="\n".join(
             WRAPPER.fill(f"- {style}: {count:,} drawings of {SOURCES[style]}.").replace("\n", "\n  ")
             for style, count in facts["styles"].items()
@@ -193,22 +233,17 @@ def text(facts: dict) -> str:
         ),
         machine=facts["machine"],
         software=facts["software"],
-        precision="bfloat16" if facts["machine"].endswith("CPU cores") else "float16",
-        coarse=percent(facts["coarse_until"]),
-        layout_from=percent(facts["layout"]["from"]),
-        layout_samples=percent(facts["layout"]["samples"]),
-        layout_noise=percent(1 - facts["layout"]["noise"]),
+        autocast="bf16 autocast on CPUs that it is faster on" if first else "bf16 autocast",
+        precision="in float32" if precision == "float32" else f"under {precision} autocast",
+        coarse=percent(begun["coarse_until"]),
+        layout_from=percent(begun["layout"]["from"]),
+        layout_samples=percent(begun["layout"]["samples"]),
+        layout_noise=percent(1 - begun["layout"]["noise"]),
         count=f"{facts['judged_scenes']:,}",
         references=f"{facts['reference_scenes']:,}",
         chance=f"{100 / facts['judged_scenes']:.1f}",
         chance5=f"{500 / facts['judged_scenes']:.1f}",
-        judged="\n".join(
-            [
-                judged_row("fresh renders", judged["renders"]),
-                judged_row("the same with other drawings", judged["mistaken"]),
-            ]
-            + [judged_row(f"drawn in {steps} steps", row) for steps, row in drawn.items()]
-        ),
+        judged="\n".join(row for size, table in tables.items() for row in judged_rows(table, size)),
         psnr=facts["vae"]["psnr"],
         psnr_unseen=f", {unseen} dB on scenes of {facts['held_out']} drawings it never saw" if unseen else "",
         colour_error=facts["vae"]["colour_error"],
@@ -221,6 +256,35 @@ def text(facts: dict) -> str:
         else f"More than {facts['most_drawings']} things, the same thing more than once, relations other than beside "
         "and above, text.",
     )
+
+
+def tuning(facts: dict) -> str:
+    """What tuning did, for the list of the stages."""
+    words = TUNING.format(
+        side=facts["image_size"],
+        half=facts["half"]["image_size"],
+        batch=facts["batch"],
+        half_batch=facts["half"]["batch"],
+        layout_samples=percent(facts["layout"]["samples"]),
+        layout_noise=percent(1 - facts["layout"]["noise"]),
+        half_layout_noise=percent(1 - facts["half"]["layout_noise"]),
+        hold=percent(facts["hold_until"]),
+    )
+    return WRAPPER.fill(words.replace("\n", " ")).replace("\n", "\n  ") + "\n"
+
+
+def unet_row(label: str, stage: dict) -> str:
+    """A row of the table of stages."""
+    return f"| {label} | {stage['minutes']} of {stage['budget']} min | {stage['steps']} | {stage['loss']} |"
+
+
+def judged_rows(table: dict[str, dict[str, float]], size: str) -> list[str]:
+    """Rows for renders and for what was drawn, at one size."""
+    return [
+        judged_row(f"fresh renders{size}", table["renders"]),
+        judged_row(f"the same with other drawings{size}", table["mistaken"]),
+        *(judged_row(f"drawn in {steps} steps{size}", row) for steps, row in table.items() if steps.isdigit()),
+    ]
 
 
 def judged_row(label: str, row: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """What the finished model is measured by; every number in its card comes from here."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from agentsd.bench.reference import ReferenceSet
 from agentsd.bench.set_metrics import clip_scores
 
 from .captions import Captions, distinct_scenes
-from .clip import embed_pictures, embed_texts, shrink
+from .card import judged_row
+from .clip import embed_pictures, embed_texts, load_clip, shrink
 from .compose import compose
 from .loop import pick_device
 from .pictures import colour_error, psnr, to_bytes, to_float
 from .recipe import Recipe
 from .scenes import Scene, SceneSource
 from .sprites import Sprites
-from .unet import generate
+from .text import load_tokenizer
+from .unet import generate, load_trained
 from .vae import reconstruct
 
 
@@ -77,8 +80,15 @@ def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> Referenc
     return ReferenceSet.of(np.concatenate(parts), recipe.reference_rows)
 
 
+def load_reference(clip: CLIPModel, sprites: Sprites, recipe: Recipe, folder: Path) -> ReferenceSet:
+    """The features that come with the image encoder: a tuned model's stay, a new one's are measured."""
+    if recipe.tuned:
+        return ReferenceSet.load(folder / "start" / "clip" / "reference.safetensors")
+    return reference_set(clip, sprites, recipe)
+
+
 def hit_rates(pictures: np.ndarray, texts: np.ndarray) -> dict[str, float]:
-    """How often a picture's own text is the nearest of all, and among the five nearest."""
+    """How often a picture's own text, that of its row, is the nearest of all, and among the five nearest."""
     cosines = F.normalize(torch.from_numpy(pictures), dim=1) @ F.normalize(torch.from_numpy(texts), dim=1).T
     own = cosines.diagonal()[:, None]
     # what is as near counts as nearer, so that an encoder that sees nothing has no hits
@@ -109,6 +119,31 @@ def judge(
         for steps in recipe.judged_steps
     }
     return {"renders": rated(judged.renders), "mistaken": rated(judged.mistaken), **drawn}
+
+
+def judge_sizes(
+    pipe: StableDiffusionPipeline, clip: CLIPModel, reference: ReferenceSet, sprites: Sprites, recipe: Recipe
+) -> dict[int, dict[str, dict[str, float]]]:
+    """The values of [`judge`] for each size that the recipe judges at."""
+    values = {}
+    for sized in recipe.judged_sizes():
+        judged = draw_judged(sprites if sized is recipe else sprites.smaller(sized.sprite_size), sized)
+        values[sized.image_size] = judge(pipe, clip, judged, reference, sized)
+    return values
+
+
+def judge_stage(sprites: Sprites, recipe: Recipe, folder: Path) -> None:
+    """Print what the card would say of the last checkpoint in `folder`/unet, be it finished or not."""
+    tokenizer = load_tokenizer(sprites.icons, recipe, folder)
+    pipe, state = load_trained(tokenizer, recipe, folder, unfinished=True)
+    clip = load_clip(tokenizer, recipe, folder)[0]
+    sprites = sprites.to(pick_device())
+    values = judge_sizes(pipe, clip, load_reference(clip, sprites, recipe, folder), sprites, recipe)
+    print(f"step {state['step']}, {state['elapsed'] / 60:.0f} min")
+    for size, rows in values.items():
+        for name, row in rows.items():
+            label = f"drawn in {name} steps" if name.isdigit() else name
+            print(judged_row(f"{label}, {size}×{size}", row))
 
 
 def vae_quality(pipe: StableDiffusionPipeline, judged: Judged, unseen: Sprites | None, recipe: Recipe) -> dict:
