@@ -21,6 +21,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+
+# Read when torch is loaded. By default a thread that waits for the others keeps its core busy, and on a machine with
+# other work to do a step then takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from agentsd.bench.allocator import keep_freed_memory
