@@ -62,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--minutes", type=float, help="training time of the stage, or of `all` three (preparing comes on top)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --work-dir")
+    parser.add_argument("--scenes", type=int, help="how many images `judge` draws at each size (default: as the card)")
     parser.add_argument("--unfinished", action="store_true", help="export the last checkpoint of a training under way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for torch (default: torch's choice)")
@@ -106,7 +107,7 @@ def train(options: argparse.Namespace) -> None:
     if options.stage in ("unet", "all"):
         train_unet(sprites, recipe, work, unet_minutes, options.resume)
     if options.stage == "judge":
-        judge_stage(sprites, recipe, work)
+        judge_stage(sprites, recipe, work, options.scenes)
     if exporting:
         export(sprites, held_out, recipe, options.recipe, work, options.out, options.unfinished)
 

@@ -100,45 +100,59 @@ def hit_rates(pictures: np.ndarray, texts: np.ndarray) -> dict[str, float]:
 
 
 def judge(
-    pipe: StableDiffusionPipeline, clip: CLIPModel, judged: Judged, reference: ReferenceSet, recipe: Recipe
+    pipe: StableDiffusionPipeline,
+    clip: CLIPModel,
+    judged: Judged,
+    reference: ReferenceSet,
+    recipe: Recipe,
+    count: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Retrieval, CLIP score, FID and KID of renders, right and mistaken, and of what is drawn in so many steps."""
+    """
+    Retrieval, CLIP score, FID and KID of renders, right and mistaken, and of what is drawn in so many steps.
+
+    With a `count`, only so many captions are drawn; each is still to be found among all of them.
+    """
     with torch.no_grad():
         texts = embed_texts(clip, pipe.tokenizer, judged.prompts).double().cpu().numpy()
 
     def rated(pictures: torch.Tensor) -> dict[str, float]:
         rows = features(clip, pictures)
         return hit_rates(rows, texts) | {
-            "clip": round(float(np.mean(clip_scores(rows, texts))), 1),
+            "clip": round(float(np.mean(clip_scores(rows, texts[: len(rows)]))), 1),
             "fid": round(reference.frechet_distance(rows), 2),
             "kid": round(reference.kernel_distance(rows), 4),
         }
 
     drawn = {
-        str(steps): rated(generate(pipe, judged.prompts, steps, recipe, recipe.seed + 1000))
+        str(steps): rated(generate(pipe, judged.prompts[:count], steps, recipe, recipe.seed + 1000))
         for steps in recipe.judged_steps
     }
     return {"renders": rated(judged.renders), "mistaken": rated(judged.mistaken), **drawn}
 
 
 def judge_sizes(
-    pipe: StableDiffusionPipeline, clip: CLIPModel, reference: ReferenceSet, sprites: Sprites, recipe: Recipe
+    pipe: StableDiffusionPipeline,
+    clip: CLIPModel,
+    reference: ReferenceSet,
+    sprites: Sprites,
+    recipe: Recipe,
+    count: int | None = None,
 ) -> dict[int, dict[str, dict[str, float]]]:
     """The values of [`judge`] for each size that the recipe judges at."""
     values = {}
     for sized in recipe.judged_sizes():
         judged = draw_judged(sprites if sized is recipe else sprites.smaller(sized.sprite_size), sized)
-        values[sized.image_size] = judge(pipe, clip, judged, reference, sized)
+        values[sized.image_size] = judge(pipe, clip, judged, reference, sized, count)
     return values
 
 
-def judge_stage(sprites: Sprites, recipe: Recipe, folder: Path) -> None:
-    """Print what the card would say of the last checkpoint in `folder`/unet, be it finished or not."""
+def judge_stage(sprites: Sprites, recipe: Recipe, folder: Path, count: int | None = None) -> None:
+    """Print what the card would say of the last checkpoint in `folder`/unet; from `count` drawn images, if given."""
     tokenizer = load_tokenizer(sprites.icons, recipe, folder)
     pipe, state = load_trained(tokenizer, recipe, folder, unfinished=True)
     clip = load_clip(tokenizer, recipe, folder)[0]
     sprites = sprites.to(pick_device())
-    values = judge_sizes(pipe, clip, load_reference(clip, sprites, recipe, folder), sprites, recipe)
+    values = judge_sizes(pipe, clip, load_reference(clip, sprites, recipe, folder), sprites, recipe, count)
     print(f"step {state['step']}, {state['elapsed'] / 60:.0f} min")
     for size, rows in values.items():
         for name, row in rows.items():

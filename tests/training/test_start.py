@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_train_emoji import run, state
 
-from emoji_training import loop, recipe, unet
+from emoji_training import evaluate, loop, recipe, unet
 from emoji_training.recipe import TINY
 
 
@@ -81,8 +81,12 @@ def test_what_an_interrupted_tuning_exported_is_where_the_next_one_starts(
     monkeypatch.setattr(loop.Checkpoint, "save", stop)
     assert tune("--stage", "unet", "--minutes", "0.05") == 0
     reached = state(tmp_path, "unet")
-    assert tune("--stage", "judge") == 0
-    assert f"step {reached['step']}" in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr(evaluate, "generate", lambda *given: drawn.append(len(given[1])) or unet.generate(*given))
+    assert tune("--stage", "judge", "--scenes", "5") == 0
+    said = capsys.readouterr().out
+    assert f"step {reached['step']}" in said and "| drawn in 2 steps, 32×32 |" in said
+    assert drawn == [5, 5, 5, 5], "in one step and in two, at both sizes"
     assert tune("--stage", "export") == 2
     assert tune("--stage", "export", "--unfinished") == 0
     facts = json.loads((tmp_path / "model" / "training.json").read_text())
