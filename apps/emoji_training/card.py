@@ -233,7 +233,7 @@ def text(facts: dict) -> str:
         ),
         machine=facts["machine"],
         software=facts["software"],
-        autocast="bf16 autocast on CPUs that it is faster on" if first else "bf16 autocast",
+        autocast="bf16 autocast where faster" if first else "bf16 autocast",
         precision="in float32" if precision == "float32" else f"under {precision} autocast",
         coarse=percent(begun["coarse_until"]),
         layout_from=percent(begun["layout"]["from"]),

@@ -49,7 +49,8 @@ def export(
     clip, clip_state = load_clip(tokenizer, recipe, folder)
     save_model(trained, out)
     if recipe.tuned:
-        shutil.copytree(folder / "start" / "clip", out / "clip", dirs_exist_ok=True)
+        for part, kept in (("clip", folder / "start" / "clip"), ("tokenizer", folder / "tokenizer")):
+            shutil.copytree(kept, out / part, dirs_exist_ok=True)
     else:
         save_clip(clip, tokenizer, recipe, out / "clip")
 

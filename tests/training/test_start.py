@@ -35,12 +35,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_tuned_model_is_judged_at_both_sizes(tune, tmp_path: Path) -> None:
     model = tmp_path / "model"
+    beside = {file: file.read_bytes() for part in ("clip", "tokenizer") for file in (model / part).iterdir()}
     kept = {part: weights(model / part) for part in ("vae", "clip", "unet", "text_encoder")}
     assert tune("--stage", "all") == 0
     for part, before in kept.items():
         after = weights(model / part)
         same = all(torch.equal(after[name], weight) for name, weight in before.items())
         assert same == (part in ("vae", "clip")), part
+    assert all(file.read_bytes() == content for file, content in beside.items() if file.suffix != ".safetensors")
     facts, card = json.loads((model / "training.json").read_text()), (model / "README.md").read_text()
     assert facts["before"]["steps"] and facts["unet"]["steps"] == state(tmp_path, "unet")["step"]
     assert set(facts["judged"]) == set(facts["half"]["judged"]) == {"renders", "mistaken", "1", "2"}
