@@ -168,11 +168,11 @@ def load_weights(model: nn.Module, stage_folder: Path, name: str, unfinished: bo
 def half_pays() -> bool:
     """Whether this CPU multiplies matrices faster in bf16 than in fp32: of those that can do both, not all do."""
     best: dict[torch.dtype, float] = {}
-    for dtype in [torch.float32, torch.bfloat16] * 20:  # each is short, to find the cores free on a busy machine
+    for dtype in [torch.float32, torch.bfloat16] * 20:
         matrix = torch.ones(512, 512, dtype=dtype)
-        started = time.perf_counter()
+        started = time.process_time()  # not the time of day: the machine may have other work to do
         matrix @ matrix
-        best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - started)
+        best[dtype] = min(best.get(dtype, math.inf), time.process_time() - started)
     return best[torch.bfloat16] < best[torch.float32]
 
 
