@@ -52,7 +52,7 @@ class Captions:
             things = rng.choice([phrases[0], f"{phrases[0]} emoji"])
         else:
             things = said_together(scene, phrases, rng)
-            things = rng.choice(["", "", "", "a drawing of ", "an emoji of ", "a picture of "]) + things
+            things = rng.choice(["", "", "", "a drawing of ", "an emoji of ", "an image of "]) + things
         unsaid = (0.9 if self.styles == 1 else 0.6) if is_white(scene.background) else 0.05
         where = "" if rng.random() < unsaid else f" on {describe(scene.background)}"
         if self.styles == 1 or rng.random() < (0.4 if scene.style == "noto" else 0.05):

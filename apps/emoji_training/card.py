@@ -18,7 +18,7 @@ tags:
 # emoji
 
 A small Stable Diffusion model trained on {drawings} emoji drawings, {size} MB in all. It exists so that `agentsd` can
-be tried and tested on a real text-to-image model without downloading gigabytes. It is not a general picture
+be tried and tested on a real text-to-image model without downloading gigabytes. It is not a general image
 generator: it was only shown {scenes}.
 {state}
 ```python
@@ -29,13 +29,13 @@ prompt = "{example}"
 pipe(prompt, num_inference_steps=20, guidance_scale={guidance:g}).images[0].save("emoji.png")
 ```
 
-A guidance scale of about {guidance:g} gives cleaner pictures than the pipeline's default of 7.5; all pictures and
+A guidance scale of about {guidance:g} gives cleaner images than the pipeline's default of 7.5; all images and
 numbers below use {guidance:g}.
 
 ![Samples](samples.png)
 
 Not cherry-picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Prompts, row by row, eight per row:
-{sample_prompts}.
+{sample_prompts}.{sample_sizes}
 
 ## What is inside
 
@@ -45,9 +45,9 @@ Not cherry-picked: {sample_steps} DDIM steps, seeds counting up from {seed}. Pro
 | `UNet2DConditionModel` | {unet_parameters} M | self- and cross-attention at {levels} |
 | `CLIPTextModel` | {text_parameters} M | its own BPE vocabulary of {vocabulary} tokens |
 | `DDIMScheduler` | | v-prediction, noise schedule that ends in pure noise, trailing steps |
-| `CLIPModel` in `clip/` | {image_parameters} M for pictures | not part of the pipeline: judges pictures, see below |
+| `CLIPModel` in `clip/` | {image_parameters} M for images | not part of the pipeline: judges images, see below |
 
-Pictures are {side}×{side}. The weights are float16 safetensors; they load and run in float32 and in float16. Any
+Images are {sides}. The weights are float16 safetensors; they load and run in float32 and in float16. Any
 prompt tokenizes. There is no safety checker: the model has only ever seen the drawings below.
 
 ## Data
@@ -58,22 +58,21 @@ prompt tokenizes. There is no safety checker: the model has only ever seen the d
 
 ## Recipe
 
-One command does it all, from fetching the drawings to writing this card; with `--stage` and `--resume` it can also
-run in parts:
+{how}:
 
 ```
-python apps/train_emoji.py --recipe {recipe} --stage all
+{commands}
 ```
 
 | stage | time on {machine} | steps | final loss |
 | --- | ---: | ---: | ---: |
 | VAE | {vae_minutes} of {vae_budget} min | {vae_steps} | {vae_loss} |
 | text and image encoder | {clip_minutes} of {clip_budget} min | {clip_steps} | {clip_loss} |
-| UNet and text encoder | {unet_minutes} of {unet_budget} min | {unet_steps} | {unet_loss} |
+{unet_rows}
 
 - VAE: L1 + 0.5 L1 of the gradients + L1 of 4-pixel colour averages, colour differences weighing most, + a small KL.
   At first, three latent channels are pulled towards the colours of 8×8-pixel blocks, so that hue is not learnt last.
-  Training starts on crops and goes on with whole pictures, also mirrored and with colour channels swapped.
+  Training starts on crops and goes on with whole images, also mirrored and with colour channels swapped.
 - Text and image encoder: CLIP's contrastive loss, on scenes, some of them passed through the VAE, with some blur and
   noise. The image encoder is a vision transformer.
 - UNet: v-prediction on the VAE's latents of newly composed scenes, for the first {coarse} % of the time at half the
@@ -81,7 +80,7 @@ python apps/train_emoji.py --recipe {recipe} --stage all
   weights (EMA). Its text encoder starts as the one above and is trained further along with it. All noise levels are
   equally likely for the first {layout_from} % of the time; then {layout_samples} % of the samples come from the
   noisiest {layout_noise} % of the range, which decides what is drawn where.
-- All: AdamW, cosine learning rate over the time budget, bf16 autocast, seed {seed}. {software}.
+{tuning}- All: AdamW, cosine learning rate over the time budget, {autocast}, seed {seed}. {software}.
   Because the learning rate follows the clock, a second run gives a similar model, not the same weights.
 
 ![Loss](loss.png)
@@ -90,21 +89,21 @@ python apps/train_emoji.py --recipe {recipe} --stage all
 
 Measured by the export stage of the command above, on {count} newly composed scenes. FID and KID use the features of
 the image encoder in `clip/`, and compare with {references} other renders (`clip/reference.safetensors`). "Own caption"
-says how often the encoder finds a picture's caption nearest among all {count}, or among the five nearest; by chance it
+says how often the encoder finds an image's caption nearest among all {count}, or among the five nearest; by chance it
 would be {chance} % and {chance5} %. Background and style alone tell many captions apart, so the second row is for
 renders in which each drawing is not the one that the caption names, with everything else unchanged.
 
-| pictures | own caption nearest | among five | CLIP score | FID | KID |
+| images | own caption nearest | among five | CLIP score | FID | KID |
 | --- | ---: | ---: | ---: | ---: | ---: |
 {judged}
 
-Pictures are drawn under {precision} autocast. KID can be negative: it has no bias, and scenes that all differ, as
+Images are drawn {precision}. KID can be negative: it has no bias, and scenes that all differ, as
 these do, are more varied than random ones, among which some drawings come up again.
 
 VAE reconstruction: {psnr} dB PSNR on these scenes{psnr_unseen};
 the mean colour of an 8×8-pixel block is off by {colour_error} of 255 levels.
 
-The encoder has seen renders of these drawings and nothing else: its figures say something about pictures of this
+The encoder has seen renders of these drawings and nothing else: its figures say something about images of this
 model and nothing about others, and they cannot be compared with FID or CLIP scores from other encoders.
 
 ## What it cannot do
@@ -112,8 +111,8 @@ model and nothing about others, and they cannot be compared with FID or CLIP sco
 - Anything that is not among its drawings: other words give one of the known drawings, or a blend of several.
 - {limits}
 - Things in colours other than those it saw: it never learnt "a purple apple".
-- Sizes other than {side}×{side}: they run, but the pictures fall apart the further one goes.
-- Stand in for diverse pictures: what a method does to these drawings is weak evidence of what it does to photographs.
+- Sizes other than {sides_known}: they run, but the images fall apart the further one goes.
+- Stand in for diverse images: what a method does to these drawings is weak evidence of what it does to photographs.
 {known}"""
 
 # Where they are few and each can be named: what a visitor may ask for.
@@ -124,10 +123,26 @@ KNOWN = """
 """
 MOST_LISTED = 200
 
-# Said when fewer pictures than this find their own caption among the nearest five, as a part of what renders do.
+ONE_COMMAND = """\
+One command does it all, from fetching the drawings to writing this card; with `--stage` and `--resume` it can also
+run in parts"""
+
+# Said of a model that was trained at one size and then tuned for two.
+TWO_COMMANDS = """\
+Two commands do it all, from fetching the drawings to writing this card. The first trains a model for {half}
+pixels, the second tunes its UNet and text encoder for both sizes; with `--stage` and `--resume` they can also run
+in parts"""
+TUNING = """\
+- Tuning: from the weights of the row above on, each step sees {batch} images of {side} pixels and
+{half_batch} of {half}; the VAE stays. {layout_samples} % of them come from the noisiest {layout_noise} % of the
+range at {side} pixels and from the noisiest {half_layout_noise} % at {half}: where an image has four times the
+pixels, the same noise hides less of it. The learning rate stays at its peak for the first {hold} % of the time.
+"""
+
+# Said when fewer images than this find their own caption among the nearest five, as a part of what renders do.
 UNDERTRAINED = """
-**This checkpoint is under-trained.** Its pictures often do not show what was asked for. It serves to run and time the
-code, not to judge picture quality.
+**This checkpoint is under-trained.** Its images often do not show what was asked for. It serves to run and time the
+code, not to judge image quality.
 """
 GOOD_MATCH = 0.5
 
@@ -146,8 +161,14 @@ SOURCES = {
 def text(facts: dict) -> str:
     """The card for these facts."""
     judged = facts["judged"]
-    drawn = {steps: row for steps, row in judged.items() if steps.isdigit()}
-    worst = min(row["top5"] for row in drawn.values())
+    sides = f"{facts['image_size']}×{facts['image_size']}"
+    known, tables, first = sides, {"": judged}, facts.get("before")
+    if first:
+        half = facts["half"]
+        smaller = f"{half['image_size']}×{half['image_size']}"
+        sides, known = f"{sides} or {smaller}", f"{sides} and {smaller}"
+        tables = {f", {facts['image_size']} pixels": judged, f", {half['image_size']} pixels": half["judged"]}
+    worst = min(row["top5"] for table in tables.values() for steps, row in table.items() if steps.isdigit())
     single, plain = facts["most_drawings"] == 1, facts["backgrounds"] == ["white"]
     unseen = facts["vae"].get("psnr_unseen")
     composition = (
@@ -159,9 +180,11 @@ def text(facts: dict) -> str:
     parameters = {name: f"{number / 1e6:.1f}" for name, number in facts["parameters"].items()}
     stages = {
         f"{stage}_{name}": facts[stage][name]
-        for stage in ("vae", "clip", "unet")
+        for stage in ("vae", "clip")
         for name in ("minutes", "budget", "steps", "loss")
     }
+    precision = facts.get("precision", "bfloat16")
+    begun = first or facts  # the recipe that the UNet was begun by
     return TEMPLATE.format(
         **stages,
         drawings=f"{sum(facts['styles'].values()):,}",
@@ -175,40 +198,52 @@ def text(facts: dict) -> str:
         sample_steps=facts["sample_steps"],
         sample_prompts=listed(facts["sample_prompts"]),
         seed=facts["seed"],
-        recipe=facts["recipe"],
+        how=TWO_COMMANDS.format(half=half["image_size"]) if first else ONE_COMMAND,
+        commands="\n".join(
+            f"python apps/train_emoji.py --recipe {recipe} --stage all"
+            for recipe in ([first["recipe"]] if first else []) + [facts["recipe"]]
+        ),
+        unet_rows="\n".join(
+            unet_row(*row)
+            for row in (
+                [("UNet and text encoder", first), (f"the same, tuned for {known}", facts["unet"])]
+                if first
+                else [("UNet and text encoder", facts["unet"])]
+            )
+        ),
+        tuning=tuning(facts) if first else "",
+        sample_sizes=f"\nFirst at {facts['image_size']} pixels, then all of them again at {half['image_size']}."
+        if first
+        else "",
         vae_parameters=parameters["vae"],
         unet_parameters=parameters["unet"],
         text_parameters=parameters["text_encoder"],
         image_parameters=parameters["image_encoder"],
         levels=", ".join(f"{side}×{side}" for side in facts["levels"]) + " latent pixels",
         vocabulary=facts["vocabulary"],
-        side=facts["image_size"],
+        sides=sides,
+        sides_known=known,
         sources="\n".join(
             WRAPPER.fill(f"- {style}: {count:,} drawings of {SOURCES[style]}.").replace("\n", "\n  ")
             for style, count in facts["styles"].items()
         ),
         composition=WRAPPER.fill(
-            f"Each picture is {composition}. Its caption is made along with it, in plain words that vary in choice "
+            f"Each image is {composition}. Its caption is made along with it, in plain words that vary in choice "
             "and order. The drawings themselves are not part of this package; their names are in `training.json`."
         ),
         machine=facts["machine"],
         software=facts["software"],
-        precision="bfloat16" if facts["machine"].endswith("CPU cores") else "float16",
-        coarse=percent(facts["coarse_until"]),
-        layout_from=percent(facts["layout"]["from"]),
-        layout_samples=percent(facts["layout"]["samples"]),
-        layout_noise=percent(1 - facts["layout"]["noise"]),
+        autocast="bf16 autocast where faster" if first else "bf16 autocast",
+        precision="in float32" if precision == "float32" else f"under {precision} autocast",
+        coarse=percent(begun["coarse_until"]),
+        layout_from=percent(begun["layout"]["from"]),
+        layout_samples=percent(begun["layout"]["samples"]),
+        layout_noise=percent(1 - begun["layout"]["noise"]),
         count=f"{facts['judged_scenes']:,}",
         references=f"{facts['reference_scenes']:,}",
         chance=f"{100 / facts['judged_scenes']:.1f}",
         chance5=f"{500 / facts['judged_scenes']:.1f}",
-        judged="\n".join(
-            [
-                judged_row("fresh renders", judged["renders"]),
-                judged_row("the same with other drawings", judged["mistaken"]),
-            ]
-            + [judged_row(f"drawn in {steps} steps", row) for steps, row in drawn.items()]
-        ),
+        judged="\n".join(row for size, table in tables.items() for row in judged_rows(table, size)),
         psnr=facts["vae"]["psnr"],
         psnr_unseen=f", {unseen} dB on scenes of {facts['held_out']} drawings it never saw" if unseen else "",
         colour_error=facts["vae"]["colour_error"],
@@ -221,6 +256,35 @@ def text(facts: dict) -> str:
         else f"More than {facts['most_drawings']} things, the same thing more than once, relations other than beside "
         "and above, text.",
     )
+
+
+def tuning(facts: dict) -> str:
+    """What tuning did, for the list of the stages."""
+    words = TUNING.format(
+        side=facts["image_size"],
+        half=facts["half"]["image_size"],
+        batch=facts["batch"],
+        half_batch=facts["half"]["batch"],
+        layout_samples=percent(facts["layout"]["samples"]),
+        layout_noise=percent(1 - facts["layout"]["noise"]),
+        half_layout_noise=percent(1 - facts["half"]["layout_noise"]),
+        hold=percent(facts["hold_until"]),
+    )
+    return WRAPPER.fill(words.replace("\n", " ")).replace("\n", "\n  ") + "\n"
+
+
+def unet_row(label: str, stage: dict) -> str:
+    """A row of the table of stages."""
+    return f"| {label} | {stage['minutes']} of {stage['budget']} min | {stage['steps']} | {stage['loss']} |"
+
+
+def judged_rows(table: dict[str, dict[str, float]], size: str) -> list[str]:
+    """Rows for renders and for what was drawn, at one size."""
+    return [
+        judged_row(f"fresh renders{size}", table["renders"]),
+        judged_row(f"the same with other drawings{size}", table["mistaken"]),
+        *(judged_row(f"drawn in {steps} steps{size}", row) for steps, row in table.items() if steps.isdigit()),
+    ]
 
 
 def judged_row(label: str, row: dict[str, float]) -> str:

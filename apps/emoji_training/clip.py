@@ -35,7 +35,7 @@ from .vae import load_vae, reconstruct
 # Pixels enter the encoder between -1 and 1, as they do the VAE.
 PIXEL_MEAN = PIXEL_DEVIATION = [0.5, 0.5, 0.5]
 LARGEST_LOGIT_SCALE = 100.0  # CLIP's own bound
-THROUGH_VAE = 128  # one picture in so many: it costs far more than the encoder itself
+THROUGH_VAE = 128  # one image in so many: it costs far more than the encoder itself
 
 
 def build_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -57,7 +57,7 @@ def build_clip(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_processor(recipe: Recipe) -> CLIPImageProcessor:
-    """What turns pictures of any size into the encoder's input."""
+    """What turns images of any size into the encoder's input."""
     size = recipe.clip_size
     return CLIPImageProcessor(
         size={"shortest_edge": size},
@@ -67,9 +67,9 @@ def build_processor(recipe: Recipe) -> CLIPImageProcessor:
     )
 
 
-def shrink(pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """Pictures in the encoder's size, as its processor makes them smaller."""
-    return F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp_(-1, 1)
+def shrink(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images in the encoder's size, as its processor makes them smaller."""
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp_(-1, 1)
 
 
 class CaptionedScenes(Dataset):
@@ -91,7 +91,7 @@ class CaptionedScenes(Dataset):
         return scenes, tokenize(self.tokenizer, texts, padding="longest")
 
 
-def draw_pictures(
+def draw_images(
     scenes: list[Scene], small: Sprites, large: Sprites, vae: AutoencoderKL, recipe: Recipe
 ) -> torch.Tensor:
     """The scenes in the encoder's size, some of them after the VAE.
@@ -104,16 +104,16 @@ def draw_pictures(
     return torch.cat([shrink(decoded, recipe.clip_size), *rest])
 
 
-def vary(pictures: torch.Tensor) -> torch.Tensor:
-    """A little blur and noise, each on half of the pictures, so that no single pixel decides."""
-    coins = torch.rand(2, len(pictures), 1, 1, 1, device=pictures.device) < 0.5
-    pictures = torch.where(coins[0], F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False), pictures)
-    return torch.where(coins[1], pictures + 0.1 * torch.randn_like(pictures), pictures)
+def vary(images: torch.Tensor) -> torch.Tensor:
+    """A little blur and noise, each on half of the images, so that no single pixel decides."""
+    coins = torch.rand(2, len(images), 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(coins[0], F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False), images)
+    return torch.where(coins[1], images + 0.1 * torch.randn_like(images), images)
 
 
-def embed_pictures(model: CLIPModel, pictures: torch.Tensor) -> torch.Tensor:
-    """Features of pictures in the encoder's size, (pictures, width)."""
-    return model.visual_projection(model.vision_model(pixel_values=pictures).pooler_output)
+def embed_images(model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
+    """Features of images in the encoder's size, (images, width)."""
+    return model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
 
 
 def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -127,7 +127,7 @@ def embed_tokens(model: CLIPModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss: each picture is to find its own text among all in the batch, and each text its picture.
+    """CLIP's loss: each image is to find its own text among all in the batch, and each text its image.
 
     Source: A. Radford et al.: Learning Transferable Visual Models From Natural Language Supervision (ICML 2021).
     """
@@ -162,10 +162,10 @@ def train_clip(sprites: Sprites, recipe: Recipe, folder: Path, minutes: float, r
     )
     progress = Progress("clip", state, minutes, recipe.log_steps)
     for fraction, (scenes, tokens) in zip(progress, batches, strict=False):
-        pictures = draw_pictures(scenes, small, large, vae, recipe)
+        images = draw_images(scenes, small, large, vae, recipe)
         set_rate(optimizer, learning_rate(recipe.clip_lr, fraction, state["step"], recipe.warmup_steps))
         with autocast(device):
-            image_states = embed_pictures(model, vary(pictures))
+            image_states = embed_images(model, vary(images))
             text_states = embed_tokens(model, tokens.to(device))
         loss = contrastive_loss(image_states.float(), text_states.float(), model.logit_scale.exp())
         descend(loss, optimizer)

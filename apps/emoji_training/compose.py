@@ -16,7 +16,7 @@ PIXELS_AT_ONCE = 2**24  # bounds the memory
 
 
 def compose(scenes: Sequence[Scene], sprites: Sprites, side: int) -> torch.Tensor:
-    """The scenes as pictures between -1 and 1, (scenes, 3, side, side), on the sprites' device."""
+    """The scenes as images between -1 and 1, (scenes, 3, side, side), on the sprites' device."""
     count = max(1, PIXELS_AT_ONCE // (OVERSAMPLING * side) ** 2)
     parts = [
         F.avg_pool2d(_compose(scenes[start : start + count], sprites, OVERSAMPLING * side), OVERSAMPLING)
@@ -27,7 +27,7 @@ def compose(scenes: Sequence[Scene], sprites: Sprites, side: int) -> torch.Tenso
 
 def _compose(scenes: Sequence[Scene], sprites: Sprites, side: int) -> torch.Tensor:
     """The scenes between 0 and 1, without averaging."""
-    device = sprites.pictures.device
+    device = sprites.images.device
     canvas = draw_backgrounds([scene.background for scene in scenes], side, device)
     for layer in range(max(len(scene.things) for scene in scenes)):
         which = [number for number, scene in enumerate(scenes) if len(scene.things) > layer]
@@ -35,14 +35,14 @@ def _compose(scenes: Sequence[Scene], sprites: Sprites, side: int) -> torch.Tens
         rows = torch.tensor([thing.row for thing in things]).to(device)
         maps = torch.tensor([sampling_map(thing.x, thing.y, thing.size, thing.turn) for thing in things]).to(device)
         grid = F.affine_grid(maps, [len(things), 4, side, side], align_corners=False)
-        drawn = F.grid_sample(sprites.pictures[rows].float() / 255, grid, align_corners=False)
+        drawn = F.grid_sample(sprites.images[rows].float() / 255, grid, align_corners=False)
         index = torch.tensor(which).to(device)
         canvas[index] = drawn[:, :3] + canvas[index] * (1 - drawn[:, 3:])
     return canvas
 
 
 def sampling_map(x: float, y: float, size: float, turn: float) -> list[list[float]]:
-    """The affine map from a picture's coordinates to a sprite's, both from -1 to 1, as `affine_grid` takes it."""
+    """The affine map from an image's coordinates to a sprite's, both from -1 to 1, as `affine_grid` takes it."""
     cos, sin = math.cos(math.radians(turn)) / size, math.sin(math.radians(turn)) / size
     middle_x, middle_y = 2 * x - 1, 2 * y - 1
     return [

@@ -1,6 +1,7 @@
 """What the finished model is measured by; every number in its card comes from here."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from transformers import CLIPModel
 from agentsd.bench.set_metrics import ReferenceSet, clip_scores
 
 from .captions import Captions, distinct_scenes
-from .clip import embed_pictures, embed_texts, shrink
+from .card import judged_row
+from .clip import embed_images, embed_texts, load_clip, shrink
 from .compose import compose
+from .images import colour_error, psnr, to_bytes, to_float
 from .loop import pick_device
-from .pictures import colour_error, psnr, to_bytes, to_float
 from .recipe import Recipe
 from .scenes import Scene, SceneSource
 from .sprites import Sprites
-from .unet import generate
+from .text import load_tokenizer
+from .unet import generate, load_trained
 from .vae import reconstruct
 
 
@@ -33,7 +36,7 @@ class Judged:
 
 
 def render(scenes: list[Scene], sprites: Sprites, recipe: Recipe) -> torch.Tensor:
-    """uint8 pictures of scenes, on the CPU."""
+    """uint8 images of scenes, on the CPU."""
     parts = (scenes[start : start + 32] for start in range(0, len(scenes), 32))
     return torch.cat([to_bytes(compose(part, sprites, recipe.image_size)).cpu() for part in parts])
 
@@ -56,18 +59,17 @@ def with_others_drawn(scene: Scene, source: SceneSource) -> Scene:
 
 
 @torch.no_grad()
-def features(clip: CLIPModel, pictures: torch.Tensor) -> np.ndarray:
-    """The image encoder's features of uint8 pictures."""
+def features(clip: CLIPModel, images: torch.Tensor) -> np.ndarray:
+    """The image encoder's features of uint8 images."""
     size = clip.config.vision_config.image_size
     parts = [
-        embed_pictures(clip, shrink(to_float(part.to(clip.device)), size)).double().cpu()
-        for part in pictures.split(32)
+        embed_images(clip, shrink(to_float(part.to(clip.device)), size)).double().cpu() for part in images.split(32)
     ]
     return torch.cat(parts).numpy()
 
 
 def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> ReferenceSet:
-    """Features of fresh renders, which sets of drawn pictures are compared with."""
+    """Features of fresh renders, which sets of drawn images are compared with."""
     source, count = SceneSource(sprites.icons, recipe, f"reference {recipe.seed}"), recipe.reference_scenes
     parts = [
         features(clip, render(source.draw(min(64, count - start)), sprites, recipe))
@@ -76,9 +78,16 @@ def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> Referenc
     return ReferenceSet.of(np.concatenate(parts), recipe.reference_rows)
 
 
-def hit_rates(pictures: np.ndarray, texts: np.ndarray) -> dict[str, float]:
-    """How often a picture's own text is the nearest of all, and among the five nearest."""
-    cosines = F.normalize(torch.from_numpy(pictures), dim=1) @ F.normalize(torch.from_numpy(texts), dim=1).T
+def load_reference(clip: CLIPModel, sprites: Sprites, recipe: Recipe, folder: Path) -> ReferenceSet:
+    """The features that come with the image encoder: a tuned model's stay, a new one's are measured."""
+    if recipe.tuned:
+        return ReferenceSet.load(folder / "start" / "clip" / "reference.safetensors")
+    return reference_set(clip, sprites, recipe)
+
+
+def hit_rates(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+    """How often an image's own text, that of its row, is the nearest of all, and among the five nearest."""
+    cosines = F.normalize(torch.from_numpy(images), dim=1) @ F.normalize(torch.from_numpy(texts), dim=1).T
     own = cosines.diagonal()[:, None]
     # what is as near counts as nearer, so that an encoder that sees nothing has no hits
     nearer = (cosines >= own).sum(dim=1) - 1
@@ -89,34 +98,73 @@ def hit_rates(pictures: np.ndarray, texts: np.ndarray) -> dict[str, float]:
 
 
 def judge(
-    pipe: StableDiffusionPipeline, clip: CLIPModel, judged: Judged, reference: ReferenceSet, recipe: Recipe
+    pipe: StableDiffusionPipeline,
+    clip: CLIPModel,
+    judged: Judged,
+    reference: ReferenceSet,
+    recipe: Recipe,
+    count: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Retrieval, CLIP score, FID and KID of renders, right and mistaken, and of what is drawn in so many steps."""
+    """
+    Retrieval, CLIP score, FID and KID of renders, right and mistaken, and of what is drawn in so many steps.
+
+    With a `count`, only so many captions are drawn; each is still to be found among all of them.
+    """
     with torch.no_grad():
         texts = embed_texts(clip, pipe.tokenizer, judged.prompts).double().cpu().numpy()
 
-    def rated(pictures: torch.Tensor) -> dict[str, float]:
-        rows = features(clip, pictures)
+    def rated(images: torch.Tensor) -> dict[str, float]:
+        rows = features(clip, images)
         return hit_rates(rows, texts) | {
-            "clip": round(float(np.mean(clip_scores(rows, texts))), 1),
+            "clip": round(float(np.mean(clip_scores(rows, texts[: len(rows)]))), 1),
             "fid": round(reference.frechet_distance(rows), 2),
             "kid": round(reference.kernel_distance(rows), 4),
         }
 
     drawn = {
-        str(steps): rated(generate(pipe, judged.prompts, steps, recipe, recipe.seed + 1000))
+        str(steps): rated(generate(pipe, judged.prompts[:count], steps, recipe, recipe.seed + 1000))
         for steps in recipe.judged_steps
     }
     return {"renders": rated(judged.renders), "mistaken": rated(judged.mistaken), **drawn}
 
 
+def judge_sizes(
+    pipe: StableDiffusionPipeline,
+    clip: CLIPModel,
+    reference: ReferenceSet,
+    sprites: Sprites,
+    recipe: Recipe,
+    count: int | None = None,
+) -> dict[int, dict[str, dict[str, float]]]:
+    """The values of [`judge`] for each size that the recipe judges at."""
+    values = {}
+    for sized in recipe.judged_sizes():
+        judged = draw_judged(sprites if sized is recipe else sprites.smaller(sized.sprite_size), sized)
+        values[sized.image_size] = judge(pipe, clip, judged, reference, sized, count)
+    return values
+
+
+def judge_stage(sprites: Sprites, recipe: Recipe, folder: Path, count: int | None = None) -> None:
+    """Print what the card would say of the last checkpoint in `folder`/unet; from `count` drawn images, if given."""
+    tokenizer = load_tokenizer(sprites.icons, recipe, folder)
+    pipe, state = load_trained(tokenizer, recipe, folder, unfinished=True)
+    clip = load_clip(tokenizer, recipe, folder)[0]
+    sprites = sprites.to(pick_device())
+    values = judge_sizes(pipe, clip, load_reference(clip, sprites, recipe, folder), sprites, recipe, count)
+    print(f"step {state['step']}, {state['elapsed'] / 60:.0f} min")
+    for size, rows in values.items():
+        for name, row in rows.items():
+            label = f"drawn in {name} steps" if name.isdigit() else name
+            print(judged_row(f"{label}, {size}×{size}", row))
+
+
 def vae_quality(pipe: StableDiffusionPipeline, judged: Judged, unseen: Sprites | None, recipe: Recipe) -> dict:
     """Mean PSNR and colour error on fresh scenes, and PSNR on scenes of drawings never seen."""
 
-    def through(pictures: torch.Tensor) -> torch.Tensor:
+    def through(images: torch.Tensor) -> torch.Tensor:
         device = pick_device()
         return torch.cat(
-            [to_bytes(reconstruct(pipe.vae, to_float(part.to(device)))).cpu() for part in pictures.split(16)]
+            [to_bytes(reconstruct(pipe.vae, to_float(part.to(device)))).cpu() for part in images.split(16)]
         )
 
     renders = judged.renders[:128]

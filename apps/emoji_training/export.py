@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -13,12 +14,12 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from . import card
 from .clip import build_processor, load_clip
-from .evaluate import draw_judged, judge, reference_set, vae_quality
-from .loop import load_weights, pick_device
-from .pictures import picture_grid
+from .evaluate import draw_judged, judge_sizes, load_reference, vae_quality
+from .images import image_grid
+from .loop import half_pays, load_weights, pick_device
 from .recipe import Recipe
 from .sprites import Sprites
-from .text import build_tokenizer
+from .text import load_tokenizer
 from .unet import generate, load_trained, sample_prompts
 from .vae import build_vae
 
@@ -28,20 +29,30 @@ import matplotlib.pyplot as plt
 
 
 SHARD = "14MB"
-SAMPLE_SIDE = 128  # pixels of a picture in the sample grid
+SAMPLE_SIDE = 128  # pixels of an image in the sample grid
 
 
 def export(
-    sprites: Sprites, unseen: Sprites | None, recipe: Recipe, recipe_name: str, folder: Path, out: Path
+    sprites: Sprites,
+    unseen: Sprites | None,
+    recipe: Recipe,
+    recipe_name: str,
+    folder: Path,
+    out: Path,
+    unfinished: bool = False,
 ) -> None:
     """Write the trained model in `folder` to `out` in half precision, measure what was written, write the card."""
     device = pick_device()
-    tokenizer = build_tokenizer(sprites.icons, recipe)
-    trained, unet_state = load_trained(tokenizer, recipe, folder)
+    tokenizer = load_tokenizer(sprites.icons, recipe, folder)
+    trained, unet_state = load_trained(tokenizer, recipe, folder, unfinished)
     vae_state = load_weights(build_vae(recipe), folder / "vae", "vae")
     clip, clip_state = load_clip(tokenizer, recipe, folder)
     save_model(trained, out)
-    save_clip(clip, tokenizer, recipe, out / "clip")
+    if recipe.tuned:
+        for part, kept in (("clip", folder / "start" / "clip"), ("tokenizer", folder / "tokenizer")):
+            shutil.copytree(kept, out / part, dirs_exist_ok=True)
+    else:
+        save_clip(clip, tokenizer, recipe, out / "clip")
 
     pipe = StableDiffusionPipeline.from_pretrained(out).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -49,9 +60,9 @@ def export(
         part.to(memory_format=torch.channels_last)
     clip = CLIPModel.from_pretrained(out / "clip", use_safetensors=True).to(device).eval()
     sprites = sprites.to(device)
-    reference = reference_set(clip, sprites, recipe)
+    reference = load_reference(clip, sprites, recipe, folder)
     reference.save(out / "clip" / "reference.safetensors")
-    judged = draw_judged(sprites, recipe)
+    judged, values = draw_judged(sprites, recipe), judge_sizes(pipe, clip, reference, sprites, recipe)
     samples = sample_prompts(sprites, recipe, recipe.sample_scenes, recipe.seed)
     facts = {
         "recipe": recipe_name,
@@ -65,7 +76,7 @@ def export(
         | vae_quality(pipe, judged, unseen.to(device) if unseen is not None else None, recipe),
         "clip": stage_facts(clip_state),
         "unet": stage_facts(unet_state),
-        "judged": judge(pipe, clip, judged, reference, recipe),
+        "judged": values.pop(recipe.image_size),
         "judged_scenes": len(judged.prompts),
         "reference_scenes": recipe.reference_scenes,
         "guidance": recipe.guidance,
@@ -85,12 +96,25 @@ def export(
             "noise": recipe.layout_noise,
         },
         "seed": recipe.seed,
+        "precision": "float16" if device.type == "cuda" else "bfloat16" if half_pays() else "float32",
         "machine": f"{os.cpu_count()} CPU cores" if device.type == "cpu" else torch.cuda.get_device_name(),
         "software": f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}",
     }
-    pictures = generate(pipe, samples, recipe.sample_steps, recipe, recipe.seed)
-    small = F.interpolate(pictures.float(), size=SAMPLE_SIDE, mode="area").round().to(torch.uint8)
-    picture_grid(small, 8).quantize(256).save(out / "samples.png", optimize=True)
+    if recipe.tuned:
+        facts |= {
+            "before": unet_state["before"],
+            "half": {
+                "image_size": recipe.image_size // 2,
+                "judged": values.pop(recipe.image_size // 2),
+                "batch": recipe.half_batch,
+                "layout_noise": recipe.half_layout_noise,
+            },
+            "batch": recipe.unet_batch,
+            "hold_until": recipe.hold_until,
+        }
+    images = [generate(pipe, samples, sized.sample_steps, sized, sized.seed) for sized in recipe.judged_sizes()]
+    small = [F.interpolate(part.float(), size=SAMPLE_SIDE, mode="area").round().to(torch.uint8) for part in images]
+    image_grid(torch.cat(small), 8).quantize(256).save(out / "samples.png", optimize=True)
     plot_losses(vae_state["log"], clip_state["log"], unet_state["log"], out / "loss.png")
     for weights in out.rglob("*.safetensors"):
         weights.chmod(0o644)  # they are written for the owner alone, and a package is for everybody
@@ -139,8 +163,20 @@ def stage_facts(state: dict) -> dict:
         "steps": state["step"],
         "minutes": round(state["elapsed"] / 60, 1),
         "budget": round(state["budget"], 1),
-        "loss": round(sum(last) / len(last), 4) if last else None,
+        "loss": round(sum(last) / len(last), 4) if last else state.get("loss"),
+        "log": thinned(state["log"]),
     }
+
+
+def thinned(log: list[dict], rows: int = 200) -> list[dict]:
+    """At most so many rows of a log, each the mean of its neighbours, to go on from and to plot."""
+    size = -(-len(log) // rows)
+    parts = [log[start : start + size] for start in range(0, len(log), max(1, size))]
+    return [
+        {"step": part[-1]["step"]}
+        | {key: round(sum(row[key] for row in part) / len(part), 4) for key in ("minutes", "loss")}
+        for part in parts
+    ]
 
 
 def plot_losses(vae_log: list[dict], clip_log: list[dict], unet_log: list[dict], path: Path) -> None:
@@ -150,8 +186,9 @@ def plot_losses(vae_log: list[dict], clip_log: list[dict], unet_log: list[dict],
         "text and image encoder: contrastive loss": clip_log,
         "UNet: v-prediction error": unet_log,
     }
-    figure, axes = plt.subplots(1, len(logs), figsize=(12, 3), layout="constrained")
-    for axis, (title, log) in zip(axes, logs.items(), strict=True):
+    logs = {title: log for title, log in logs.items() if log}  # a tuned model's earlier stages left none
+    figure, axes = plt.subplots(1, len(logs), figsize=(12, 3), layout="constrained", squeeze=False)
+    for axis, (title, log) in zip(axes[0], logs.items(), strict=True):
         minutes, losses = [row["minutes"] for row in log], [row["loss"] for row in log]
         axis.plot(minutes, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
         axis.plot(minutes, smooth(losses), color="tab:blue")

@@ -1,5 +1,6 @@
 """What the training stages share: the clock, checkpoints, the loss log."""
 
+import functools
 import json
 import math
 import os
@@ -18,16 +19,28 @@ from .archives import DataError
 
 
 class Clock:
-    """Training time as a part of the minutes given; the learning rate follows it, so any budget ends annealed."""
+    """
+    Training time as a part of the minutes given; the learning rate follows it, so any budget ends annealed.
+
+    On a CPU, a step counts for no more than the processor time that it took: a process that was stopped for a while,
+    or that others left little time to, goes on where it was.
+    """
 
     def __init__(self, minutes: float, elapsed: float = 0.0):
         self.budget = minutes * 60.0
-        self.started = time.monotonic() - elapsed
+        self.elapsed = elapsed  # seconds trained so far, earlier runs included
+        self.last = self.now()
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds trained so far, earlier runs included."""
-        return time.monotonic() - self.started
+    @staticmethod
+    def now() -> tuple[float, ...]:
+        """What the clocks show that a step's time is taken by, the least of them counting."""
+        return (time.monotonic(), time.process_time()) if pick_device().type == "cpu" else (time.monotonic(),)
+
+    def end_step(self) -> None:
+        """Count the time since the last step."""
+        now = self.now()
+        self.elapsed += min(after - before for after, before in zip(now, self.last, strict=True))
+        self.last = now
 
     @property
     def fraction(self) -> float:
@@ -35,8 +48,9 @@ class Clock:
         return min(1.0, self.elapsed / self.budget) if self.budget > 0 else 1.0
 
 
-def learning_rate(peak: float, fraction: float, step: int, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then a cosine over the time budget, down to 1 % of the peak."""
+def learning_rate(peak: float, fraction: float, step: int, warmup: int, hold: float = 0.0) -> float:
+    """Linear warm-up over `warmup` steps, the peak until `hold`, then a cosine over the rest, down to 1 %."""
+    fraction = max(0.0, fraction - hold) / (1.0 - hold)
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * fraction)))
 
 
@@ -85,6 +99,7 @@ class Progress:
     def end_step(self, losses: dict[str, torch.Tensor]) -> None:
         """Count a step; now and then log the mean losses. Only then are they read, since a GPU waits for that."""
         self.state["step"] += 1
+        self.clock.end_step()
         self.state["elapsed"] = self.clock.elapsed
         self.recent.append({name: loss.detach() for name, loss in losses.items()})
         if self.state["step"] % self.log_steps == 0 or self.state["step"] == 1:
@@ -137,21 +152,33 @@ class Checkpoint:
         return None
 
 
-def load_weights(model: nn.Module, stage_folder: Path, name: str) -> dict:
-    """Load one model of a finished stage, return the stage's state."""
+def load_weights(model: nn.Module, stage_folder: Path, name: str, unfinished: bool = False) -> dict:
+    """Load one model of a finished stage, or of one that is under way if that will do; return the stage's state."""
     stage = stage_folder.name
     if not (stage_folder / "state.json").is_file():
         raise DataError(f"nothing trained in {stage_folder}: run --stage {stage} first")
     state = json.loads((stage_folder / "state.json").read_text())
-    if not state.get("finished"):
+    if not state.get("finished") and not unfinished:
         raise DataError(f"the training in {stage_folder} was interrupted: run --stage {stage} --resume first")
     model.load_state_dict(load_file(stage_folder / f"{name}.safetensors"))
     return state
 
 
+@functools.cache
+def half_pays() -> bool:
+    """Whether this CPU multiplies matrices faster in bf16 than in fp32: of those that can do both, not all do."""
+    best: dict[torch.dtype, float] = {}
+    for dtype in [torch.float32, torch.bfloat16] * 20:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        started = time.process_time()  # not the time of day: the machine may have other work to do
+        matrix @ matrix
+        best[dtype] = min(best.get(dtype, math.inf), time.process_time() - started)
+    return best[torch.bfloat16] < best[torch.float32]
+
+
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where it pays: two to three times faster than fp32 on CPUs with AVX512-bf16 and on GPUs."""
-    return torch.autocast(device.type, torch.bfloat16)
+    """bf16 where it pays: two to three times faster than fp32 on CPUs that have the instructions, and on GPUs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or half_pays())
 
 
 def pick_device() -> torch.device:

@@ -11,6 +11,7 @@ class Recipe:
 
     seed: int = 0
     image_size: int = 512
+    tuned: bool = False  # from the model that ships, whose VAE, image encoder and tokenizer stay: see start.py
     compiled: bool = True  # torch.compile, where there is a GPU
 
     # What is drawn: see scenes.py
@@ -32,12 +33,12 @@ class Recipe:
         }
     )
 
-    # VAE: early steps see square crops (more pictures a second), late steps whole pictures, because group
-    # normalisation averages over the picture and a VAE trained on crops alone gets whole pictures' colours wrong.
+    # VAE: early steps see square crops (more images a second), late steps whole images, because group
+    # normalisation averages over the image and a VAE trained on crops alone gets whole images' colours wrong.
     vae_channels: tuple[int, ...] = (32, 48, 64, 96)
     vae_groups: int = 8
     vae_crop: int = 256
-    vae_batch: int = 48  # of crops; whole pictures come in batches of the same number of pixels
+    vae_batch: int = 48  # of crops; whole images come in batches of the same number of pixels
     vae_lr: float = 1e-3
     vae_gradient_weight: float = 0.5
     vae_colour_weight: float = 1.0
@@ -67,15 +68,20 @@ class Recipe:
     unet_lr: float = 1e-3
     unet_batch: int = 128
     unet_pool: int = 16384  # encoded scenes that batches are taken from …
-    unet_fresh: int = 12  # … and how many of them each step replaces
+    unet_fresh: float = 12  # … and how many of them each step replaces
     unet_minutes: float = 11.5
-    # Small pictures first, four at the price of one: what is to be drawn is learnt from many, its detail later.
+    # Small images first, four at the price of one: what is to be drawn is learnt from many, its detail later.
     coarse_until: float = 0.35  # part of the time
     # What is drawn where is decided while there is almost only noise, and is learned last: after this part of the
     # time, most samples of a batch come from the noisiest part of the range.
     layout_from: float = 0.55
     layout_samples: float = 0.65
     layout_noise: float = 0.65
+    # Or both sizes throughout: so many images of half the side in each step, and the part of the range that decides
+    # what is drawn where at that side. An image with four times the pixels takes four times the noise to hide it.
+    half_batch: int = 0
+    half_layout_noise: float = 0.65
+    hold_until: float = 0.0  # part of the time at the full learning rate, before it falls
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
 
@@ -93,11 +99,17 @@ class Recipe:
     reference_rows: int = 1000
     sample_scenes: int = 64
     sample_steps: int = 20
+    judged_halves: bool = False  # at half the side, too
 
     @property
     def latent_size(self) -> int:
-        """Side of the latent picture: three downsamplings."""
+        """Side of the latent image: three downsamplings."""
         return self.image_size // 8
+
+    def judged_sizes(self) -> list["Recipe"]:
+        """The recipe for each size that the model is judged at."""
+        half = replace(self, image_size=self.image_size // 2, sprite_size=self.sprite_size // 2)
+        return [self, half] if self.judged_halves else [self]
 
 
 FULL = Recipe()
@@ -141,6 +153,31 @@ SMALL = replace(
     sample_scenes=24,
 )
 
+# The small model, tuned to draw 512 pixels as well as 256: eight hours on two CPU cores, in any number of parts. Sizes
+# and noise levels are mixed alike at all times, so that the averaged weights are good whenever a part ends.
+NATIVE512 = replace(
+    SMALL,
+    image_size=512,
+    sprite_size=512,
+    tuned=True,
+    unet_lr=4e-4,
+    unet_batch=6,
+    half_batch=12,
+    unet_pool=768,
+    unet_fresh=0.4,
+    unet_minutes=480.0,
+    coarse_until=0.0,
+    layout_from=0.0,
+    layout_samples=0.65,
+    layout_noise=0.78,
+    hold_until=0.7,
+    ema_decay=0.999,
+    warmup_steps=100,
+    sample_seconds=2400.0,
+    sample_scenes=16,
+    judged_halves=True,
+)
+
 # Toy sizes of the full recipe, to try the whole chain in seconds.
 TINY = replace(
     FULL,
@@ -177,4 +214,4 @@ TINY = replace(
     sample_seconds=0.0,
 )
 
-RECIPES: dict[str, Recipe] = {"full": FULL, "small": SMALL, "tiny": TINY}
+RECIPES: dict[str, Recipe] = {"full": FULL, "small": SMALL, "native512": NATIVE512, "tiny": TINY}

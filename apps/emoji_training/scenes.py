@@ -30,7 +30,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """A drawing in a scene: its row among the sprites, centre and size in parts of the picture's side, and turn."""
+    """A drawing in a scene: its row among the sprites, centre and size in parts of the image's side, and turn."""
 
     row: int
     name: str
@@ -47,12 +47,12 @@ class Background:
     pattern: str
     colours: tuple[str, ...]
     angle: float  # degrees
-    period: float  # in parts of the picture's side
+    period: float  # in parts of the image's side
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture, described."""
+    """One image, described."""
 
     style: str
     things: tuple[Thing, ...]

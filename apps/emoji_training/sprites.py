@@ -23,21 +23,19 @@ from .archives import DataError, Icon
 
 @dataclass
 class Sprites:
-    """Rendered drawings: `pictures` is uint8, (icons, 4, side, side), the colours already multiplied by alpha."""
+    """Rendered drawings: `images` is uint8, (icons, 4, side, side), the colours already multiplied by alpha."""
 
     icons: list[Icon]
-    pictures: torch.Tensor
+    images: torch.Tensor
 
     def smaller(self, side: int) -> "Sprites":
         """The same drawings at a smaller side, averaged, so that small scenes need not skip pixels."""
-        parts = [
-            F.adaptive_avg_pool2d(part.float(), side).round_().to(torch.uint8) for part in self.pictures.split(64)
-        ]
+        parts = [F.adaptive_avg_pool2d(part.float(), side).round_().to(torch.uint8) for part in self.images.split(64)]
         return Sprites(self.icons, torch.cat(parts))
 
     def to(self, device: torch.device) -> "Sprites":
         """The same drawings on another device."""
-        return Sprites(self.icons, self.pictures.to(device))
+        return Sprites(self.icons, self.images.to(device))
 
 
 def render(icon: Icon, side: int) -> np.ndarray:
@@ -61,8 +59,8 @@ def render_sprites(icons: list[Icon], side: int) -> Sprites:
     """Render all drawings, on all cores: in processes, since the renderer does not let go of Python's lock."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = pool.map(partial(render, side=side), icons, chunksize=8)
-        pictures = np.stack(list(tqdm(jobs, total=len(icons), desc="render", unit="img")))
-    return Sprites(icons, torch.from_numpy(pictures))
+        images = np.stack(list(tqdm(jobs, total=len(icons), desc="render", unit="img")))
+    return Sprites(icons, torch.from_numpy(images))
 
 
 def load_sprites(icons: list[Icon], side: int, file: Path) -> Sprites:
@@ -71,10 +69,10 @@ def load_sprites(icons: list[Icon], side: int, file: Path) -> Sprites:
     if file.is_file():
         with safe_open(file, framework="pt") as kept:
             if kept.metadata()["key"] == key:
-                return Sprites(icons, kept.get_tensor("pictures"))
+                return Sprites(icons, kept.get_tensor("images"))
     sprites = render_sprites(icons, side)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
-    save_file({"pictures": sprites.pictures}, unfinished, metadata={"key": key})
+    save_file({"images": sprites.images}, unfinished, metadata={"key": key})
     unfinished.replace(file)
     return sprites

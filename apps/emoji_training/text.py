@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, trainers
@@ -17,6 +18,13 @@ from .scenes import SceneSource
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 SAMPLED_CAPTIONS = 5000  # what merges are learnt from, beside the names
+
+
+def load_tokenizer(icons: Sequence[Icon], recipe: Recipe, folder: Path) -> CLIPTokenizer:
+    """The tokenizer that the stages in `folder` share: that of the model being tuned, or else a new one."""
+    if recipe.tuned:
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return build_tokenizer(icons, recipe)
 
 
 def build_tokenizer(icons: Sequence[Icon], recipe: Recipe) -> CLIPTokenizer:

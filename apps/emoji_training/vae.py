@@ -1,4 +1,4 @@
-"""Stage one: the VAE between pictures and latents of an eighth of their side."""
+"""Stage one: the VAE between images and latents of an eighth of their side."""
 
 from pathlib import Path
 
@@ -51,14 +51,13 @@ def vary(batch: torch.Tensor) -> torch.Tensor:
     return torch.where(coins[1] < 0.25, batch[rows, orders], batch)
 
 
-def windows(pictures: torch.Tensor, crop: int) -> torch.Tensor:
-    """A window of `crop` pixels out of each picture, of two at random the one with more in it."""
+def windows(images: torch.Tensor, crop: int) -> torch.Tensor:
+    """A window of `crop` pixels out of each image, of two at random the one with more in it."""
     candidates = []
     for _ in range(2):
-        corners = torch.randint(pictures.shape[-1] - crop + 1, (len(pictures), 2)).tolist()
+        corners = torch.randint(images.shape[-1] - crop + 1, (len(images), 2)).tolist()
         cut = [
-            picture[:, top : top + crop, left : left + crop]
-            for picture, (top, left) in zip(pictures, corners, strict=True)
+            image[:, top : top + crop, left : left + crop] for image, (top, left) in zip(images, corners, strict=True)
         ]
         candidates.append(torch.stack(cut))
     first, second = candidates
@@ -67,15 +66,15 @@ def windows(pictures: torch.Tensor, crop: int) -> torch.Tensor:
 
 
 def draw_batch(source: SceneSource, sprites: Sprites, recipe: Recipe, fraction: float) -> torch.Tensor:
-    """Crops early, whole pictures late; both cost the same time."""
+    """Crops early, whole images late; both cost the same time."""
     whole = float(torch.rand(())) < 2.0 * fraction - 0.4
     count = recipe.vae_batch * recipe.vae_crop**2 // recipe.image_size**2 if whole else recipe.vae_batch
-    pictures = compose(source.draw(max(1, count)), sprites, recipe.image_size)
-    return vary(pictures if whole else windows(pictures, recipe.vae_crop))
+    images = compose(source.draw(max(1, count)), sprites, recipe.image_size)
+    return vary(images if whole else windows(images, recipe.vae_crop))
 
 
 def vae_loss(output: torch.Tensor, target: torch.Tensor, kl: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """L1 for the picture, L1 of its gradients for sharp edges, L1 of colours, a small KL.
+    """L1 for the image, L1 of its gradients for sharp edges, L1 of colours, a small KL.
 
     The colour term compares 4-pixel averages, and their colour differences three times over: light and dark are
     learnt first and hue last, so on a short budget hue needs the push.
@@ -102,7 +101,7 @@ def kl_loss(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
 
 
 def scaffold_loss(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Distance of the first three latent channels from the picture's 8-pixel colour averages.
+    """Distance of the first three latent channels from the image's 8-pixel colour averages.
 
     Left alone, the encoder fills all channels with light and dark and finds hue a thousand steps later, if at all.
     Colours that lie in the latents plainly are also easier for the UNet to get right.
@@ -150,29 +149,29 @@ def load_vae(recipe: Recipe, folder: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Latent means of pictures between -1 and 1, on their device."""
-    with autocast(pictures.device):
-        return torch.cat([vae.encode(part).latent_dist.mean.float() for part in pictures.split(64)])
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Latent means of images between -1 and 1, on their device."""
+    with autocast(images.device):
+        return torch.cat([vae.encode(part).latent_dist.mean.float() for part in images.split(64)])
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures between -1 and 1 through the VAE and back."""
-    with autocast(pictures.device):
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Images between -1 and 1 through the VAE and back."""
+    with autocast(images.device):
         return torch.cat(
-            [vae.decode(vae.encode(part).latent_dist.mean).sample.float().clamp_(-1, 1) for part in pictures.split(16)]
+            [vae.decode(vae.encode(part).latent_dist.mean).sample.float().clamp_(-1, 1) for part in images.split(16)]
         )
 
 
 @torch.no_grad()
-def standardise_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+def standardise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     """Fold a shift and a scale of each latent channel into the VAE's 1×1 convolutions.
 
     Pipelines know one scaling factor for all channels and no shift, yet white backgrounds push the means of channels
     far from zero. After this the latents have mean 0 and deviation 1, and the VAE decodes exactly as before.
     """
-    latents = encode(vae.eval(), pictures)
+    latents = encode(vae.eval(), images)
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:4] /= deviation[:, None, None, None]

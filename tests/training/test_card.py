@@ -17,5 +17,5 @@ def test_the_card_is_made_of_the_facts() -> None:
     assert (MODEL / "README.md").read_text(encoding="utf-8") == card.text(facts)
 
 
-def test_the_pictures_of_the_card_are_there() -> None:
+def test_the_images_of_the_card_are_there() -> None:
     assert {"samples.png", "loss.png"} <= {file.name for file in MODEL.iterdir()}

@@ -13,31 +13,31 @@ from toy_drawings import icons_called
 from emoji_training import clip
 from emoji_training.archives import Icon
 from emoji_training.compose import compose
-from emoji_training.pictures import to_float
+from emoji_training.images import to_float
 from emoji_training.recipe import TINY
 from emoji_training.scenes import SceneSource
 from emoji_training.sprites import load_sprites
 from emoji_training.text import build_tokenizer, tokenize
 
 
-def test_the_pictures_of_a_batch_are_in_the_order_of_its_scenes(
+def test_the_images_of_a_batch_are_in_the_order_of_its_scenes(
     icons: list[Icon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some go through the VAE, and the captions must go along."""
-    monkeypatch.setattr(clip, "reconstruct", lambda model, pictures: pictures)
+    monkeypatch.setattr(clip, "reconstruct", lambda model, images: images)
     large = load_sprites(icons, TINY.sprite_size, tmp_path / "sprites.safetensors")
     scenes = SceneSource(icons, TINY, "a").draw(4)
-    drawn = clip.draw_pictures(scenes, large.smaller(TINY.sprite_size // 2), large, None, TINY)
+    drawn = clip.draw_images(scenes, large.smaller(TINY.sprite_size // 2), large, None, TINY)
     own = clip.shrink(compose(scenes, large, TINY.image_size), TINY.clip_size)
     assert torch.cdist(drawn.flatten(1), own.flatten(1)).argmin(dim=1).tolist() == [0, 1, 2, 3]
 
 
 def test_the_processor_makes_what_the_encoder_was_trained_on() -> None:
     coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    picture = F.interpolate(coarse, 64, mode="bicubic").clamp(0, 1).mul(255).round().byte()
-    image = PIL.Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    pixels = F.interpolate(coarse, 64, mode="bicubic").clamp(0, 1).mul(255).round().byte()
+    image = PIL.Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     given = clip.build_processor(TINY)(image, return_tensors="pt").pixel_values
-    assert (given - clip.shrink(to_float(picture), TINY.clip_size)).abs().max() < 0.03  # rounding to 255 levels
+    assert (given - clip.shrink(to_float(pixels), TINY.clip_size)).abs().max() < 0.03  # rounding to 255 levels
 
 
 def test_padding_does_not_change_a_text_s_features(icons: list[Icon]) -> None:
@@ -59,7 +59,7 @@ def test_a_step_s_scenes_do_not_depend_on_who_draws_them() -> None:
         assert torch.equal(tokens, here[step][1])
 
 
-def test_the_contrastive_loss_pairs_each_picture_with_its_own_text() -> None:
+def test_the_contrastive_loss_pairs_each_image_with_its_own_text() -> None:
     images, texts = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).double().unbind()
     scale = torch.tensor(7.0, dtype=torch.float64)
     losses = []

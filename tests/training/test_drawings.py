@@ -28,7 +28,7 @@ def test_sprites_are_rendered_once(icons: list[Icon], tmp_path: Path, monkeypatc
     first = load_sprites(icons, 24, tmp_path / "sprites.safetensors")
     monkeypatch.setattr("emoji_training.sprites.render", None)
     again = load_sprites(icons, 24, tmp_path / "sprites.safetensors")
-    assert torch.equal(first.pictures, again.pictures) and first.pictures.shape == (9, 4, 24, 24)
+    assert torch.equal(first.images, again.images) and first.images.shape == (9, 4, 24, 24)
     with pytest.raises(TypeError):  # others are not taken for these
         load_sprites(icons[1:], 24, tmp_path / "sprites.safetensors")
 
@@ -38,7 +38,7 @@ def test_sprites_are_cut_out_and_smaller_ones_average_them(icons: list[Icon]) ->
     assert heart[:, 16, 16].tolist() == [0xF4, 0x43, 0x36, 255] and heart[:, 0, 0].tolist() == [0, 0, 0, 0]
     edge = (heart[3] > 0) & (heart[3] < 255)
     assert edge.any() and (heart[0][edge].int() <= heart[3][edge].int()).all(), "colours are multiplied by alpha"
-    small = Sprites(icons, torch.stack([heart])).smaller(2).pictures[0]
+    small = Sprites(icons, torch.stack([heart])).smaller(2).images[0]
     assert (
         small.float() - heart.float().unflatten(2, (2, 16)).unflatten(1, (2, 16)).mean(dim=(2, 4))
     ).abs().max() <= 1

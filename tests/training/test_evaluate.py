@@ -22,12 +22,12 @@ def test_a_mistaken_scene_has_the_same_places_and_other_drawings() -> None:
             assert icons[other.row].name == other.name not in {thing.name for thing in scene.things}
 
 
-def test_a_picture_finds_its_own_text() -> None:
+def test_a_image_finds_its_own_text() -> None:
     own = torch.eye(8, dtype=torch.float64).numpy()
     assert hit_rates(own, 3 * own) == {"top1": 1.0, "top5": 1.0}
     assert hit_rates(own, np.roll(own, 1, axis=0)) == {"top1": 0.0, "top5": 0.0}
     assert hit_rates(np.ones((8, 2)), np.ones((8, 2)))["top5"] == 0.0, "an encoder that sees nothing"
-    pictures = own.copy()
-    pictures[0] = [0.5, 1, 1, 1, 1, 0, 0, 0]  # four others are nearer
-    pictures[1] = [1, 0.5, 1, 1, 1, 1, 0, 0]  # five others are
-    assert hit_rates(pictures, own) == {"top1": 0.75, "top5": 0.875}
+    images = own.copy()
+    images[0] = [0.5, 1, 1, 1, 1, 0, 0, 0]  # four others are nearer
+    images[1] = [1, 0.5, 1, 1, 1, 1, 0, 0]  # five others are
+    assert hit_rates(images, own) == {"top1": 0.75, "top5": 0.875}

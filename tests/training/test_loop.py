@@ -16,6 +16,25 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert [loop.learning_rate(2.0, part, 10**5, 200) for part in (0.0, 0.5, 1.0)] == pytest.approx([2, 1.01, 0.02])
 
 
+def test_the_rate_can_be_held() -> None:
+    rates = [loop.learning_rate(2.0, part, 10**5, 200, hold=0.6) for part in (0.0, 0.6, 0.8, 1.0)]
+    assert rates == pytest.approx([2, 2, 1.01, 0.02])
+
+
+@pytest.mark.parametrize("device, elapsed", [("cpu", [6, 9, 10]), ("cuda", [6, 906, 907])])
+def test_a_stopped_process_loses_no_time(device: str, elapsed: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, processor = iter([100.0, 102.0, 1002.0, 1003.0]), iter([50.0, 54.0, 57.0, 59.0])
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(wall))
+    monkeypatch.setattr(loop.time, "process_time", lambda: next(processor))
+    monkeypatch.setattr(loop, "pick_device", lambda: torch.device(device))
+    clock, found = loop.Clock(minutes=1, elapsed=4.0), []
+    for _ in range(3):
+        clock.end_step()
+        found.append(clock.elapsed)
+    assert found == elapsed
+    assert clock.fraction == min(1, elapsed[-1] / 60)
+
+
 def test_the_loss_log_holds_means(capsys: pytest.CaptureFixture[str]) -> None:
     kept = loop.new_state()
     progress = loop.Progress("stage", kept, minutes=1, log_steps=3)

@@ -8,7 +8,7 @@ from train_emoji import parse, stage_minutes
 from agentsd.models.unet import find_layers
 from emoji_training import clip, unet, vae
 from emoji_training.archives import Icon
-from emoji_training.recipe import FULL, SMALL
+from emoji_training.recipe import FULL, NATIVE512, SMALL
 from emoji_training.text import build_tokenizer
 
 
@@ -32,3 +32,16 @@ def test_the_full_model_has_the_sizes_that_were_asked_for(icons: list[Icon]) -> 
     text = FULL.vocabulary * FULL.text_width + sum(p.numel() for p in parts[2].text_model.parameters())
     reference = 4 * (FULL.clip_width**2 + FULL.clip_width) + 2 * FULL.reference_rows * FULL.clip_width
     assert 2 * (sum(numbers) + text) + reference < 40e6
+
+
+def test_the_tuned_model_is_the_small_one_at_two_sizes() -> None:
+    """The same weights fit both, and what it is judged by."""
+    with torch.device("meta"):
+        shapes = [
+            {name: weight.shape for name, weight in unet.build_unet(recipe).state_dict().items()}
+            for recipe in (SMALL, NATIVE512)
+        ]
+    assert shapes[0] == shapes[1]
+    sizes = [(recipe.image_size, recipe.sprite_size, recipe.judged_scenes) for recipe in NATIVE512.judged_sizes()]
+    assert sizes == [(512, 512, 128), (256, 256, 128)]
+    assert [recipe.image_size for recipe in SMALL.judged_sizes()] == [256]

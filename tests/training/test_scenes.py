@@ -9,7 +9,7 @@ from toy_drawings import PLAIN, TAUGHT
 
 from emoji_training.archives import Icon
 from emoji_training.compose import compose
-from emoji_training.pictures import to_bytes
+from emoji_training.images import to_bytes
 from emoji_training.recipe import FULL, SMALL, TINY
 from emoji_training.scenes import COLOURS as PALETTE
 from emoji_training.scenes import Background, Scene, SceneSource, Thing
@@ -43,27 +43,27 @@ def test_scenes_are_the_same_for_a_seed(icons: list[Icon]) -> None:
 SQUARE = torch.tensor([255, 0, 0, 255], dtype=torch.uint8)[:, None, None].expand(4, 16, 16)
 
 
-def sprites_of(*pictures: torch.Tensor) -> Sprites:
+def sprites_of(*images: torch.Tensor) -> Sprites:
     """Sprites without a drawing behind them."""
-    return Sprites([Icon("noto", str(number), "", 1, 1) for number in range(len(pictures))], torch.stack(pictures))
+    return Sprites([Icon("noto", str(number), "", 1, 1) for number in range(len(images))], torch.stack(images))
 
 
 def test_a_drawing_lies_where_the_scene_says() -> None:
     scene = Scene("noto", (Thing(0, "0", 0.25, 0.5, 0.25, 0.0),), PLAIN)
-    picture = to_bytes(compose([scene], sprites_of(SQUARE), 64))[0]
+    image = to_bytes(compose([scene], sprites_of(SQUARE), 64))[0]
     red, teal = torch.tensor([255, 0, 0]), torch.tensor(PALETTE["teal"])
-    assert (red == picture[:, 25:39, 9:23].flatten(1).T).all()
-    picture[:, 23:41, 7:25] = teal.to(torch.uint8)[:, None, None]
-    assert (teal == picture.flatten(1).T).all()
+    assert (red == image[:, 25:39, 9:23].flatten(1).T).all()
+    image[:, 23:41, 7:25] = teal.to(torch.uint8)[:, None, None]
+    assert (teal == image.flatten(1).T).all()
 
 
 def test_a_turn_is_clockwise_and_transparent_parts_show_what_is_behind() -> None:
     upper = SQUARE.clone()
     upper[:, 8:] = 0
     scene = Scene("noto", (Thing(0, "0", 0.5, 0.5, 0.5, 90.0),), PLAIN)
-    picture = to_bytes(compose([scene], sprites_of(upper), 32))[0]
-    assert picture[:, 16, 20].tolist() == [255, 0, 0]  # what was above is on the right
-    assert picture[:, 16, 12].tolist() == list(PALETTE["teal"])
+    image = to_bytes(compose([scene], sprites_of(upper), 32))[0]
+    assert image[:, 16, 20].tolist() == [255, 0, 0]  # what was above is on the right
+    assert image[:, 16, 12].tolist() == list(PALETTE["teal"])
 
 
 def test_later_drawings_cover_earlier_ones_and_scenes_do_not_touch_each_other() -> None:

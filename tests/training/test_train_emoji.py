@@ -66,7 +66,7 @@ def test_whole_chain(archive_dir: Path, tmp_path: Path) -> None:
     assert reference.rows.shape == (TINY.reference_rows, TINY.clip_width)
 
 
-def test_small_pictures_come_first(archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_images_come_first(archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, loss, renew, renewed = set(), unet.Trainer.loss, unet.LatentPool.renew, []
 
     def remember(trainer, clean, tokens, fraction):

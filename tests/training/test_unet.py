@@ -1,4 +1,4 @@
-"""The UNet stage: what it is asked for, the pool that it learns from, and how pictures are drawn."""
+"""The UNet stage: what it is asked for, the pool that it learns from, and how images are drawn."""
 
 import itertools
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 
 from emoji_training import unet, vae
 from emoji_training.archives import Icon
-from emoji_training.recipe import FULL, SMALL, TINY
+from emoji_training.recipe import FULL, NATIVE512, SMALL, TINY
 from emoji_training.sprites import load_sprites
 from emoji_training.text import build_tokenizer, tokenize
 
@@ -52,7 +52,7 @@ def test_a_latent_comes_with_its_own_caption(
     tokenizer = build_tokenizer(icons, TINY)
     drawn, said = itertools.count(), itertools.count()
     monkeypatch.setattr(unet, "compose", lambda scenes, *_: torch.tensor([float(next(drawn)) for _ in scenes]))
-    monkeypatch.setattr(unet, "encode", lambda _, pictures: pictures[:, None, None, None].expand(-1, 4, 8, 8))
+    monkeypatch.setattr(unet, "encode", lambda _, images: images[:, None, None, None].expand(-1, 4, 8, 8))
     monkeypatch.setattr(unet.Captions, "draw", lambda *_: str(next(said)))
     pool = unet.LatentPool(sprites, replace(TINY, caption_dropout=0.0), None, tokenizer, "a")
     for _ in range(5):
@@ -62,7 +62,7 @@ def test_a_latent_comes_with_its_own_caption(
             assert torch.equal(tokens, tokenize(tokenizer, [str(int(latent[0, 0, 0]))])[0])
 
 
-def test_pictures_are_drawn_by_the_recipe_and_each_from_its_own_seed() -> None:
+def test_images_are_drawn_by_the_recipe_and_each_from_its_own_seed() -> None:
     calls = []
 
     def pipe(prompts: list[str], **options) -> SimpleNamespace:
@@ -73,6 +73,7 @@ def test_pictures_are_drawn_by_the_recipe_and_each_from_its_own_seed() -> None:
     recipe = replace(TINY, judged_batch=2, guidance=3.5)
     assert unet.generate(pipe, ["a", "b", "c"], 5, recipe, seed=7).shape == (3, 3, 4, 4)
     assert [prompts for prompts, _ in calls] == [["a", "b"], ["c"]]
+    assert {(options["height"], options["width"]) for _, options in calls} == {(64, 64)}
     assert {(options["guidance_scale"], options["num_inference_steps"]) for _, options in calls} == {(3.5, 5)}
     assert [g.initial_seed() for _, options in calls for g in options["generator"]] == [7, 8, 9]
 
@@ -85,6 +86,9 @@ def test_timesteps_cover_the_range_and_later_dwell_on_its_noisy_end(monkeypatch:
     assert late.max() < 1000
     assert sum(time >= 650 for time in late[4:].tolist()) == 12
     assert late[:4].min() < 250 <= late[:4].max()
+    whole, half = (unet.draw_times(8, 1000, NATIVE512, 0.0, half) for half in (False, True))
+    assert [sum(time >= low for time in times[3:].tolist()) for times, low in ((whole, 780), (half, 650))] == [5, 5]
+    assert half[3:].min() < 780
     monkeypatch.setattr(torch, "rand", lambda count: torch.full((count,), 1 - 2**-24))
     assert unet.draw_times(256, 1000, FULL, fraction=0.0).max() == 999, "rounding does not leave the range"
 
@@ -132,3 +136,20 @@ def test_the_pool_is_renewed_oldest_first(icons: list[Icon], tmp_path: Path) -> 
     latents, tokens = coarse.batch()
     assert latents.shape == (16, 4, 4, 4) and tokens.shape == (16, 77)
     assert coarse.next == 12 % 8, "four times as many new ones, too"
+
+
+def test_both_sizes_are_learnt_from_in_one_step(icons: list[Icon], tmp_path: Path) -> None:
+    """Each in batches of its own size, renewed now and then, and kept for the next start."""
+    sprites = load_sprites(icons, TINY.sprite_size, tmp_path / "sprites.safetensors")
+    recipe = replace(TINY, half_batch=6, unet_fresh=0.4)
+    parts = sprites, recipe, vae.build_vae(TINY).eval(), build_tokenizer(icons, TINY)
+    half, whole = (unet.LatentPool(*parts, "a", scale, tmp_path / f"{scale}.safetensors") for scale in (2, 1))
+    assert half.batch()[0].shape == (6, 4, 4, 4) and whole.batch()[0].shape == (4, 4, 8, 8)
+    began = whole.latents.clone()
+    renewed = []
+    for _ in range(5):
+        whole.renew()
+        renewed.append(whole.next)
+    assert renewed == [0, 0, 1, 1, 2], "two in five steps"
+    again = unet.LatentPool(*parts, "b", 1, tmp_path / "1.safetensors")
+    assert torch.equal(again.latents, began) and torch.equal(again.tokens[2:], whole.tokens[2:])

@@ -8,28 +8,26 @@ import torch.nn.functional as F
 
 from emoji_training import vae
 from emoji_training.archives import Icon
-from emoji_training.pictures import to_float
+from emoji_training.images import to_float
 from emoji_training.recipe import TINY
 from emoji_training.scenes import SceneSource
 from emoji_training.sprites import load_sprites
 
 
 @pytest.mark.parametrize("fraction, side", [(0.0, 32), (0.2, 32), (0.75, 64), (1.0, 64)])
-def test_crops_come_first_and_whole_pictures_last(
-    fraction: float, side: int, icons: list[Icon], tmp_path: Path
-) -> None:
+def test_crops_come_first_and_whole_images_last(fraction: float, side: int, icons: list[Icon], tmp_path: Path) -> None:
     sprites = load_sprites(icons, TINY.sprite_size, tmp_path / "sprites.safetensors")
     source = SceneSource(icons, TINY, "a")
     assert {vae.draw_batch(source, sprites, TINY, fraction).shape[-1] for _ in range(20)} == {side}
 
 
 def test_of_two_windows_the_one_with_more_in_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = torch.zeros(1, 3, 8, 8)
-    picture[..., 4:, 4:] = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    image = torch.zeros(1, 3, 8, 8)
+    image[..., 4:, 4:] = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
     for corners in ([[0, 0], [4, 4]], [[4, 4], [0, 0]]):
         drawn = iter([torch.tensor([corner]) for corner in corners])
         monkeypatch.setattr(torch, "randint", lambda *_, drawn=drawn: next(drawn))
-        assert torch.equal(vae.windows(picture, 4), picture[..., 4:, 4:])
+        assert torch.equal(vae.windows(image, 4), image[..., 4:, 4:])
 
 
 def test_the_loss_of_a_shift_in_one_colour() -> None:
@@ -78,12 +76,12 @@ def test_standardised_latents_decode_alike() -> None:
     model = vae.build_vae(TINY).eval()
     for parameter in model.quant_conv.parameters():
         torch.nn.init.normal_(parameter)
-    pictures = to_float(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+    images = to_float(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
     with torch.no_grad():
-        posterior = model.encode(pictures).latent_dist
+        posterior = model.encode(images).latent_dist
         before = model.decode(posterior.mean).sample
-        vae.standardise_latents(model, pictures)
-        standard = model.encode(pictures).latent_dist
+        vae.standardise_latents(model, images)
+        standard = model.encode(images).latent_dist
         latents = standard.mean
         after = model.decode(latents).sample
     assert (before - after).abs().max() <= 1e-2
