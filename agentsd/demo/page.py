@@ -1,7 +1,8 @@
 """The web page: compare, see what is merged, sweep over methods, look at benchmarks. Needs the extra `demo`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,22 @@ _CSS = """
 .numbers th:first-child, .numbers td:first-child, .results th:nth-child(2), .results td:nth-child(2) {
   text-align: left;
 }
+.results th, .results td { font-size: 0.85em; padding: 0.4em; }
+.results th { white-space: normal; }
 .report { overflow-x: auto; }
 .report pre { white-space: pre; }
+/* Captions below the images, in full. */
+.captioned .gallery-item { height: auto; }
+.captioned .thumbnail-lg { aspect-ratio: auto; height: auto; }
+.captioned .thumbnail-lg > img { height: auto; }
+.captioned .caption-label { border: 0; max-width: none; opacity: 1; position: static; white-space: normal; }
 /* On a narrow screen the images come before what is seldom changed. */
 @media (max-width: 768px) {
   .settings { order: 1; }
   .numbers th, .numbers td { font-size: 0.85em; padding: 0.4em; }
+  .numbers:not(.results) th, .numbers:not(.results) td { white-space: normal; }
+  .captioned .grid-container { --grid-cols: 2 !important; }
+  .plots .grid-container { --grid-cols: 1 !important; }
 }
 """
 
@@ -49,22 +60,36 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
             "# agentsd\nStable Diffusion with agent attention: the same image with and without it, how long each "
             "takes, and what changes."
         )
-        prompt = prompt_inputs(engine)
+        with gr.Column() as of_prompt:
+            prompt = prompt_inputs(engine)
         with gr.Row():
-            with gr.Column(scale=1, min_width=300, elem_classes=["settings"]):
+            with gr.Column(scale=1, min_width=300, elem_classes=["settings"]) as of_image:
                 image = [*prompt, *image_inputs(engine)]
-                patch = patch_inputs()
+                with gr.Column() as of_patch:
+                    patch = patch_inputs()
             with gr.Column(scale=2, min_width=340), gr.Tabs():
-                with gr.Tab("Compare"):
-                    compare_tab(engine, image, patch)
-                with gr.Tab("Tokens"):
-                    tokens_tab(engine, image, patch)
-                with gr.Tab("Sweep"):
-                    sweep_tab(engine, image)
-                with gr.Tab("Benchmark"):
-                    benchmark_tab(_named_results(results))
+                for name, fill, draws, patches in (
+                    ("Compare", partial(compare_tab, engine, image, patch), True, True),
+                    ("Tokens", partial(tokens_tab, engine, image, patch), True, True),
+                    ("Sweep", partial(sweep_tab, engine, image), True, False),
+                    ("Benchmark", partial(benchmark_tab, _named_results(results)), False, False),
+                ):
+                    with gr.Tab(name) as tab:
+                        fill()
+                    # Each tab shows the controls that it uses. Past the queue, which may be full.
+                    tab.select(
+                        _visibility(draws, draws, patches),
+                        outputs=[of_prompt, of_image, of_patch],
+                        queue=False,
+                        show_progress="hidden",
+                        api_visibility="private",
+                    )
         stop_on_leaving(demo, engine)
     return demo.queue(max_size=engine.limits.waiting, default_concurrency_limit=None, api_open=False)
+
+
+def _visibility(*shown: bool) -> Callable[[], list[gr.Column]]:
+    return lambda: [gr.Column(visible=is_shown) for is_shown in shown]
 
 
 def _named_results(folders: Sequence[str | Path]) -> dict[str, Path]:

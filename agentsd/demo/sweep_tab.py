@@ -46,11 +46,12 @@ def sweep_tab(engine: Engine, image: list[Any]) -> None:
     gallery = gr.Gallery(
         label="Images",
         columns=3,
-        height="auto",
+        height="max-content",
         object_fit="contain",
         format="png",
         interactive=False,
         elem_id="sweep-gallery",
+        elem_classes=["captioned"],
     )
     numbers = gr.Markdown("", elem_classes=["numbers"], elem_id="sweep-numbers")
     plot = gr.Image(
@@ -84,7 +85,7 @@ def _ratios_of(text: str) -> list[float]:
 def _caption(each: SweepRun) -> str:
     if each.method == "baseline" or each.speed_up is None:
         return each.name
-    return f"{each.name}: {each.speed_up}, {decibels(each.psnr)}"
+    return f"{each.name}: {each.speed_up}, {decibels(each.psnr)}".replace(" dB", "\N{NO-BREAK SPACE}dB")
 
 
 def _numbers(runs: Sequence[SweepRun]) -> str:
@@ -106,6 +107,7 @@ def _plot(runs: Sequence[SweepRun], request: ImageRequest) -> PIL.Image.Image:
             each.ratio,
             request.height,
             request.width,
+            rounds=1,
             of_baseline=None if each.speed_up is None else [each.speed_up.value],
             quality={"ssim": [each.ssim]},
         )

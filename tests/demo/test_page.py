@@ -247,8 +247,9 @@ def test_tokens_shows_what_was_merged_at_each_step(open_page):
     expect(image).to_have_js_property("naturalWidth", 768)
 
 
-def test_sweep_compares_methods(open_page):
-    page = open_page()
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sweep_compares_methods(open_page, width):
+    page = open_page(width, height=3000)  # images are loaded where they can be seen
     set_number(page, "Steps", 2)
     open_tab(page, "Sweep")
     page.get_by_label("Ratios").fill("0.3, 0.6")
@@ -263,10 +264,58 @@ def test_sweep_compares_methods(open_page):
     gallery = page.locator("#sweep-gallery")
     for name in names:
         expect(gallery.get_by_text(re.compile(rf"{name}: .*×, timed once, .*dB"))).to_be_visible()
+    # All images in full, without scrolling inside their box, and so are their captions.
+    page.wait_for_function(
+        """() => {
+            const gallery = document.querySelector('#sweep-gallery');
+            const box = gallery.getBoundingClientRect();
+            const images = [...gallery.querySelectorAll('img')].filter(image => image.naturalWidth === 256);
+            return images.length === 5
+                && images.every(image => {
+                    const shown = image.getBoundingClientRect();
+                    return Math.min(shown.width, shown.height) > 100 && shown.top >= box.top
+                        && shown.bottom <= box.bottom && shown.left >= box.left && shown.right <= box.right;
+                })
+                && [gallery, ...gallery.querySelectorAll('*')].every(part =>
+                    getComputedStyle(part).overflowY === 'visible' || part.scrollHeight <= part.clientHeight + 1)
+                && [...gallery.querySelectorAll('.caption-label')].every(part => part.scrollWidth <= part.clientWidth);
+        }"""
+    )
     page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500")
     page.get_by_label("Ratios").fill("0.3; 0.6")
     page.locator("#sweep-start").click()
     expect(page.get_by_text("must be numbers separated by commas")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_each_tab_shows_the_controls_that_it_uses(open_page, width):
+    page = open_page(width)
+    set_number(page, "Steps", 7)
+    set_number(page, "Ratio", 0.7)
+    page.get_by_label("Prompt", exact=True).fill("a red heart")
+    image = [
+        "Prompt",
+        "Negative prompt",
+        "Model",
+        "Seed",
+        "number input for Steps",
+        "number input for Height in pixels",
+    ]
+    patch = ["number input for Ratio", "number input for Agent phase"]
+    for name, has_image, has_patch in (
+        ("Sweep", True, False),
+        ("Benchmark", False, False),
+        ("Tokens", True, True),
+        ("Benchmark", False, False),
+        ("Compare", True, True),
+    ):
+        open_tab(page, name)
+        for labels, is_shown in ((image, has_image), (patch, has_patch)):
+            for label in labels:
+                expect(page.get_by_label(label, exact=True)).to_be_visible(visible=is_shown)
+    expect(page.get_by_label("number input for Steps", exact=True)).to_have_value("7")
+    expect(page.get_by_label("number input for Ratio", exact=True)).to_have_value("0.7")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red heart")
 
 
 def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
@@ -277,6 +326,13 @@ def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
         page.get_by_role("option").nth(number).click()
         expect(page.locator("#benchmark-table")).to_contain_text(load_result(folder).title)
         expect(page.locator("#benchmark-table tr")).to_have_count(len(load_result(folder).rows) + 1)
+        # Nothing is cut off.
+        page.wait_for_function(
+            """() => {
+                const box = document.querySelector('#benchmark-table');
+                return box.querySelector('table').scrollWidth <= box.clientWidth;
+            }"""
+        )
     expect(page.locator("#benchmark-table")).to_contain_text("attention-free")
     expect(page.locator("#benchmark-plots img").first).to_be_visible()
     upload = page.locator("#benchmark-upload input[type=file]")
