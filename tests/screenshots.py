@@ -41,6 +41,8 @@ def take(folder: Path) -> None:
             page.screenshot(path=folder / "tokens.png", full_page=True)
             open_tab(page, "Sweep")
             page.locator("#sweep-start").click()
+            expect(page.locator("#sweep-numbers table")).to_be_visible(timeout=SLOW)
+            page.locator("#sweep-plot").scroll_into_view_if_needed()  # it is loaded where it can be seen
             expect(page.locator("#sweep-plot img")).to_be_visible(timeout=SLOW)
             page.screenshot(path=folder / "sweep.png", full_page=True)
             open_tab(page, "Benchmark")

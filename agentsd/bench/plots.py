@@ -78,7 +78,8 @@ def plot_quality(rows: Sequence[Row], file: Path) -> Path:
     ring = {"marker": "o", "markersize": 14, "fillstyle": "none"}
     axes.plot(*zip(*front, strict=True), color="grey", linestyle=":", **ring, label="Pareto front")
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("speed-up over the baseline")
+    is_timed_once = all(row.rounds == 1 for row in judged)
+    axes.set_xlabel("speed-up over the baseline" + (" (timed once)" if judged and is_timed_once else ""))
     has_intervals = any(len(row.quality["ssim"]) > 1 for row in judged)
     axes.set_ylabel("SSIM to the baseline's image" + (" (95% interval)" if has_intervals else ""))
     axes.legend()

@@ -10,22 +10,22 @@ import PIL.Image
 from ..bench import BenchError, load_result
 from ..bench.plots import save_plots
 from ..utils.images import opened
-from .events import answered
+from .tab_parts import with_messages
 
 
 _FILES = ("settings.json", "environment.json", "cases.jsonl")
+# The page is not wide enough for these columns; they are in the reports.
+_LEFT_OUT = (
+    *("quartiles", "s/step", "step quartiles", "step speed-up", "launches/step"),
+    *("Δ FID", "Δ KID", "Δ CLIP score"),
+)
 _MOST_BYTES = 2**20
 _MOST_ROWS = 500
 _MOST_MODELS = 8
 
 
 def benchmark_tab(recorded: dict[str, Path]) -> None:
-    """
-    Fill the tab.
-
-    Args:
-        recorded (`dict[str, Path]`): Folders of results, by what to call them.
-    """
+    """Fill the tab with folders of results, by what to call them."""
     gr.Markdown("Results of `agentsd bench --out FOLDER`.")
     choice = gr.Dropdown(
         list(recorded), value=None, label="Recorded results", visible=bool(recorded), elem_id="benchmark-choice"
@@ -42,29 +42,30 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
         label="Plots",
         columns=2,
         fit_columns=False,
-        height="auto",
+        height="max-content",
         object_fit="contain",
         format="png",
         interactive=False,
         elem_id="benchmark-plots",
+        elem_classes=["captioned", "plots"],
     )
 
-    @answered
+    @with_messages
     def show_recorded(name: str | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
-        # A name, never a path: what visitors send cannot lead anywhere else.
+        # A name, never a path: what a page sends cannot lead anywhere else.
         return _result_shown(recorded[name], recorded[name] / "images") if name in recorded else ("", [])
 
-    @answered
+    @with_messages
     def show_uploaded(files: list[str] | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
         if not files:
             return "", []
-        asked = {Path(file).name: Path(file) for file in files if Path(file).name in _FILES}
-        if sum(file.stat().st_size for file in asked.values()) > _MOST_BYTES:
+        wanted = {Path(file).name: Path(file) for file in files if Path(file).name in _FILES}
+        if sum(file.stat().st_size for file in wanted.values()) > _MOST_BYTES:
             raise ValueError("These results are too large to show here: the limit is 1 MB.")
         with tempfile.TemporaryDirectory() as folder:
-            for name, file in asked.items():
+            for name, file in wanted.items():
                 shutil.copy(file, Path(folder) / name)
-            # Their images are not looked for: what visitors send must not name files of this machine.
+            # Their images are not looked for: an upload must not name files of this machine.
             return _result_shown(Path(folder), None)
 
     # One at a time, since plots take time that somebody else's run would miss.
@@ -78,10 +79,16 @@ def _result_shown(folder: Path, images: Path | None) -> tuple[str, list[tuple[PI
     try:
         result = load_result(folder)
     except BenchError as error:
-        # Visitors do not learn where it lies.
+        # A page does not learn where it lies.
         raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "This")) from error
     if len(result.rows) > _MOST_ROWS or len({row.model for row in result.rows}) > _MOST_MODELS:
         raise ValueError(f"Results of at most {_MOST_ROWS} rows and {_MOST_MODELS} models can be shown here.")
     with tempfile.TemporaryDirectory() as scratch:
         files = save_plots(result.rows, Path(scratch), images)
-        return result.to_markdown(), [(opened(file), file.stem) for file in files]
+        return _broken_lines(result.to_markdown(without=_LEFT_OUT)), [(opened(file), file.stem) for file in files]
+
+
+def _broken_lines(text: str) -> str:
+    """Break the cells of tables before their intervals."""
+    lines = text.splitlines()
+    return "\n".join(line.replace(" (", "<br>(") if line.startswith("|") else line for line in lines)

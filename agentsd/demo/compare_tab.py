@@ -4,13 +4,10 @@ from typing import Any
 
 import gradio as gr
 
-from ..compare import Comparison
-from ..utils.metrics import decibels, similarity
+from ..utils.progress import Progress
 from .engine import Engine
-from .events import buttons, on_start
-from .inputs import config_of, wish_of
-from .queue import Progress, Stopped
-from .texts import gain, markdown_table, seconds
+from .inputs import config_of, request_of
+from .tab_parts import GenerationButtons, markdown_table
 
 
 # The slider has no option for what its images are called.
@@ -20,16 +17,19 @@ _DESCRIBE_IMAGES = """() => {
 }"""
 
 
-def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
-    """
-    Fill the tab.
-
-    Args:
-        engine (`Engine`): What generates.
-        asked (`list[Component]`): From `prompt_inputs` and `image_inputs`.
-        patch (`list[Component]`): From `patch_inputs`.
-    """
-    start, status = buttons(engine, "Compare", "compare")
+def compare_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
+    """Fill the tab; it uses the controls of the image and of the patch."""
+    longest = engine.limits.seconds
+    seconds = gr.Slider(
+        0,
+        longest,
+        value=longest,
+        step=1,
+        label="Seconds of timing",
+        info="Both are timed in turn until a difference is clear, at most this long; 0 times each once",
+        elem_id="compare-seconds",
+    )
+    buttons = GenerationButtons(engine, "compare", "Compare")
     slider = gr.ImageSlider(
         label="Without agentsd (left) and with it (right)",
         type="pil",
@@ -50,42 +50,22 @@ def compare_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
     with gr.Accordion("What was patched", open=False):
         table = gr.Markdown("", elem_classes=["report"], elem_id="compare-report")
 
-    def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
-        wish, config = wish_of(values[: len(asked)]), config_of(values[len(asked) :])
-        try:
-            comparison, is_cached = engine.compare(visitor, wish, config, progress)
-        except Stopped:
-            return ["Stopped. Any images below are from the previous run.", *[gr.skip()] * 4]
+    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+        *of_image_and_patch, longest = values
+        request = request_of(of_image_and_patch[: len(image)])
+        config = config_of(of_image_and_patch[len(image) :])
+        comparison = engine.compare(session, request, config, longest, progress)
         for warning in comparison.warnings:
             gr.Warning(warning)
+        rows = comparison.rows()
+        per_step = rows[1]
         return [
-            _summary(comparison, is_cached),
+            f"Speed-up per step: {per_step[-1]}. {comparison.timing}",
             (comparison.baseline, comparison.agentsd),
-            _numbers(comparison, is_cached),
+            markdown_table(rows),
             gr.update(value=comparison.difference, label=f"Difference, {comparison.difference_scale} times as bright"),
             f"```text\n{comparison.report}\n```",
         ]
 
-    outputs = [status, slider, numbers, difference, table]
-    on_start(start, run, [*asked, *patch], outputs, slider, "compare").then(js=_DESCRIBE_IMAGES)
-
-
-def _summary(comparison: Comparison, is_cached: bool) -> str:
-    earlier = " The time without agentsd is from an earlier run." if is_cached else ""
-    return f"Speed-up per step: {gain(comparison.speed_up)}.{earlier}"
-
-
-def _numbers(comparison: Comparison, is_cached: bool) -> str:
-    plain, patched = comparison.baseline_run, comparison.agentsd_run
-    steps = (seconds(run.time.seconds_per_step) for run in (plain, patched))
-    totals = (seconds(run.time.total) for run in (plain, patched))
-    return markdown_table(
-        [
-            ("", "without (cached)" if is_cached else "without", "with agentsd", "speed-up"),
-            ("per step", *steps, gain(comparison.speed_up)),
-            ("total", *totals, gain(comparison.total_speed_up)),
-            ("peak memory", plain.peak, patched.peak, ""),
-            ("PSNR", "", decibels(comparison.psnr), ""),
-            ("SSIM", "", similarity(comparison.ssim), ""),
-        ]
-    )
+    running = buttons.on_start(run, [*image, *patch, seconds], [slider, numbers, difference, table], slider)
+    running.then(js=_DESCRIBE_IMAGES)

@@ -1,4 +1,4 @@
-"""What visitors set: the image, which every tab draws, and the patch."""
+"""The controls: what determines the image, and the patch."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import gradio as gr
 
 from ..config import AgentSDConfig
 from .engine import Engine
-from .requests import SIDE_UNIT, SMALLEST_SIDE, Wish
+from .requests import SIDE_UNIT, SMALLEST_SIDE, ImageRequest
 
 
 _PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tree", "a rainbow")
@@ -16,15 +16,7 @@ _SEEDS = 2**31
 
 
 def prompt_inputs(engine: Engine) -> list[gr.components.Component]:
-    """
-    What to draw, and what not.
-
-    Args:
-        engine (`Engine`): Its limits.
-
-    Returns:
-        `list[Component]`: The first part of what [`wish_of`] takes.
-    """
+    """What to draw, and what not: the first part of what [`request_of`] takes."""
     longest = engine.limits.prompt
     with gr.Row():
         prompt = gr.Textbox(
@@ -46,15 +38,7 @@ def prompt_inputs(engine: Engine) -> list[gr.components.Component]:
 
 
 def image_inputs(engine: Engine) -> list[gr.components.Component]:
-    """
-    Everything else that determines the image.
-
-    Args:
-        engine (`Engine`): Its models and limits.
-
-    Returns:
-        `list[Component]`: The second part of what [`wish_of`] takes.
-    """
+    """What else determines the image: the second part of what [`request_of`] takes."""
     limits = engine.limits
     height, width, guidance = engine.own_settings(engine.models[0])
     model = gr.Dropdown(engine.models, value=engine.models[0], label="Model")
@@ -71,22 +55,18 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
             SMALLEST_SIDE, limits.side, value=width, step=SIDE_UNIT, label="Width in pixels", min_width=120
         )
     dice.click(lambda: random.randrange(_SEEDS), outputs=[seed], queue=False, api_visibility="private")
-    model.input(engine.own_settings, [model], [rows, columns, strength], api_visibility="private")
+    # Past the queue, which may be full.
+    model.input(engine.own_settings, [model], [rows, columns, strength], queue=False, api_visibility="private")
     return [model, seed, steps, strength, rows, columns]
 
 
 def patch_inputs() -> list[gr.components.Component]:
-    """
-    What the patch is made of.
-
-    Returns:
-        `list[Component]`: For [`config_of`].
-    """
-    plain = AgentSDConfig()
+    """What the patch is made of, for [`config_of`]."""
+    default = AgentSDConfig()
     ratio = gr.Slider(
         0,
         0.95,
-        value=plain.ratio,
+        value=default.ratio,
         step=0.05,
         label="Ratio",
         info="Share of tokens merged away",
@@ -94,7 +74,7 @@ def patch_inputs() -> list[gr.components.Component]:
     until = gr.Slider(
         0,
         1,
-        value=plain.agent_until,
+        value=default.agent_until,
         step=0.05,
         label="Agent phase",
         info="Share of the noise range, from its noisy end, that uses agents; the rest only merges tokens",
@@ -102,54 +82,34 @@ def patch_inputs() -> list[gr.components.Component]:
     with gr.Accordion("More", open=False):
         levels = gr.Dropdown(
             [1, 2, 4, 8],
-            value=plain.max_downsample,
+            value=default.max_downsample,
             label="Deepest layers",
             info="Patch layers down-sampled by at most this factor",
         )
         exponent = gr.Slider(
             0,
             1,
-            value=plain.k_scale2,
+            value=default.k_scale2,
             step=0.05,
             label="k_scale2",
             info="Exponent on the softmax scale where queries read agents",
         )
         shortcut = gr.Slider(
-            0, 1, value=plain.k_shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"
+            0, 1, value=default.k_shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"
         )
-        is_random = gr.Checkbox(plain.use_rand, label="Choose each cell's destination at random")
-        cross = gr.Checkbox(plain.merge_crossattn, label="Also merge in cross-attention")
-        mlp = gr.Checkbox(plain.merge_mlp, label="Also merge in the feed-forward layers")
+        is_random = gr.Checkbox(default.use_rand, label="Choose each cell's destination at random")
+        cross = gr.Checkbox(default.merge_crossattn, label="Also merge in cross-attention")
+        mlp = gr.Checkbox(default.merge_mlp, label="Also merge in the feed-forward layers")
     return [ratio, until, levels, exponent, shortcut, is_random, cross, mlp]
 
 
-def wish_of(values: Sequence[Any]) -> Wish:
-    """
-    The image that a visitor asks for.
-
-    Args:
-        values (`Sequence[Any]`): Values of the components of [`prompt_inputs`] and [`image_inputs`].
-
-    Returns:
-        `Wish`: The image.
-    """
+def request_of(values: Sequence[Any]) -> ImageRequest:
+    """The image that the values of [`prompt_inputs`] and [`image_inputs`] ask for."""
     prompt, negative, model, seed, steps, guidance, height, width = values
-    return Wish(prompt, negative or "", model, seed, steps, guidance, height, width)
+    return ImageRequest(prompt, negative or "", model, seed, steps, guidance, height, width)
 
 
 def config_of(values: Sequence[Any]) -> AgentSDConfig:
-    """
-    The patch that a visitor asks for.
-
-    Args:
-        values (`Sequence[Any]`): Values of the components of [`patch_inputs`].
-
-    Returns:
-        `AgentSDConfig`: The patch.
-
-    Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If a value is out of range.
-    """
+    """The patch that the values of [`patch_inputs`] ask for."""
     names = "ratio agent_until max_downsample k_scale2 k_shortcut use_rand merge_crossattn merge_mlp".split()
     return AgentSDConfig.from_dict(dict(zip(names, values, strict=True)))

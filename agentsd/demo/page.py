@@ -1,7 +1,8 @@
 """The web page: compare, see what is merged, sweep over methods, look at benchmarks. Needs the extra `demo`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from ..bench import load_result
 from .benchmark_tab import benchmark_tab
 from .compare_tab import compare_tab
 from .engine import Engine
-from .events import forget_on_leaving
 from .inputs import image_inputs, patch_inputs, prompt_inputs
 from .sweep_tab import sweep_tab
+from .tab_parts import stop_on_leaving
 from .tokens_tab import tokens_tab
 
 
@@ -32,102 +33,80 @@ _CSS = """
 .numbers th:first-child, .numbers td:first-child, .results th:nth-child(2), .results td:nth-child(2) {
   text-align: left;
 }
+.results th, .results td { font-size: 0.85em; padding: 0.4em; }
+.results th { white-space: normal; }
 .report { overflow-x: auto; }
 .report pre { white-space: pre; }
+/* Captions below the images, in full. */
+.captioned .gallery-item { height: auto; }
+.captioned .thumbnail-lg { aspect-ratio: auto; height: auto; }
+.captioned .thumbnail-lg > img { height: auto; }
+.captioned .caption-label { border: 0; max-width: none; opacity: 1; position: static; white-space: normal; }
 /* On a narrow screen the images come before what is seldom changed. */
 @media (max-width: 768px) {
   .settings { order: 1; }
   .numbers th, .numbers td { font-size: 0.85em; padding: 0.4em; }
+  .numbers:not(.results) th, .numbers:not(.results) td { white-space: normal; }
+  .captioned .grid-container { --grid-cols: 2 !important; }
+  .plots .grid-container { --grid-cols: 1 !important; }
 }
 """
 
 
 def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
-    """
-    Build the web page.
-
-    Args:
-        engine (`Engine`): What generates.
-        results (`Sequence[str | Path]`): Folders of benchmark results that visitors may look at.
-
-    Returns:
-        `gradio.Blocks`: The page; [`launch_demo`] serves it.
-
-    Raises:
-        BenchError: If a folder has no results.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.demo import build_demo
-    >>> from agentsd.demo.engine import Engine
-    >>> build_demo(Engine()).title
-    'agentsd'
-    ```
-    """
-    recorded: dict[str, Path] = {}
-    times: Counter[str] = Counter()
-    for folder in map(Path, results):
-        name = f"{folder.name}: {load_result(folder).title}"
-        times[name] += 1
-        # Numbered where they are the same: visitors do not learn where they lie.
-        recorded[name if times[name] == 1 else f"{name} ({times[name]})"] = folder
+    """The web page, with folders of benchmark results to show; [`launch_demo`] serves it."""
     with gr.Blocks(title="agentsd", analytics_enabled=False, delete_cache=_DELETE_CACHE) as demo:
         gr.Markdown(
             "# agentsd\nStable Diffusion with agent attention: the same image with and without it, how long each "
             "takes, and what changes."
         )
-        prompts = prompt_inputs(engine)
+        with gr.Column() as of_prompt:
+            prompt = prompt_inputs(engine)
         with gr.Row():
-            with gr.Column(scale=1, min_width=300, elem_classes=["settings"]):
-                asked = [*prompts, *image_inputs(engine)]
-                patch = patch_inputs()
+            with gr.Column(scale=1, min_width=300, elem_classes=["settings"]) as of_image:
+                image = [*prompt, *image_inputs(engine)]
+                with gr.Column() as of_patch:
+                    patch = patch_inputs()
             with gr.Column(scale=2, min_width=340), gr.Tabs():
-                with gr.Tab("Compare"):
-                    compare_tab(engine, asked, patch)
-                with gr.Tab("Tokens"):
-                    tokens_tab(engine, asked, patch)
-                with gr.Tab("Sweep"):
-                    sweep_tab(engine, asked)
-                with gr.Tab("Benchmark"):
-                    benchmark_tab(recorded)
-        forget_on_leaving(demo, engine)
-    # The engine has its own line, from which a generation can also be stopped while it waits.
-    return demo.queue(max_size=4 * (engine.limits.waiting + 1), default_concurrency_limit=None, api_open=False)
+                for name, fill, draws, patches in (
+                    ("Compare", partial(compare_tab, engine, image, patch), True, True),
+                    ("Tokens", partial(tokens_tab, engine, image, patch), True, True),
+                    ("Sweep", partial(sweep_tab, engine, image), True, False),
+                    ("Benchmark", partial(benchmark_tab, _named_results(results)), False, False),
+                ):
+                    with gr.Tab(name) as tab:
+                        fill()
+                    # Each tab shows the controls that it uses. Past the queue, which may be full.
+                    tab.select(
+                        _visibility(draws, draws, patches),
+                        outputs=[of_prompt, of_image, of_patch],
+                        queue=False,
+                        show_progress="hidden",
+                        api_visibility="private",
+                    )
+        stop_on_leaving(demo, engine)
+    return demo.queue(max_size=engine.limits.waiting, default_concurrency_limit=None, api_open=False)
+
+
+def _visibility(*shown: bool) -> Callable[[], list[gr.Column]]:
+    return lambda: [gr.Column(visible=is_shown) for is_shown in shown]
+
+
+def _named_results(folders: Sequence[str | Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    times: Counter[str] = Counter()
+    for folder in map(Path, folders):
+        name = f"{folder.name}: {load_result(folder).title}"
+        times[name] += 1
+        # Numbered where they are the same: the page does not show where they lie.
+        named[name if times[name] == 1 else f"{name} ({times[name]})"] = folder
+    return named
 
 
 def launch_demo(
     demo: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False, **options: Any
 ) -> Any:
-    """
-    Serve the web page.
-
-    Args:
-        demo (`gradio.Blocks`): From [`build_demo`].
-        host (`str`, *optional*):
-            Address to listen on; by default `GRADIO_SERVER_NAME` of the environment, or else only this machine.
-        port (`int`, *optional*): Port; by default the first free one from 7860.
-        share (`bool`, defaults to `False`): Open a public link through Gradio's servers.
-        options: Passed to `gradio.Blocks.launch`.
-
-    Returns:
-        What `gradio.Blocks.launch` returns: the app, its local address and its public one.
-
-    Raises:
-        OSError: If the port is taken.
-
-    Examples:
-
-    ```python
-    >>> from agentsd.demo import build_demo, launch_demo
-    >>> from agentsd.demo.engine import Engine
-    >>> demo = build_demo(Engine())
-    >>> _, address, _ = launch_demo(demo, prevent_thread_lock=True, quiet=True)
-    >>> address.startswith("http://127.0.0.1")
-    True
-    >>> demo.close(verbose=False)
-    ```
-    """
+    """Serve the page on this machine, unless `host` or `GRADIO_SERVER_NAME` says otherwise; see `gr.Blocks.launch`."""
     return demo.launch(
         server_name=host,
         server_port=port,

@@ -1,10 +1,9 @@
-"""What a visitor of the web page may ask for, and what one does ask for."""
+"""What a session of the web page may ask for, and what it does ask for."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from ..utils.generation import pipeline_call
-from .queue import MOST_WAITING
 
 
 # Sides of images are multiples of what the VAE shrinks them by.
@@ -15,14 +14,15 @@ SMALLEST_SIDE = 64
 @dataclass(frozen=True)
 class Limits:
     """
-    What a visitor may ask for.
+    What a session may ask for.
 
     Args:
         side (`int`): Longest side of an image in pixels.
         steps (`int`): Denoising steps.
         sweep (`int`): Runs in a sweep.
-        waiting (`int`): Generations that may wait for their turn.
+        waiting (`int`): Generations that may wait in the queue.
         prompt (`int`): Characters of a prompt.
+        seconds (`int`): Seconds that a comparison may take to time both variants.
     """
 
     side: int = 1024
@@ -30,32 +30,20 @@ class Limits:
     sweep: int = 16
     waiting: int = 8
     prompt: int = 2000
+    seconds: int = 30
 
     def __post_init__(self) -> None:
-        for name, low in (("side", SMALLEST_SIDE), ("steps", 1), ("sweep", 1), ("waiting", 0), ("prompt", 1)):
+        lowest = {"side": SMALLEST_SIDE, "steps": 1, "sweep": 1, "waiting": 1, "prompt": 1, "seconds": 1}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"The limit on {name} must be at least {low}, but got {getattr(self, name)}.")
-        if self.waiting > MOST_WAITING:
-            raise ValueError(f"The limit on waiting must be at most {MOST_WAITING}, but got {self.waiting}.")
         if self.side % SIDE_UNIT:
             raise ValueError(f"The limit on side must be a multiple of {SIDE_UNIT}, but got {self.side}.")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """
-    The image that a visitor asks for: everything that determines it, apart from the patch.
-
-    Args:
-        prompt (`str`): What to draw.
-        negative_prompt (`str`): What not to draw; may be empty.
-        model (`str`): One of the engine's models.
-        seed (`int`): Seed of the noise.
-        steps (`int`): Denoising steps.
-        guidance_scale (`float`): Strength of the prompt.
-        height (`int`): Height in pixels.
-        width (`int`): Width in pixels.
-    """
+class ImageRequest:
+    """The image to draw: everything that determines it, apart from the patch."""
 
     prompt: str
     negative_prompt: str
@@ -72,16 +60,7 @@ class Wish:
         return pipeline_call(self.prompt, self.guidance_scale, self.height, self.width, self.negative_prompt or None)
 
     def check(self, limits: Limits) -> None:
-        """
-        Refuse what cannot be drawn, or is more than a visitor may ask for.
-
-        Args:
-            limits (`Limits`): What a visitor may ask for.
-
-        Raises:
-            TypeError: If a value has the wrong type.
-            ValueError: If a value is out of range.
-        """
+        """Raise `TypeError` or `ValueError` for what cannot be drawn, or is beyond the limits."""
         if not isinstance(self.prompt, str) or not isinstance(self.negative_prompt, str):
             raise TypeError("Prompts must be text.")
         if max(len(self.prompt), len(self.negative_prompt)) > limits.prompt:

@@ -13,23 +13,19 @@ from ..bench.plots import plot_quality
 from ..bench.rows import Row
 from ..utils.images import opened
 from ..utils.metrics import decibels, similarity
+from ..utils.progress import Progress
 from .engine import SWEEP_METHODS, Engine, SweepRun
-from .events import buttons, on_start
-from .inputs import wish_of
-from .queue import Progress, Stopped
-from .requests import Wish
-from .texts import gain, markdown_table, seconds
+from .inputs import request_of
+from .requests import ImageRequest
+from .tab_parts import GenerationButtons, markdown_table
 
 
-def sweep_tab(engine: Engine, asked: list[Any]) -> None:
-    """
-    Fill the tab.
-
-    Args:
-        engine (`Engine`): What generates.
-        asked (`list[Component]`): From `prompt_inputs` and `image_inputs`.
-    """
-    gr.Markdown("One image drawn with several methods, each timed once. For reliable numbers, run `agentsd bench`.")
+def sweep_tab(engine: Engine, image: list[Any]) -> None:
+    """Fill the tab; it uses the controls of the image."""
+    gr.Markdown(
+        "One image drawn with several methods. Each is timed once, so small differences mean nothing: for reliable "
+        "numbers, run `agentsd bench`."
+    )
     methods = gr.CheckboxGroup(
         list(SWEEP_METHODS), value=["tomesd", "agentsd"], label="Methods", elem_id="sweep-methods"
     )
@@ -46,15 +42,16 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
         label="Examples",
         api_visibility="private",
     )
-    start, status = buttons(engine, "Sweep", "sweep")
+    buttons = GenerationButtons(engine, "sweep", "Sweep")
     gallery = gr.Gallery(
         label="Images",
         columns=3,
-        height="auto",
+        height="max-content",
         object_fit="contain",
         format="png",
         interactive=False,
         elem_id="sweep-gallery",
+        elem_classes=["captioned"],
     )
     numbers = gr.Markdown("", elem_classes=["numbers"], elem_id="sweep-numbers")
     plot = gr.Image(
@@ -62,23 +59,20 @@ def sweep_tab(engine: Engine, asked: list[Any]) -> None:
         show_label=False,
         interactive=False,
         elem_id="sweep-plot",
-        alt_text="A plot of each run: structural similarity to the image without any method, against its speed-up",
+        alt_text="A plot of each run: structural similarity to the baseline's image, against its speed-up, timed once",
     )
 
-    def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
-        *wished, names, text = values
-        wish = wish_of(wished)
-        try:
-            runs = engine.sweep(visitor, wish, names, _ratios_of(text), progress)
-        except Stopped:
-            return ["Stopped.", *[gr.skip()] * 3]
+    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+        *of_image, names, text = values
+        request = request_of(of_image)
+        runs = engine.sweep(session, request, names, _ratios_of(text), progress)
         for warning in [warning for each in runs if each.run is not None for warning in each.run.warnings]:
             gr.Warning(warning)
         images = [(each.run.image, _caption(each)) for each in runs if each.run is not None]
         missing = [f"{each.name} did not run: {each.reason}." for each in runs if each.reason]
-        return [" ".join(missing) or f"{len(runs)} runs.", images, _sweep_numbers(runs), _sweep_plot(runs, wish)]
+        return [" ".join(missing) or f"{len(runs)} runs.", images, _numbers(runs), _plot(runs, request)]
 
-    on_start(start, run, [*asked, methods, ratios], [status, gallery, numbers, plot], gallery, "sweep")
+    buttons.on_start(run, [*image, methods, ratios], [gallery, numbers, plot], gallery)
 
 
 def _ratios_of(text: str) -> list[float]:
@@ -91,28 +85,30 @@ def _ratios_of(text: str) -> list[float]:
 def _caption(each: SweepRun) -> str:
     if each.method == "baseline" or each.speed_up is None:
         return each.name
-    return f"{each.name}: {each.speed_up:.2f}×, {decibels(each.psnr)}"
+    return f"{each.name}: {each.speed_up}, {decibels(each.psnr)}".replace(" dB", "\N{NO-BREAK SPACE}dB")
 
 
-def _sweep_numbers(runs: Sequence[SweepRun]) -> str:
-    lines: list[tuple[str, ...]] = [("method", "per step", "speed-up", "PSNR", "SSIM")]
+def _numbers(runs: Sequence[SweepRun]) -> str:
+    lines: list[tuple[str, ...]] = [("method", "per step (timed once)", "speed-up", "PSNR", "SSIM")]
     for each in runs:
         if each.run is not None and each.speed_up is not None:
-            judged = ("", "") if each.method == "baseline" else (decibels(each.psnr), similarity(each.ssim))
-            name = f"{each.name} (cached)" if each.is_cached else each.name
-            lines.append((name, seconds(each.run.time.seconds_per_step), gain(each.speed_up), *judged))
+            judged = ("", "", "")
+            if each.method != "baseline":
+                judged = (str(each.speed_up), decibels(each.psnr), similarity(each.ssim))
+            lines.append((each.name, f"{each.run.time.seconds_per_step:.3f} s", *judged))
     return markdown_table(lines)
 
 
-def _sweep_plot(runs: Sequence[SweepRun], wish: Wish) -> PIL.Image.Image:
+def _plot(runs: Sequence[SweepRun], request: ImageRequest) -> PIL.Image.Image:
     rows = [
         Row(
-            wish.model,
+            request.model,
             each.method,
             each.ratio,
-            wish.height,
-            wish.width,
-            of_baseline=None if each.speed_up is None else [each.speed_up],
+            request.height,
+            request.width,
+            rounds=1,
+            of_baseline=None if each.speed_up is None else [each.speed_up.value],
             quality={"ssim": [each.ssim]},
         )
         for each in runs

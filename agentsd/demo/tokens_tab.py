@@ -6,30 +6,23 @@ import gradio as gr
 import PIL.Image
 
 from ..token_maps import draw_map
+from ..utils.progress import Progress
 from .engine import Engine, TokensRun
-from .events import answered, buttons, on_start
-from .inputs import config_of, wish_of
-from .queue import Progress, Stopped
+from .inputs import config_of, request_of
+from .tab_parts import GenerationButtons, with_messages
 
 
 _NO_TOKENS = "Nothing is merged at this step in this layer."
 _KEPT_SECONDS = 3600
 
 
-def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
-    """
-    Fill the tab.
-
-    Args:
-        engine (`Engine`): What generates.
-        asked (`list[Component]`): From `prompt_inputs` and `image_inputs`.
-        patch (`list[Component]`): From `patch_inputs`.
-    """
+def tokens_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
+    """Fill the tab; it uses the controls of the image and of the patch."""
     gr.Markdown(
         "What agentsd merges: tokens that are merged together have the same colour; tokens without a colour stay on "
         "their own. Dots mark the tokens that the agents grow from."
     )
-    start, status = buttons(engine, "Draw and record", "tokens")
+    buttons = GenerationButtons(engine, "tokens", "Draw and record")
     recorded = gr.State(None, time_to_live=_KEPT_SECONDS)
     with gr.Row():
         step = gr.Slider(1, 20, value=1, step=1, label="Step", interactive=False, elem_id="tokens-step")
@@ -43,29 +36,34 @@ def tokens_tab(engine: Engine, asked: list[Any], patch: list[Any]) -> None:
         alt_text="The image, with one colour for each group of merged tokens and a dot on each agent",
     )
 
-    def run(visitor: str, progress: Progress, *values: Any) -> list[Any]:
-        wish, config = wish_of(values[: len(asked)]), config_of(values[len(asked) :])
-        try:
-            record = engine.tokens(visitor, wish, config, progress)
-        except Stopped:
-            return ["Stopped.", *[gr.skip()] * 4]
+    def run(session: str, progress: Progress, *values: Any) -> list[Any]:
+        request, config = request_of(values[: len(image)]), config_of(values[len(image) :])
+        record = engine.tokens(session, request, config, progress)
         for warning in record.warnings:
             gr.Warning(warning)
         layers = list(dict.fromkeys(name for name, _ in record.maps))
         first = layers[0] if layers else None
-        text, image = _drawn(record, 1, first)
+        steps = 1 + max((at for _, at in record.maps), default=0)
+        text, drawn = _drawn(record, 1, first)
         return [
             text,
             record,
-            gr.update(value=1, maximum=1 + max((at for _, at in record.maps), default=0), interactive=True),
+            # A slider needs two values at least.
+            gr.update(value=1, maximum=max(steps, 2), interactive=steps > 1),
             gr.update(choices=layers, value=first, interactive=True),
-            image,
+            drawn,
         ]
 
-    on_start(start, run, [*asked, *patch], [status, recorded, step, layer, drawing], drawing, "tokens")
-    draw = answered(_drawn)
+    buttons.on_start(run, [*image, *patch], [recorded, step, layer, drawing], drawing)
     for changed in (step, layer):
-        changed.input(draw, [recorded, step, layer], [status, drawing], api_visibility="private")
+        # Past the queue, which may be full.
+        changed.input(
+            with_messages(_drawn),
+            [recorded, step, layer],
+            [buttons.status, drawing],
+            queue=False,
+            api_visibility="private",
+        )
 
 
 def _drawn(record: TokensRun | None, step: int, layer: str | None) -> tuple[str, PIL.Image.Image | None]:

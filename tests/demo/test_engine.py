@@ -1,4 +1,4 @@
-"""The engine behind the web page: one generation at a time, limits, visitors who do not see each other."""
+"""The engine behind the web page: what it draws, its limits, and how sessions stop what they have running."""
 
 import threading
 import time
@@ -15,17 +15,16 @@ from agentsd.bench import METHODS
 from agentsd.bench import methods as methods_module
 from agentsd.bench.methods import reseed
 from agentsd.bench.models import twin_pipeline
-from agentsd.demo.engine import Engine
-from agentsd.demo.queue import Stopped
-from agentsd.demo.requests import Limits, Wish
+from agentsd.demo.engine import SWEEP_METHODS, Engine, Stopped
+from agentsd.demo.requests import ImageRequest, Limits
 
 
 CONFIG = agentsd.AgentSDConfig()
 
 
 @pytest.fixture(scope="module")
-def wish():
-    return Wish("red", "", "tiny", seed=3, steps=3, guidance_scale=5.0, height=128, width=64)
+def image_request():
+    return ImageRequest("red", "", "tiny", seed=3, steps=3, guidance_scale=5.0, height=128, width=64)
 
 
 @pytest.fixture
@@ -37,124 +36,104 @@ def ignore(what, done, total):
     pass
 
 
-def draw(pipe, wish):
-    options = {"num_inference_steps": wish.steps, "generator": torch.Generator().manual_seed(wish.seed)}
-    return np.asarray(pipe(**wish.call, **options).images[0])
+def draw(pipe, image_request):
+    generator = torch.Generator().manual_seed(image_request.seed)
+    output = pipe(**image_request.call, num_inference_steps=image_request.steps, generator=generator)
+    return np.asarray(output.images[0])
 
 
-def test_images_are_those_of_the_pipeline(engine, wish):
-    comparison, is_cached = engine.compare("me", wish, CONFIG, ignore)
-    assert not is_cached
-    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), wish))
-    np.testing.assert_array_equal(np.asarray(comparison.agentsd), draw(agentsd.apply_patch(tiny_sd()), wish))
+def test_images_are_those_of_the_pipeline(engine, image_request):
+    comparison = engine.compare("me", image_request, CONFIG, 1, ignore)
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), image_request))
+    np.testing.assert_array_equal(np.asarray(comparison.agentsd), draw(agentsd.apply_patch(tiny_sd()), image_request))
 
 
-def test_the_plain_run_is_kept_by_everything_that_determines_it(engine, wish):
-    first, _ = engine.compare("me", wish, CONFIG, ignore)
-    told = []
-    again, is_cached = engine.compare("me", wish, agentsd.AgentSDConfig(ratio=0.7), lambda *step: told.append(step[0]))
-    assert is_cached
-    assert again.baseline_run is first.baseline_run
-    assert "without agentsd" not in told
-    others = {"prompt": "blue", "negative_prompt": "x", "seed": 4, "steps": 2, "guidance_scale": 2.0}
-    for name, value in {**others, "height": 64, "width": 128}.items():
-        assert not engine.compare("me", replace(wish, **{name: value}), CONFIG, ignore)[1], name
+def test_a_comparison_times_both_for_as_long_as_asked(engine, image_request):
+    names = []
+    assert engine.compare("me", image_request, CONFIG, 0, ignore).rounds == 1
+    assert engine.compare("me", image_request, CONFIG, 1, lambda name, *_: names.append(name)).rounds >= 3
+    assert {"baseline, round 3", "agentsd, round 3"} <= set(names)
+    for seconds in (-1, 31):
+        with pytest.raises(ValueError, match="seconds of timing must be from 0 to 30"):
+            engine.compare("me", image_request, CONFIG, seconds, ignore)
 
 
-def test_a_visitor_has_only_its_own_images(engine, wish):
-    engine.compare("me", wish, CONFIG, ignore)
-    assert not engine.compare("you", wish, CONFIG, ignore)[1]
-    engine.forget("me")
-    assert not engine.compare("me", wish, CONFIG, ignore)[1]
-    assert engine.compare("you", wish, CONFIG, ignore)[1]
+def generate(engine, kind, image_request, progress):
+    if kind == "compare":
+        return engine.compare("me", image_request, CONFIG, 0, progress)
+    if kind == "tokens":
+        return engine.tokens("me", image_request, CONFIG, progress)
+    return engine.sweep("me", image_request, ["agentsd"], [0.5], progress)
 
 
-def test_old_runs_make_room_for_new_ones(engine, wish, monkeypatch):
-    monkeypatch.setattr("agentsd.demo.engine._KEPT_RUNS", 2)
-    for seed in (1, 2, 3):
-        engine.compare("me", replace(wish, seed=seed), CONFIG, ignore)
-    assert [engine.compare("me", replace(wish, seed=seed), CONFIG, ignore)[1] for seed in (3, 2, 1)] == [
-        True, True, False]  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("compare", "baseline, round 1"),
+        ("compare", "agentsd, round 1"),
+        ("tokens", "with agentsd"),
+        ("sweep", "without agentsd"),
+        ("sweep", "with agentsd 0.5"),
+    ],
+)
+def test_stopping_ends_a_run_at_its_next_step(engine, image_request, kind, name):
+    steps = []
 
-
-@pytest.mark.parametrize("what", ["without agentsd", "with agentsd"])
-def test_stopping_ends_a_run_at_its_next_step(engine, wish, what):
-    told = []
-
-    def stop_at_two(name, done, total):
-        told.append((name, done))
-        if (name, done) == (what, 2):
-            assert engine.stop("you") == 0
-            assert engine.stop("me") == 1
+    def stop_at_five(what, done, total):
+        steps.append((what, done))
+        if (what, done) == (name, 5):
+            engine.stop("you")
+            engine.stop("me", "another kind")
+        if (what, done) == (name, 6):
+            engine.stop("me", kind)
 
     with pytest.raises(Stopped):
-        engine.compare("me", replace(wish, steps=20), CONFIG, stop_at_two)
-    assert told[-1] == (what, 2)
-    comparison, _ = engine.compare("me", wish, CONFIG, ignore)
-    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), wish))
+        generate(engine, kind, replace(image_request, steps=20), stop_at_five)
+    assert steps[-1] == (name, 6)
+    # Nothing is left of it, neither a patch nor the stop.
+    comparison = generate(engine, "compare", image_request, ignore)
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), image_request))
 
 
-def in_background(function):
-    outcome = []
+def test_one_generation_runs_at_a_time(engine, image_request):
+    """Gradio lets the next one in while one that was stopped is still in its last step."""
+    events, is_running, may_go_on = [], threading.Event(), threading.Event()
 
-    def run():
-        try:
-            outcome.append(function())
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, outcome
-
-
-def test_one_generation_at_a_time_and_the_line_has_an_end(engine, wish):
-    told, is_running, may_go_on = [], threading.Event(), threading.Event()
-
-    def hold(name, done, total):
-        told.append(("me", name))
+    def hold(*_):
         is_running.set()
         assert may_go_on.wait(60)
+        events.append("mine")
 
-    first, _ = in_background(lambda: engine.compare("me", wish, CONFIG, hold))
+    def mine():
+        with pytest.raises(Stopped):
+            generate(engine, "compare", image_request, hold)
+
+    def yours():
+        engine.tokens("you", image_request, CONFIG, lambda *_: events.append("yours"))
+
+    threads = [threading.Thread(target=mine), threading.Thread(target=yours)]
+    threads[0].start()
     assert is_running.wait(60)
-    second, second_outcome = in_background(
-        lambda: engine.compare("you", wish, CONFIG, lambda name, done, total: told.append(("you", name)))
+    threads[1].start()
+    engine.stop("me")
+    time.sleep(0.5)
+    assert events == []
+    may_go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert events == ["mine", *["yours"] * image_request.steps]
+
+
+def test_a_session_that_leaves_stops_all_it_has_running(engine, image_request):
+    with pytest.raises(Stopped):
+        generate(engine, "tokens", image_request, lambda *_: engine.stop("me"))
+
+
+def test_tokens_are_those_that_were_merged(engine, image_request):
+    drawn = engine.tokens("me", image_request, agentsd.AgentSDConfig(ratio=0.5), ignore)
+    np.testing.assert_array_equal(
+        np.asarray(drawn.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), image_request)
     )
-    while ("you", "waiting for another generation") not in told:
-        time.sleep(0.01)
-    with pytest.raises(RuntimeError, match="waiting already"):
-        engine.compare("they", wish, CONFIG, ignore)
-    may_go_on.set()
-    first.join()
-    second.join()
-    assert second_outcome[0][0].agentsd.size == (64, 128)
-    at_work = [who for who, name in told if not name.startswith("waiting")]
-    assert at_work == sorted(at_work)  # all of mine, then all of yours
-
-
-def test_what_waits_can_be_stopped(engine, wish):
-    is_running, may_go_on, waits = threading.Event(), threading.Event(), threading.Event()
-
-    def hold(name, done, total):
-        is_running.set()
-        assert may_go_on.wait(60)
-
-    first, first_outcome = in_background(lambda: engine.compare("me", wish, CONFIG, hold))
-    assert is_running.wait(60)
-    second, second_outcome = in_background(lambda: engine.compare("you", wish, CONFIG, lambda *step: waits.set()))
-    assert waits.wait(60)
-    assert engine.stop("you") == 1
-    second.join(10)
-    assert isinstance(second_outcome[0], Stopped)
-    may_go_on.set()
-    first.join()
-    assert not isinstance(first_outcome[0], Exception)
-
-
-def test_tokens_are_those_that_were_merged(engine, wish):
-    drawn = engine.tokens("me", wish, agentsd.AgentSDConfig(ratio=0.5), ignore)
-    np.testing.assert_array_equal(np.asarray(drawn.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), wish))
     assert drawn.warnings == []
     rows = agentsd.report(agentsd.apply_patch(tiny_sd(), ratio=0.5), height=128, width=64).rows
     maps = drawn.maps
@@ -166,87 +145,69 @@ def test_tokens_are_those_that_were_merged(engine, wish):
     assert merging_only.caption == "128 tokens merged to 64, no agents (token merging only)"
 
 
-def test_a_black_image_is_no_result_anywhere(engine, wish):
+def test_a_black_image_is_no_result_anywhere(engine, image_request):
     """Half precision overflows on some models: every tab must say so."""
     decoder = engine._pipes["tiny"].vae.decoder
     torch.nn.init.constant_(decoder.conv_out.bias, float("nan"))
-    assert "not finite" in engine.tokens("me", wish, CONFIG, ignore).warnings[0]
-    plain, todo = engine.sweep("me", wish, ["todo"], [], ignore)
-    assert "not finite" in plain.run.warnings[0]
+    assert "not finite" in engine.tokens("me", image_request, CONFIG, ignore).warnings[0]
+    baseline, todo = engine.sweep("me", image_request, ["todo"], [], ignore)
+    assert "not finite" in baseline.run.warnings[0]
     assert "image with todo has values that are not finite" in todo.run.warnings[0]
 
 
-def test_nothing_is_kept_for_a_visitor_who_leaves_in_the_last_moment(engine, wish):
-    """While the image is decoded, no step is left at which the generation could end."""
-    vae = engine._pipes["tiny"].vae
-    decode = vae.decode
-
-    def leave(*args, **options):
-        engine.forget("me")
-        return decode(*args, **options)
-
-    vae.decode = leave
-    with pytest.raises(Stopped):
-        engine.compare("me", wish, CONFIG, ignore)
-    assert not engine._plain_runs
-
-
-def test_a_sweep_draws_what_a_benchmark_draws(engine, wish):
+def test_a_sweep_draws_what_a_benchmark_draws(engine, image_request):
     """tomesd goes on with one generator: the warm-up must not change the image."""
-    tome = engine.sweep("me", wish, ["tomesd"], [0.5], ignore)[1]
+    tome = engine.sweep("me", image_request, ["tomesd"], [0.5], ignore)[1]
     twin = twin_pipeline(tiny_sd())
     METHODS["tomesd"].apply(twin, 0.5, {})
-    reseed(twin, wish.seed)
-    np.testing.assert_array_equal(np.asarray(tome.run.image), draw(twin, wish))
+    reseed(twin, image_request.seed)
+    np.testing.assert_array_equal(np.asarray(tome.run.image), draw(twin, image_request))
 
 
-def test_all_steps_of_the_scheduler_are_recorded(engine, wish, monkeypatch):
+def test_all_steps_of_the_scheduler_are_recorded(engine, image_request, monkeypatch):
     """PLMS calls the model once more than it was asked for steps."""
     monkeypatch.setattr(
         engine._pipes["tiny"], "scheduler", PNDMScheduler.from_config(tiny_sd().scheduler.config, skip_prk_steps=True)
     )
-    told = []
-    maps = engine.tokens("me", wish, CONFIG, lambda *step: told.append(step)).maps
+    steps = []
+    maps = engine.tokens("me", image_request, CONFIG, lambda *step: steps.append(step)).maps
     assert {step for _, step in maps} == {0, 1, 2, 3}
-    assert told[-1] == ("with agentsd", 4, 4)
+    assert steps[-1] == ("with agentsd", 4, 4)
 
 
-def test_a_sweep_tells_an_earlier_run_and_goes_on_after_a_failure(engine, wish, monkeypatch):
-    engine.compare("me", wish, CONFIG, ignore)
-
+def test_a_sweep_goes_on_after_a_failure(engine, image_request, monkeypatch):
     def fail(*args):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(methods_module.ToMeSD, "apply", fail)
-    runs = engine.sweep("me", wish, ["tomesd", "agentsd"], [0.5], ignore)
-    assert runs[0].is_cached
+    runs = engine.sweep("me", image_request, ["tomesd", "agentsd"], [0.5], ignore)
     assert (runs[1].run, runs[1].reason) == (None, "out of memory")
     assert runs[2].run is not None
 
 
-def test_a_sweep_compares_methods(engine, wish):
-    runs = engine.sweep("me", wish, ["tomesd", "agentsd"], [0.5], ignore)
+def test_a_sweep_compares_methods(engine, image_request):
+    runs = engine.sweep("me", image_request, ["tomesd", "agentsd"], [0.5], ignore)
     assert [run.name for run in runs] == ["baseline", "tomesd 0.5", "agentsd 0.5"]
-    assert runs[0].speed_up == 1
-    np.testing.assert_array_equal(np.asarray(runs[0].run.image), draw(tiny_sd(), wish))
-    np.testing.assert_array_equal(np.asarray(runs[2].run.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), wish))
-    again = engine.sweep("me", wish, ["tomesd"], [0.5], ignore)
+    assert runs[0].speed_up.value == 1
+    np.testing.assert_array_equal(np.asarray(runs[0].run.image), draw(tiny_sd(), image_request))
+    np.testing.assert_array_equal(
+        np.asarray(runs[2].run.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), image_request)
+    )
+    again = engine.sweep("me", image_request, ["tomesd"], [0.5], ignore)
     np.testing.assert_array_equal(again[1].run.values, runs[1].run.values)
     assert 10 < runs[1].psnr < 100
     assert not agentsd.is_patched(engine._pipes["tiny"])
 
 
-def test_a_method_that_is_not_there_says_so(engine, wish, monkeypatch):
+def test_a_method_that_is_not_there_says_so(engine, image_request, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tomesd", None)
-    runs = engine.sweep("me", wish, ["tomesd", "deepcache"], [0.5], ignore)
+    runs = engine.sweep("me", image_request, ["tomesd", "deepcache"], [0.5], ignore)
     assert runs[1].run is None
     assert "[bench]" in runs[1].reason
     assert runs[2].ratio is None
 
 
 def test_every_method_of_the_sweep_exists():
-    from agentsd.demo.engine import SWEEP_METHODS
-
     assert set(SWEEP_METHODS) <= set(methods_module.METHODS)
 
 
@@ -266,14 +227,10 @@ def test_every_method_of_the_sweep_exists():
         ({"guidance_scale": -1.0}, ValueError, "guidance"),
     ],
 )
-def test_bad_wishes(engine, wish, values, error, message):
-    for ask in (
-        lambda wish: engine.compare("me", wish, CONFIG, ignore),
-        lambda wish: engine.tokens("me", wish, CONFIG, ignore),
-        lambda wish: engine.sweep("me", wish, ["agentsd"], [0.5], ignore),
-    ):
+def test_bad_requests(engine, image_request, values, error, message):
+    for kind in ("compare", "tokens", "sweep"):
         with pytest.raises(error, match=message):
-            ask(replace(wish, **values))
+            generate(engine, kind, replace(image_request, **values), ignore)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +244,9 @@ def test_bad_wishes(engine, wish, values, error, message):
         (["agentsd", "tomesd"], [0.2, 0.4], "5 runs, and at most 4"),
     ],
 )
-def test_bad_sweeps(engine, wish, methods, ratios, message):
+def test_bad_sweeps(engine, image_request, methods, ratios, message):
     with pytest.raises(ValueError, match=message):
-        engine.sweep("me", wish, methods, ratios, ignore)
+        engine.sweep("me", image_request, methods, ratios, ignore)
 
 
 def test_models_are_looked_for_at_the_start(model, tmp_path):
@@ -302,7 +259,7 @@ def test_models_are_looked_for_at_the_start(model, tmp_path):
         Engine([str(tmp_path / "refiner")])
 
 
-@pytest.mark.parametrize("values", [{"side": 8}, {"side": 500}, {"steps": 0}, {"waiting": 25}, {"waiting": -1}])
+@pytest.mark.parametrize("values", [{"side": 8}, {"side": 500}, {"steps": 0}, {"waiting": 0}, {"seconds": 0}])
 def test_bad_limits(values):
     with pytest.raises(ValueError, match=f"limit on {next(iter(values))}"):
         Limits(**values)
@@ -313,10 +270,12 @@ def test_what_suits_a_model(engine):
     assert Engine(["emoji"], device="cpu").own_settings("emoji") == (256, 256, 4.0)
 
 
-def test_a_sweep_s_speed_up_is_plain_time_over_own(engine, wish):
-    plain, tome = engine.sweep("me", wish, ["tomesd"], [0.5], ignore)
-    assert plain.speed_up == 1
-    assert tome.speed_up == pytest.approx(plain.run.time.seconds_per_step / tome.run.time.seconds_per_step)
+def test_a_sweep_s_speed_up_is_the_baseline_s_time_over_own(engine, image_request):
+    baseline, tome = engine.sweep("me", image_request, ["tomesd"], [0.5], ignore)
+    assert baseline.speed_up.value == 1
+    ratio = baseline.run.time.seconds_per_step / tome.run.time.seconds_per_step
+    assert tome.speed_up.value == pytest.approx(ratio)
+    assert str(tome.speed_up).endswith("×, timed once")
 
 
 def test_a_model_s_own_size_stays_within_the_limits(model):

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -26,13 +27,16 @@ from playwright.sync_api import expect, sync_playwright
 from typer.testing import CliRunner
 
 import agentsd
+from agentsd.bench import load_result
 from agentsd.cli import app
 from agentsd.demo import build_demo, launch_demo
 from agentsd.demo.engine import Engine
 from agentsd.demo.requests import Limits
+from agentsd.utils.generation import RunTime
 
 
 ROOT = Path(__file__).parents[2]
+RECORDED = sorted(file.parent for file in (ROOT / "notebooks" / "results").glob("*/cases.jsonl"))
 RESULTS = ROOT / "notebooks" / "results" / "cpu"
 # An image or a text comes when it comes: it is waited for, never read at once.
 SLOW = 120_000
@@ -41,12 +45,12 @@ expect.set_options(timeout=SLOW)
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6))
+    return Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6, waiting=1, seconds=4))
 
 
 @pytest.fixture(scope="module")
 def address(engine):
-    demo = build_demo(engine, [RESULTS])
+    demo = build_demo(engine, RECORDED)
     _, address, _ = launch_demo(demo, prevent_thread_lock=True, quiet=True)
     yield address
     demo.close()
@@ -86,6 +90,8 @@ def table(page, name):
 
 
 def compare(page):
+    """Compare in one round, and return the numbers."""
+    set_number(page, "Seconds of timing", 0)
     page.locator("#compare-start").click()
     expect(page.locator("#compare-status")).to_contain_text("Speed-up per step")
     return table(page, "compare-numbers")
@@ -93,6 +99,10 @@ def compare(page):
 
 def number(text):
     return float(re.match(r"[\d.]+", text)[0])
+
+
+def is_running(page):
+    return expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
 
 
 def test_compare_shows_both_images_and_true_numbers(open_page):
@@ -104,10 +114,11 @@ def test_compare_shows_both_images_and_true_numbers(open_page):
         before, after, gain = numbers[row]
         ratio = number(before) / number(after)
         assert abs(number(gain) - ratio) < 0.02 * ratio + 0.01
-        assert ("slower" in gain) == (number(gain) < 1)
+        assert gain.endswith("×, timed once")
     assert all(0.3 < number(text) < 20 for text in numbers["peak memory"][:2])
     assert 10 < number(numbers["PSNR"][1]) < 60
     assert 0.3 < number(numbers["SSIM"][1]) < 1
+    expect(page.locator("#compare-status")).to_contain_text("timed once")
     for place in (0, 1):
         expect(page.locator("#compare-slider img").nth(place)).to_have_js_property("naturalWidth", 256)
     expect(page.locator("#compare-difference img")).to_have_attribute("alt", re.compile("differ"))
@@ -115,13 +126,41 @@ def test_compare_shows_both_images_and_true_numbers(open_page):
     page.get_by_text("What was patched").click()
     expect(page.locator("#compare-report")).to_contain_text("1024")
 
-    # The same again with another ratio: the plain run is not repeated, and says so.
-    plain = numbers["per step"][0]
-    set_number(page, "Ratio", 0.8)
+    # The same again, timed for longer.
+    set_number(page, "Seconds of timing", 4)
     page.locator("#compare-start").click()
-    expect(page.locator("#compare-numbers")).to_contain_text("(cached)")
-    expect(page.locator("#compare-status")).to_contain_text("earlier run")
-    assert table(page, "compare-numbers")["per step"][0] == plain
+    expect(page.get_by_text(re.compile(r"agentsd, round 3"))).to_be_visible()
+    expect(page.locator("#compare-status")).to_contain_text(re.compile(r"\d× \(\d.*–\d.*\).* rounds"))
+    expect(page.locator("#compare-numbers")).not_to_contain_text("timed once")
+
+
+@pytest.mark.parametrize(
+    "before, after, text",
+    [
+        ([1.0], [0.5], "2.00×, timed once"),
+        ([1.0, 1.1, 1.0], [1.1, 1.0, 1.0], r"1.00× \(0...–1...\), no difference measured"),
+        ([1.0, 1.01, 1.0], [0.5, 0.5, 0.5], r"2.01× \(1.9.–2...\)"),
+    ],
+)
+def test_compare_shows_intervals(open_page, engine, monkeypatch, before, after, text):
+    compare_once = engine.compare
+
+    def timed(run, rounds):
+        return replace(run, rounds=[RunTime([seconds, seconds], 3 * seconds) for seconds in rounds])
+
+    def compare_with_times(*args):
+        comparison = compare_once(*args)
+        baseline, variant = timed(comparison.baseline_run, before), comparison.variants["agentsd"]
+        variant = replace(variant, baseline=baseline, run=timed(variant.run, after))
+        return replace(comparison, baseline_run=baseline, variants={"agentsd": variant})
+
+    monkeypatch.setattr(engine, "compare", compare_with_times)
+    page = open_page()
+    set_number(page, "Steps", 1)
+    assert re.fullmatch(text, compare(page)["per step"][2])
+    expect(page.locator("#compare-status")).to_have_text(
+        re.compile(rf"Speed-up per step: {text}\. .*timed once|rounds")
+    )
 
 
 def test_every_image_and_field_has_a_name(open_page):
@@ -143,15 +182,33 @@ def test_every_image_and_field_has_a_name(open_page):
 
 def test_a_click_stops_a_run(open_page):
     page = open_page()
+    expect(page.locator("#compare-stop")).to_be_disabled()  # nothing runs
     set_number(page, "Steps", 200)
     page.locator("#compare-start").click()
-    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
+    is_running(page)
     page.locator("#compare-stop").click()
     expect(page.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
+    expect(page.locator("#compare-stop")).to_be_disabled()
     set_number(page, "Steps", 1)
     compare(page)
+    expect(page.locator("#compare-stop")).to_be_disabled()
+
+
+def test_stopping_ends_what_runs_on_its_own_tab_only(open_page):
+    page = open_page()
+    set_number(page, "Steps", 200)
+    page.locator("#compare-start").click()
+    is_running(page)
+    open_tab(page, "Tokens")
+    page.locator("#tokens-start").click()
+    expect(page.get_by_text("queue: 1/1")).to_be_visible()
+    page.locator("#tokens-stop").click()
+    expect(page.locator("#tokens-status")).to_contain_text("Stopped")
+    expect(page.locator("#tokens-drawing")).not_to_contain_text("queue")
+    open_tab(page, "Compare")
+    is_running(page)
     page.locator("#compare-stop").click()
-    expect(page.locator("#compare-status")).to_have_text("You have nothing running.")
+    expect(page.locator("#compare-status")).to_contain_text("Stopped")
 
 
 @pytest.mark.parametrize(
@@ -190,28 +247,92 @@ def test_tokens_shows_what_was_merged_at_each_step(open_page):
     expect(image).to_have_js_property("naturalWidth", 768)
 
 
-def test_sweep_compares_methods(open_page):
-    page = open_page()
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sweep_compares_methods(open_page, width):
+    page = open_page(width, height=3000)  # images are loaded where they can be seen
     set_number(page, "Steps", 2)
     open_tab(page, "Sweep")
     page.get_by_label("Ratios").fill("0.3, 0.6")
     page.locator("#sweep-start").click()
     numbers = table(page, "sweep-numbers")
-    assert list(numbers)[1:] == ["baseline", "tomesd 0.3", "tomesd 0.6", "agentsd 0.3", "agentsd 0.6"]
-    assert numbers["baseline"][1] == "1.00×"
+    names = ["tomesd 0.3", "tomesd 0.6", "agentsd 0.3", "agentsd 0.6"]
+    assert list(numbers) == ["method", "baseline", *names]
+    assert numbers["method"][0] == "per step (timed once)"
+    assert numbers["baseline"][1:] == ["", "", ""]
+    assert all(re.fullmatch(r"\d+\.\d\d×, timed once", numbers[name][1]) for name in names)
     assert number(numbers["agentsd 0.6"][2]) < number(numbers["agentsd 0.3"][2]) < 60
-    expect(page.locator("#sweep-gallery").get_by_text(re.compile(r"agentsd 0.6: .*×.* dB"))).to_be_visible()
+    gallery = page.locator("#sweep-gallery")
+    for name in names:
+        expect(gallery.get_by_text(re.compile(rf"{name}: .*×, timed once, .*dB"))).to_be_visible()
+    # All images in full, without scrolling inside their box, and so are their captions.
+    page.wait_for_function(
+        """() => {
+            const gallery = document.querySelector('#sweep-gallery');
+            const box = gallery.getBoundingClientRect();
+            const images = [...gallery.querySelectorAll('img')].filter(image => image.naturalWidth === 256);
+            return images.length === 5
+                && images.every(image => {
+                    const shown = image.getBoundingClientRect();
+                    return Math.min(shown.width, shown.height) > 100 && shown.top >= box.top
+                        && shown.bottom <= box.bottom && shown.left >= box.left && shown.right <= box.right;
+                })
+                && [gallery, ...gallery.querySelectorAll('*')].every(part =>
+                    getComputedStyle(part).overflowY === 'visible' || part.scrollHeight <= part.clientHeight + 1)
+                && [...gallery.querySelectorAll('.caption-label')].every(part => part.scrollWidth <= part.clientWidth);
+        }"""
+    )
     page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500")
     page.get_by_label("Ratios").fill("0.3; 0.6")
     page.locator("#sweep-start").click()
     expect(page.get_by_text("must be numbers separated by commas")).to_be_visible()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_each_tab_shows_the_controls_that_it_uses(open_page, width):
+    page = open_page(width)
+    set_number(page, "Steps", 7)
+    set_number(page, "Ratio", 0.7)
+    page.get_by_label("Prompt", exact=True).fill("a red heart")
+    image = [
+        "Prompt",
+        "Negative prompt",
+        "Model",
+        "Seed",
+        "number input for Steps",
+        "number input for Height in pixels",
+    ]
+    patch = ["number input for Ratio", "number input for Agent phase"]
+    for name, has_image, has_patch in (
+        ("Sweep", True, False),
+        ("Benchmark", False, False),
+        ("Tokens", True, True),
+        ("Benchmark", False, False),
+        ("Compare", True, True),
+    ):
+        open_tab(page, name)
+        for labels, is_shown in ((image, has_image), (patch, has_patch)):
+            for label in labels:
+                expect(page.get_by_label(label, exact=True)).to_be_visible(visible=is_shown)
+    expect(page.get_by_label("number input for Steps", exact=True)).to_have_value("7")
+    expect(page.get_by_label("number input for Ratio", exact=True)).to_have_value("0.7")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red heart")
+
+
 def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
     page = open_page()
     open_tab(page, "Benchmark")
-    page.get_by_label("Recorded results").click()
-    page.get_by_role("option").first.click()
+    for number, folder in enumerate(RECORDED):
+        page.get_by_label("Recorded results").click()
+        page.get_by_role("option").nth(number).click()
+        expect(page.locator("#benchmark-table")).to_contain_text(load_result(folder).title)
+        expect(page.locator("#benchmark-table tr")).to_have_count(len(load_result(folder).rows) + 1)
+        # Nothing is cut off.
+        page.wait_for_function(
+            """() => {
+                const box = document.querySelector('#benchmark-table');
+                return box.querySelector('table').scrollWidth <= box.clientWidth;
+            }"""
+        )
     expect(page.locator("#benchmark-table")).to_contain_text("attention-free")
     expect(page.locator("#benchmark-plots img").first).to_be_visible()
     upload = page.locator("#benchmark-upload input[type=file]")
@@ -244,31 +365,71 @@ def test_nothing_comes_from_elsewhere_and_all_fits(open_page, address, width, th
     assert [url for url in page.seen if not url.startswith((address, "data:", "blob:"))] == []
 
 
-def test_two_visitors_do_not_see_each_other(open_page):
+def test_one_generation_runs_at_a_time(open_page):
     mine, yours = open_page(), open_page()
     set_number(mine, "Steps", 200)
     mine.locator("#compare-start").click()
-    expect(mine.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
+    is_running(mine)
+    set_number(yours, "Steps", 1)
+    open_tab(yours, "Tokens")
+    yours.locator("#tokens-start").click()
+    expect(yours.get_by_text("queue: 1/1")).to_be_visible()
+    mine.locator("#compare-stop").click()
+    expect(yours.locator("#tokens-status")).to_contain_text("tokens merged")
+    expect(mine.locator("#compare-status")).to_contain_text("Stopped")
+    expect(mine.locator("#compare-slider img")).to_have_count(0)
+
+
+def test_what_waits_can_be_stopped(open_page):
+    mine, yours = open_page(), open_page()
+    for page in (mine, yours):
+        set_number(page, "Steps", 200)
+    mine.locator("#compare-start").click()
+    is_running(mine)
+    yours.locator("#compare-start").click()
+    expect(yours.get_by_text("queue: 1/1")).to_be_visible()
+    yours.locator("#compare-stop").click()
+    expect(yours.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
+    expect(yours.locator("#compare-stop")).to_be_disabled()
+    expect(yours.locator("#compare-slider")).not_to_contain_text(re.compile("queue|Error"))
+    is_running(mine)
+    # What was stopped is out of the queue: the same page can ask again.
     set_number(yours, "Steps", 1)
     yours.locator("#compare-start").click()
-    expect(yours.get_by_text(re.compile("waiting for another generation, 1 ahead of yours"))).to_be_visible()
+    expect(yours.get_by_text("queue: 1/1")).to_be_visible()
     mine.locator("#compare-stop").click()
     expect(yours.locator("#compare-status")).to_contain_text("Speed-up per step")
-    expect(mine.locator("#compare-status")).to_contain_text("Stopped")
-    assert mine.locator("#compare-slider img").count() == 0
+
+
+def test_the_queue_has_an_end(open_page):
+    running, waiting, refused = open_page(), open_page(), open_page()
+    for page in (running, waiting, refused):
+        set_number(page, "Steps", 200)
+    running.locator("#compare-start").click()
+    is_running(running)
+    waiting.locator("#compare-start").click()
+    expect(waiting.get_by_text("queue: 1/1")).to_be_visible()
+    refused.locator("#compare-start").click()
+    expect(refused.get_by_text("currently busy")).to_be_visible()
+    expect(refused.locator("#compare-stop")).to_be_disabled()
+    # Whoever leaves makes room.
+    waiting.close()
+    running.close()
+    set_number(refused, "Steps", 1)
+    compare(refused)
 
 
 def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
     page = open_page()
     set_number(page, "Steps", 200)
     page.locator("#compare-start").click()
-    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
-    assert engine._line
+    is_running(page)
+    assert engine._stops
     page.close()
     deadline = time.monotonic() + 8  # the run itself would take more than twenty
-    while engine._line and time.monotonic() < deadline:
+    while engine._stops and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not engine._line
+    assert not engine._stops
 
 
 @pytest.mark.parametrize(
@@ -313,13 +474,14 @@ def test_programs_get_messages_too(address):
     client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
     asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
     patch = [0.4, 0.4, 1, 0.3, 0.075, True, False, False]
-    status, images, *_ = client.predict(*asked, *patch, api_name="/compare")
+    status, images, *_ = client.predict(*asked, *patch, 0, api_name="/compare")
     assert "Speed-up per step" in status
     assert PIL.Image.open(images[0]).size == (256, 256)
     for values, message in (
-        ([*asked[:4], 201, *asked[5:], *patch], "201 is greater"),
-        ([*asked, 1.5, *patch[1:]], "1.5 is greater"),
-        ([*asked[:2], "/etc", *asked[3:], *patch], "/etc"),
+        ([*asked[:4], 201, *asked[5:], *patch, 0], "201 is greater"),
+        ([*asked, 1.5, *patch[1:], 0], "1.5 is greater"),
+        ([*asked[:2], "/etc", *asked[3:], *patch, 0], "/etc"),
+        ([*asked, *patch, 31], "31 is greater"),
     ):
         with pytest.raises(AppError, match=message):
             client.predict(*values, api_name="/compare")
