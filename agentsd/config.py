@@ -57,6 +57,8 @@ class AgentSDConfig:
             Merge tokens in self-attention. With this and the next two off, a patch changes nothing.
         merge_crossattn (`bool`, defaults to `False`): Merge the queries of cross-attention as well.
         merge_mlp (`bool`, defaults to `False`): Merge tokens in the feed-forward layer as well.
+        min_tokens (`int`, defaults to `0`):
+            Leave layers of fewer tokens alone: their attention costs less than merging would.
         reuse (`FeatureReuseConfig` or `int`, *optional*):
             Skip the deep part of the UNet in all but some steps; a number is the interval, `2` for every second step.
 
@@ -89,6 +91,7 @@ class AgentSDConfig:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    min_tokens: int = 0
     reuse: FeatureReuseConfig | int | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +105,7 @@ class AgentSDConfig:
         keep_number(self, "k_scale2")
         keep_number(self, "k_shortcut")
         keep_integer(self, "seed")
+        keep_integer(self, "min_tokens", low=0)
         keep_integer(self, "max_downsample")
         if self.max_downsample not in (1, 2, 4, 8):
             raise ValueError(f"`max_downsample` must be 1, 2, 4 or 8, but got {self.max_downsample}.")
@@ -151,8 +155,9 @@ class AgentSDConfig:
         A named configuration.
 
         Args:
-            name (`str`): `"paper"` (the two-phase schedule), `"agent"` (its first phase at every step) or `"tome"`
-                (its second phase at every step).
+            name (`str`): `"paper"` (the two-phase schedule), `"agent"` (its first phase at every step), `"tome"`
+                (its second phase at every step), `"balanced"` or `"fast"` (with feature reuse in every second or third
+                step; see `agentsd/presets.py`).
             overrides: Any other field.
 
         Returns:

@@ -8,6 +8,7 @@ import torch
 
 from .config import AgentSDConfig
 from .models.unet import attended_models, find_layers, plain_name, unsupported_reason
+from .presets import PresetName
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
 from .runtime.state import LayerState
 from .runtime.steps import Clock
@@ -22,6 +23,7 @@ def apply_patch(
     pipe_or_unet: Patchable,
     ratio: float | None = None,
     *,
+    preset: PresetName | None = None,
     config: AgentSDConfig | None = None,
     filter_fn: FilterFn | None = None,
     **options: Any,
@@ -39,7 +41,10 @@ def apply_patch(
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
             What to patch. In a pipeline, the UNet is patched, together with the ControlNets if there are any.
         ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
-        config (`AgentSDConfig`, *optional*): All options as one object, instead of `ratio` and keywords.
+        preset (`str`, *optional*, defaults to `"paper"`):
+            `"paper"`, `"agent"`, `"tome"`, `"balanced"` or `"fast"`; see [`AgentSDConfig.preset`]. `ratio` and keywords
+            override what it sets: `preset="balanced", reuse=None` is its attention part alone.
+        config (`AgentSDConfig`, *optional*): All options as one object, instead of `ratio`, `preset` and keywords.
         filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*):
             Asked once for every layer that `max_downsample` admits, with the name of the self-attention in its model
             and the module itself; layers for which it returns `False` are left alone.
@@ -64,7 +69,8 @@ def apply_patch(
     True
     ```
     """
-    replace_patches(plan_patch(pipe_or_unet, ratio, config=config, filter_fn=filter_fn, **options))
+    options |= {"preset": preset, "config": config, "filter_fn": filter_fn}
+    replace_patches(plan_patch(pipe_or_unet, ratio, **options))
     return pipe_or_unet
 
 
@@ -72,12 +78,13 @@ def plan_patch(
     pipe_or_unet: Any,
     ratio: float | None = None,
     *,
+    preset: PresetName | None = None,
     config: AgentSDConfig | None = None,
     filter_fn: FilterFn | None = None,
     **options: Any,
 ) -> list[tuple[torch.nn.Module, ModelPatch]]:
     """What [`apply_patch`] would do with the same arguments, raising what it would raise; nothing is changed."""
-    config = _resolve_config(ratio, config, options)
+    config = _resolve_config(ratio, preset, config, options)
     check_filter(filter_fn)
     models = patchable_models(pipe_or_unet)
     timesteps = _num_train_timesteps(pipe_or_unet)
@@ -241,15 +248,18 @@ def check_filter(filter_fn: Any) -> None:
         raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
 
 
-def _resolve_config(ratio: float | None, config: AgentSDConfig | None, options: dict[str, Any]) -> AgentSDConfig:
+def _resolve_config(
+    ratio: float | None, preset: PresetName | None, config: AgentSDConfig | None, options: dict[str, Any]
+) -> AgentSDConfig:
     if ratio is not None:
         options = {"ratio": ratio, **options}
     if config is None:
-        return AgentSDConfig.from_dict(options)
+        return AgentSDConfig.preset(preset or "paper", **options)
     if not isinstance(config, AgentSDConfig):
         raise TypeError(f"`config` must be an AgentSDConfig, but got {type(config).__name__}.")
-    if options:
-        raise ValueError(f"Give either `config` or {', '.join(options)}, not both.")
+    given = [*(["preset"] if preset is not None else []), *options]
+    if given:
+        raise ValueError(f"Give either `config` or {', '.join(given)}, not both.")
     return config
 
 
@@ -275,7 +285,9 @@ def _plan_model(
             continue
         # Every layer makes random choices of its own.
         seed = (config.seed * 0x9E3779B1 + layer.number) & 0xFFFFFFFF
-        patch.layers.append((layer, LayerState(clock, seed, in_fp32=config.attn_precision == "fp32")))
+        patch.layers.append(
+            (layer, LayerState(clock, seed, config.min_tokens, in_fp32=config.attn_precision == "fp32"))
+        )
     return patch
 
 

@@ -174,7 +174,10 @@ def _model_rows(model: str, patch: ModelPatch, latent_size: tuple[int, int] | No
     for layer, state in patch.layers:
         row = _row(model, layer, None)
         size = _layer_size(layer, latent_size) or state.size
-        if size is not None:
+        if size is not None and size[0] * size[1] < patch.config.min_tokens:
+            reason = f"it has {size[0] * size[1]} tokens, fewer than `min_tokens={patch.config.min_tokens}`"
+            row = replace(_with_size(row, size), skipped=reason)
+        elif size is not None:
             phases = {phase.name: _phase_report(row, phase, size) for phase in patch.config.phases}
             row = replace(_with_size(row, size), phases=phases)
         rows[layer.number] = row

@@ -8,6 +8,7 @@ import torch
 from .config import AgentSDConfig
 from .patch import FilterFn, apply_patch, check_filter, is_patched
 from .patch_report import report
+from .presets import PresetName
 from .utils.loading import load_pipeline
 
 
@@ -50,6 +51,7 @@ class AgentSDPipeline:
         model: str | os.PathLike = "emoji",
         ratio: float | None = None,
         *,
+        preset: PresetName | None = None,
         config: AgentSDConfig | str | os.PathLike | None = None,
         filter_fn: FilterFn | None = None,
         device: str | torch.device | None = None,
@@ -65,6 +67,7 @@ class AgentSDPipeline:
                 the Hub. A folder of that name takes precedence over the Hub, and the built-in name over a folder: for
                 a folder called `emoji`, write `"./emoji"` or pass a `Path`.
             ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
+            preset (`str`, *optional*, defaults to `"paper"`): A named patch, as for [`apply_patch`].
             config (`AgentSDConfig`, `str` or `os.PathLike`, *optional*):
                 An `AgentSDConfig` holds all options of the patch, instead of `ratio` and keywords. A string or path is
                 diffusers' own `config` for a `.safetensors` file: the folder with the model's description.
@@ -99,13 +102,14 @@ class AgentSDPipeline:
         if ratio is not None:
             patch["ratio"] = ratio
         if isinstance(config, AgentSDConfig):
-            if patch:
-                raise ValueError(f"Give either `config` or {', '.join(patch)}, not both.")
+            given = [*(["preset"] if preset is not None else []), *patch]
+            if given:
+                raise ValueError(f"Give either `config` or {', '.join(given)}, not both.")
         else:
             if config is not None:
                 options["config"] = config
             # Before the model, which may take long to load.
-            config = AgentSDConfig.from_dict(patch)
+            config = AgentSDConfig.preset(preset or "paper", **patch)
         check_filter(filter_fn)
         pipe = load_pipeline(model, device=device, dtype=dtype, **options)
         return cls(apply_patch(pipe, config=config, filter_fn=filter_fn))

@@ -3,7 +3,10 @@
 from typing import Any, Literal
 
 
-PresetName = Literal["paper", "agent", "tome"]
+PresetName = Literal["paper", "agent", "tome", "balanced", "fast"]
+
+# Below, attention costs too little for merging to pay.
+_MIN_TOKENS = 2048
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The schedule of the agent attention paper.
@@ -12,4 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "agent": {"sx": 4, "sy": 4, "agent_ratio": 0.95},
     # Its second phase at every step: no agents are formed when as many tokens are left for them as are merged.
     "tome": {"sx": 2, "sy": 2, "agent_ratio": 0.5},
+    # The paper's schedule in large layers, and the deep part of the UNet in every second step only.
+    "balanced": {"min_tokens": _MIN_TOKENS, "reuse": 2},
+    # Agents at every step in large layers, and the deep part of the UNet in every third step only.
+    "fast": {"sx": 4, "sy": 4, "agent_ratio": 0.95, "min_tokens": _MIN_TOKENS, "reuse": 3},
 }

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from agentsd import AgentSDConfig
+from agentsd import AgentSDConfig, FeatureReuseConfig
 from agentsd.patch_report import token_counts
 
 
@@ -68,7 +68,7 @@ def test_presets_hold_one_phase_for_all_steps(ratio, size):
     ]
     assert shape(agent) == shape(scheduled[0])
     with pytest.raises(ValueError, match="paper"):
-        AgentSDConfig.preset("fast")
+        AgentSDConfig.preset("faster")
 
 
 @pytest.mark.parametrize("named", [{"sx": 4}, {"sy": 1}, {"agent_ratio": 0.5}, {"sx": 2, "sy": 2, "agent_ratio": 0}])
@@ -78,6 +78,16 @@ def test_an_option_without_effect_is_an_error(named, until):
     with pytest.raises(ValueError, match="`agent_until` would have no effect beside `" + next(iter(named))):
         AgentSDConfig(**named, agent_until=until)
     assert AgentSDConfig(**named).agent_until is None
+
+
+def test_presets_with_feature_reuse():
+    balanced, fast = (AgentSDConfig.preset(name) for name in ("balanced", "fast"))
+    assert (balanced.reuse.interval, balanced.min_tokens, balanced.is_scheduled) == (2, 2048, True)
+    assert (fast.reuse.interval, fast.min_tokens, len(fast.phases)) == (3, 2048, 1)
+    assert fast.phases[0].operator is not None
+    assert AgentSDConfig.preset("balanced", reuse=None, min_tokens=0) == AgentSDConfig()
+    assert AgentSDConfig.preset("balanced", reuse=FeatureReuseConfig(4)).reuse.interval == 4
+    assert AgentSDConfig.from_dict(json.loads(json.dumps(fast.to_dict()))) == fast
 
 
 def test_a_preset_refuses_it_too():

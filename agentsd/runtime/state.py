@@ -57,15 +57,17 @@ class LayerState:
     Args:
         clock (`Clock`): Tells the step that the model is in.
         seed (`int`): What the layer's random choices vary with.
+        min_tokens (`int`): It is left alone at sizes of fewer tokens.
         in_fp32 (`bool`): Whether it attends in float32.
     """
 
     # The processor that the layer had before, set when the patch is installed.
     original: Any = None
 
-    def __init__(self, clock: Clock, seed: int, in_fp32: bool):
+    def __init__(self, clock: Clock, seed: int, min_tokens: int, in_fp32: bool):
         self.clock = clock
         self.seed = seed
+        self.min_tokens = min_tokens
         self.in_fp32 = in_fp32
         self.handles: list[RemovableHandle] = []
         # While the model runs: the step, the height and width, and the mixed key.
@@ -95,7 +97,7 @@ class LayerState:
         """
         if self.metric is None or self.size is None or self.key is None or x.shape[:2] != self.metric.shape[:2]:
             return None
-        if x.shape[1] != self.size[0] * self.size[1]:
+        if x.shape[1] != self.size[0] * self.size[1] or x.shape[1] < self.min_tokens:
             return None
         if self.parts is None:
             self.parts = self._split(self.metric, self.key.to(self.metric.device))

@@ -17,8 +17,7 @@ from agentsd.bench.models import (
     unet_inputs,
 )
 from agentsd.bench.rows import Case
-from agentsd.models.unet import patched_layers
-from agentsd.patch import current_patch
+from agentsd.runtime.install import patch_of
 
 
 CALLABLE = [name for name, method in METHODS.items() if name != "baseline" and not method.needs_generation]
@@ -67,7 +66,7 @@ def test_a_patch_of_the_users_is_no_part_of_the_comparison(unet):
     before = call(unet)
     agentsd.apply_patch(unet, 0.6)
     assert torch.equal(call(on(unet, "baseline")), before)
-    assert current_patch(unet).config.ratio == 0.6
+    assert patch_of(unet).config.ratio == 0.6
 
 
 def test_tomesd_is_the_real_package(unet):
@@ -109,19 +108,19 @@ def test_tomesd_takes_the_options_that_it_shares(unet):
 )
 def test_agentsd_methods_run_their_presets(unet, name, preset):
     twin = on(unet, name, 0.3, seed=7)
-    assert current_patch(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
+    assert patch_of(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
 
 
 @pytest.mark.parametrize("name", ["agentsd-agent", "agentsd-tome"])
 def test_a_single_phase_has_no_schedule_to_set(unet, name):
     """The share of agents belongs to the schedule, which `agentsd` alone follows."""
-    assert current_patch(on(unet, name, agent_until=0.3)).config == current_patch(on(unet, name)).config
-    assert current_patch(on(unet, "agentsd", agent_until=0.3)).config.agent_until == 0.3
+    assert patch_of(on(unet, name, agent_until=0.3)).config == patch_of(on(unet, name)).config
+    assert patch_of(on(unet, "agentsd", agent_until=0.3)).config.agent_until == 0.3
 
 
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])
 def test_attention_free_runs_in_the_layers_that_agentsd_patches(unet, options):
-    patched = [layer.name for layer in patched_layers(on(unet, "agentsd", **options))]
+    patched = [layer.name for layer, _ in patch_of(on(unet, "agentsd", **options)).layers]
     free = [
         name
         for name, module in on(unet, "attention-free", **options).named_modules()

@@ -600,3 +600,26 @@ def test_other_caches_in_the_same_role_are_refused():
     assert not agentsd.is_patched(pipe)
     helper.disable()
     agentsd.apply_patch(pipe, reuse=2)
+
+
+def test_presets_and_keywords():
+    """A preset's name, with keywords that override it."""
+    pipe = tiny_sd()
+    calls = deep(pipe)
+    before = run_of(pipe, num_inference_steps=12)()
+    for options, full in (
+        ({"preset": "balanced"}, 6),
+        ({"preset": "fast"}, 4),
+        ({"preset": "balanced", "reuse": 4}, 3),
+        ({"preset": "balanced", "reuse": None, "min_tokens": 0}, 12),
+    ):
+        calls.take()
+        agentsd.apply_patch(pipe, **options)
+        assert_differs(run_of(pipe, num_inference_steps=12)(), before)
+        assert calls.take() == full
+    # Layers of 256 tokens are left alone.
+    agentsd.apply_patch(pipe, preset="balanced", reuse=None)
+    assert torch.equal(run_of(pipe, num_inference_steps=12)(), before)
+    assert all("256 tokens, fewer than `min_tokens=2048`" in row.skipped for row in agentsd.report(pipe).rows)
+    with pytest.raises(ValueError, match="`config` or preset"):
+        agentsd.apply_patch(pipe, preset="fast", config=agentsd.AgentSDConfig())
