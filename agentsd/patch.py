@@ -42,8 +42,8 @@ def apply_patch(
             What to patch. In a pipeline, the UNet is patched, together with the ControlNets if there are any.
         ratio (`float`, *optional*, defaults to `0.4`): Share of tokens to merge, in `[0, 1)`.
         preset (`str`, *optional*, defaults to `"paper"`):
-            `"paper"`, `"agent"`, `"tome"`, `"balanced"` or `"fast"`; see [`AgentSDConfig.preset`]. `ratio` and keywords
-            override what it sets: `preset="balanced", reuse=None` is its attention part alone.
+            `"paper"`, `"agent"`, `"tome"`, `"balanced"` or `"fast"`; see [`AgentSDConfig.preset`]. `ratio` and
+            keywords override what it sets: `preset="balanced", reuse=None` is its attention part alone.
         config (`AgentSDConfig`, *optional*): All options as one object, instead of `ratio`, `preset` and keywords.
         filter_fn (`Callable[[str, torch.nn.Module], bool]`, *optional*):
             Asked once for every layer that `max_downsample` admits, with the name of the self-attention in its model
