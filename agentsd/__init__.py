@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 
 if TYPE_CHECKING:
     from .config import AgentSDConfig
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
     from .pipeline import AgentSDPipeline
     from .runtime.processor import AgentAttnProcessor
     from .techniques.feature_reuse import FeatureReuseConfig
-
-__version__ = "0.1.0"
 
 # Names are imported on first use, so that `import agentsd` (and `agentsd --help`) need not wait for torch.
 _HOME = {

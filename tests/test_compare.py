@@ -427,11 +427,11 @@ def test_pipeline_without_a_unet():
 
 
 def test_both_images_are_the_ones_asked_for():
-    wish = {"negative_prompt": "blue", "height": 64, "width": 96}
-    comparison = compare(tiny_sd(), PROMPT, steps=2, guidance_scale=2.0, seed=3, **wish)
+    request = {"negative_prompt": "blue", "height": 64, "width": 96}
+    comparison = compare(tiny_sd(), PROMPT, steps=2, guidance_scale=2.0, seed=3, **request)
     for pipe, found in ((tiny_sd(), comparison.baseline), (agentsd.apply_patch(tiny_sd()), comparison.agentsd)):
         generator = torch.Generator().manual_seed(3)
-        expected = pipe(PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=generator, **wish).images[0]
+        expected = pipe(PROMPT, num_inference_steps=2, guidance_scale=2.0, generator=generator, **request).images[0]
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
     assert (comparison.settings["height"], comparison.settings["width"]) == (64, 96)
 

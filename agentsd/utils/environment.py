@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-import agentsd
+from ..version import __version__
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "tomesd", "DeepCache", "hidiffusion")
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "tomesd", "DeepC
 def environment(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Machine and software as plain values, ready for JSON; `None` for a package that is not installed."""
     facts: dict[str, Any] = {
-        "agentsd": agentsd.__version__,
+        "agentsd": __version__,
         "commit": _commit(),
         **{name: _version(name) for name in PACKAGES},
         "torch": str(torch.__version__),  # which build it is, too, as its metadata need not say
@@ -74,7 +74,7 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout that agentsd was imported from, marked when files differ from it."""
-    package = Path(agentsd.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     try:
         top = _git(package, "rev-parse", "--show-toplevel")
         if Path(top).resolve() != package.parent:  # installed below somebody else's repository

@@ -115,7 +115,7 @@ model and nothing about others, and they cannot be compared with FID or CLIP sco
 - Stand in for diverse images: what a method does to these drawings is weak evidence of what it does to photographs.
 {known}"""
 
-# Where they are few and each can be named: what a visitor may ask for.
+# Where they are few and each can be named: what may be asked for.
 KNOWN = """
 ## The prompts it knows
 

@@ -238,8 +238,8 @@ def test_attention_backend_is_called(config, monkeypatch):
 
     monkeypatch.setitem(_AttentionBackendRegistry._backends, backend, counting)
     predict(unet, 500)
-    sites = len(agentsd.report(unet).rows)
-    assert len(calls) == (2 * sites if config.agent_until else sites)
+    layers = len(agentsd.report(unet).rows)
+    assert len(calls) == (2 * layers if config.agent_until else layers)
 
 
 def custom_diffusion(unet, only):
