@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from .config import AgentSDConfig
 from .models.unet import AttentionLayer, plain_name
 from .patch import patchable_models
 from .runtime.install import ModelPatch, patch_of
 from .runtime.steps import Phase
+from .techniques.feature_reuse import FeatureReuseConfig
 
 
 class TokenCounts(NamedTuple):
@@ -72,6 +75,7 @@ class PatchReport:
     Args:
         config (`AgentSDConfig`): The configuration of the patch: the UNet's, if its ControlNets have others.
         rows (`list[LayerReport]`): One row per layer.
+        reuse (`str`, *optional*): With feature reuse, which steps are full, and what runs in the others.
 
     Examples:
 
@@ -85,13 +89,14 @@ class PatchReport:
 
     config: AgentSDConfig
     rows: list[LayerReport]
+    reuse: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """
         The report as plain values.
 
         Returns:
-            `dict`: `config` and `rows`.
+            `dict`: `config`, `rows` and `reuse`.
 
         Examples:
 
@@ -114,7 +119,7 @@ class PatchReport:
                 layer = [""] * len(layer)
         widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
-        return "\n".join(line.rstrip() for line in text)
+        return "\n".join([*(line.rstrip() for line in text), *([self.reuse] if self.reuse is not None else [])])
 
 
 def report(pipe_or_unet: Any, height: int | None = None, width: int | None = None) -> PatchReport:
@@ -162,7 +167,32 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
         model_patch = patch_of(model)
         if model_patch is not None:
             rows += _model_rows(name, model_patch, latent_size)
-    return PatchReport(patch.config, rows)
+    return PatchReport(patch.config, rows, _reuse_text(models[0][1], patch))
+
+
+def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:
+    if patch.reuse is None or not isinstance(patch.config.reuse, FeatureReuseConfig):
+        return None
+    config = patch.config.reuse
+    if config.interval == 1:
+        return "feature reuse: every step runs the whole UNet"
+    skipped = {inner for module in patch.reuse[0] for inner in module.modules()}
+    # The largest modules of which nothing is skipped.
+    running: list[str] = []
+    for name, module in unet.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in running)
+        if (
+            name
+            and not is_inside
+            and skipped.isdisjoint(module.modules())
+            and next(module.parameters(), None) is not None
+        ):
+            running.append(plain_name(name))
+    done = "forecast" if config.order else "repeated"
+    return (
+        f"feature reuse: 1 step of {config.interval} runs the whole UNet, the first one included; the others run "
+        f"{', '.join(running)}, and what these read of the rest is {done}"
+    )
 
 
 def _model_rows(model: str, patch: ModelPatch, latent_size: tuple[int, int] | None) -> list[LayerReport]:

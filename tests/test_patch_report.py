@@ -78,3 +78,21 @@ def test_its_size_is_checked(unet, size):
 
 def test_the_smallest_image_has_one_token(unet):
     assert agentsd.report(agentsd.apply_patch(unet), height=8, width=8).rows[0].tokens == 1
+
+
+@pytest.mark.parametrize(
+    "branch, running",
+    [
+        (0, ["up_blocks.2.resnets.1", "up_blocks.2.attentions.1"]),
+        (1, ["down_blocks.0.resnets", "down_blocks.0.attentions", "up_blocks.2"]),
+    ],
+)
+def test_it_says_which_steps_are_full_and_what_the_others_run(unet, branch, running):
+    agentsd.apply_patch(unet, reuse=agentsd.FeatureReuseConfig(3, branch=branch))
+    report = agentsd.report(unet)
+    assert str(report).splitlines()[-1] == report.reuse == report.to_dict()["reuse"]
+    assert "1 step of 3 runs the whole UNet" in report.reuse
+    assert report.reuse.endswith("is forecast")
+    names = report.reuse.split("the others run ")[1].split(", and what")[0].split(", ")
+    assert set(names) == {"conv_in", "time_embedding", *running, "conv_norm_out", "conv_out"}
+    assert agentsd.report(agentsd.apply_patch(unet)).reuse is None
