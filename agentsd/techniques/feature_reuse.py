@@ -209,6 +209,9 @@ class SkippableForward:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns, or what stands for it in a step that skips it."""
+        # Something put around this later, such as offloading, may keep it here after the patch is gone.
+        if not self.reuse.is_installed:
+            return self.original(*args, **kwargs)
         call = self.reuse.current_call
         if call.is_skipped:
             return call.outputs[self.number]
@@ -221,6 +224,8 @@ class SkippableForward:
 
 class ModelReuse:
     """Skips modules of one model when the clock says so. It knows none of them: a copied one must not bring others."""
+
+    is_installed = False
 
     def __init__(self, clock: ReuseClock):
         self.clock = clock
@@ -246,12 +251,14 @@ class ModelReuse:
 
     def install(self, modules: Sequence[torch.nn.Module]) -> None:
         """Make modules skippable; the last of them is the one whose output matters."""
+        self.is_installed = True
         for number, module in enumerate(modules):
             is_last = number == len(modules) - 1
             module.forward = SkippableForward(module, number, is_last, self).forward
 
     def uninstall(self, modules: Sequence[torch.nn.Module]) -> None:
         """Give the modules their own forward back, and keep nothing. What was put around it since stays."""
+        self.is_installed = False
         for module in modules:
             owner = getattr(module.__dict__.get("forward"), "__self__", None)
             if not isinstance(owner, SkippableForward) or owner.reuse is not self:

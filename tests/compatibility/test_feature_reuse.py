@@ -477,6 +477,21 @@ def test_offload_and_casting(way, order):
     assert calls.take() == STEPS // 2
 
 
+def test_removed_below_an_offload_that_came_later():
+    """Sequential offloading wraps what the patch put there: it keeps on working, plain, and nothing is kept."""
+    from accelerate import cpu_offload
+
+    expected = run_of(tiny_sd())()
+    pipe = agentsd.apply_patch(tiny_sd(), ratio=0, reuse=2)
+    reuse = pipe.unet.agentsd_patch.reuse[1]
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    run_of(pipe)()
+    agentsd.remove_patch(pipe)
+    torch.testing.assert_close(run_of(pipe)(), expected)
+    assert reuse.state.slots == {}
+    assert reuse.state.call.kept is None
+
+
 class Graphs:
     def __init__(self):
         self.count = 0

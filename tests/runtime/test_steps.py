@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from agentsd import AgentSDConfig
-from agentsd.runtime.steps import TimestepReader, phase_at, timestep_key
+from agentsd.runtime.steps import StepCounter, TimestepReader, phase_at, timestep_key
 
 
 def agent_steps(timesteps, config, train=1000) -> list[bool]:
@@ -91,3 +91,42 @@ def test_keys_are_equal_for_equal_timesteps_of_any_type_and_differ_otherwise():
     forms = [981, 981.0, torch.tensor(981), torch.tensor(981.0, dtype=torch.float64), torch.tensor([981, 961])[0]]
     assert {timestep_key(form, device).item() for form in forms} == {timestep_key(981, device).item()}
     assert len({timestep_key(t / 8, device).item() for t in range(1000)}) == 1000
+
+
+def counted(counter, timesteps):
+    """The image and the step that each call belongs to."""
+    seen = []
+    for timestep in timesteps:
+        counter.count(timestep, [float(timestep)])
+        seen.append((counter.image, counter.step))
+    return seen
+
+
+def test_steps_are_counted_by_their_place_in_a_run():
+    """Second-order samplers repeat a timestep at another place, the halves of split guidance at the same."""
+    run = torch.tensor([900, 900, 600, 600])
+    assert counted(StepCounter(), run) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert counted(StepCounter(), [run[0], run[0], run[2], run[2]]) == [(0, 0), (0, 0), (0, 1), (0, 1)]
+
+
+def test_another_tensor_of_timesteps_is_another_image():
+    """Also where it begins below the last timestep seen, as after an interruption."""
+    counter = StepCounter()
+    assert counted(counter, torch.tensor([900, 800, 700]))[-1] == (0, 2)
+    assert counted(counter, torch.tensor([500, 400])) == [(1, 0), (1, 1)]
+    assert counter.steps == 2
+
+
+@pytest.mark.parametrize("make", [int, float, torch.tensor, lambda t: torch.tensor([t])])
+def test_timesteps_that_stand_alone_begin_an_image_when_they_go_up(make):
+    counter = StepCounter()
+    seen = counted(counter, map(make, [900, 600, 600, 300, 900, 600]))
+    assert seen == [(0, 0), (0, 1), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert counter.steps is None
+
+
+def test_the_rest_of_a_run_is_known():
+    counter = StepCounter()
+    run = torch.arange(20, 0, -1)
+    counted(counter, run[12:])
+    assert counter.steps == 8
