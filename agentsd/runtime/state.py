@@ -1,6 +1,6 @@
 """The state of a patched layer: what was there before and, while its block runs, what is merged there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ class LayerState:
         self.parts: list[Part] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "step": self.clock.step, "key": None, "metric": None, "parts": None}
+        step = replace(self.step, key=None)
+        return {**self.__dict__, "step": step, "key": None, "metric": None, "parts": None}
 
     def leave_block(self) -> None:
         """Let go of the activations."""
