@@ -16,6 +16,7 @@ from rich.text import Text
 from .methods import METHODS, agent_share
 from .plots import save_plots
 from .rows import COLUMNS, COMPARED, Row, short_name
+from .schedule import CALL_STEPS
 from .settings import SUITES
 from .store import BenchError, read_log, read_object
 
@@ -162,7 +163,7 @@ class BenchResult:
         if unknown:
             raise BenchError(f"There is no column {unknown[0]!r} to leave out. Known: {', '.join(columns)}.")
         texts = {name: [text(row) for row in rows] for name, text in columns.items()}
-        if len(set(texts["steps"])) == 1:
+        if len(set(texts["steps"])) == 1 and SUITES[self.settings["suite"]].kind == "generation":
             texts["steps"] = [""]
         shown = [name for name in columns if any(texts[name]) and name not in without]
         return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
@@ -270,6 +271,11 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
             f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
             "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
         )
+    if is_call and any(row.steps for row in rows):
+        yield (
+            f"{CALL_STEPS} steps: the mean of as many calls, one at each step of a run from noise to image; without "
+            "steps: a single call."
+        )
     yield (
         f"{'median and quartiles' if 'quartiles' in shown else 'median'}: seconds per "
         f"{'UNet call' if is_call else 'generation'}, over {_many(settings['repeats'], 'interleaved round')} in one "
@@ -292,6 +298,8 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
         yield "fewer-steps: baseline with as many steps as fit in agentsd's time."
+    if any(row.method.startswith("fewer-steps-") and row.steps for row in rows):
+        yield "fewer-steps-N%: baseline with N% of the steps."
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         yield "peak memory: of a process that runs this method alone, weights and libraries included."
     if "launches/step" in shown and not is_call:

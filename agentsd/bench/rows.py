@@ -51,9 +51,10 @@ class Row:
         height (`int`): Image height in pixels.
         width (`int`): Image width in pixels.
         batch (`int`): Images in one generation.
-        steps (`int`, *optional*): Denoising steps, where there is a generation.
+        steps (`int`, *optional*):
+            Denoising steps of a generation; of calls of a UNet, how many there were, where the method needs several.
         rounds (`int`): Number of timed rounds.
-        seconds (`float`, *optional*): Median seconds of a generation or call.
+        seconds (`float`, *optional*): Median seconds of a generation or call; of several calls, their mean.
         q1 (`float`, *optional*): Lower quartile of the seconds.
         q3 (`float`, *optional*): Upper quartile of the seconds.
         step_seconds (`float`, *optional*):
