@@ -380,6 +380,12 @@ def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLa
     ]
 
 
+def is_fewer_steps(name: str, with_share: bool = False) -> bool:
+    """Whether a method is the baseline with fewer steps; `with_share`, whether it is with a share of them."""
+    method = METHODS[name]
+    return isinstance(method, FewerSteps) and not (with_share and method.share is None)
+
+
 def agent_share(options: Mapping[str, Any]) -> float | None:
     """The share of the noise range in which agentsd runs agents; `None` where one phase runs at all steps."""
     config = AgentSDConfig.from_dict(dict(options))

@@ -78,7 +78,8 @@ class Row:
         quality (`dict[str, list[float]]`):
             Metric to value and, of sets large enough, the ends of its 95% interval; under `"fid_floor"` the FID of as
             many images of the reference itself, and under `"…_change"` the difference to the baseline's value with
-            images of the same seeds.
+            images of the same seeds. Under `"psnr_gain"` the PSNR less that of the baseline with as many steps as fit
+            in the same time, in decibels.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
 
@@ -171,6 +172,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
     "launches/step": lambda row: _number(row.launches, ".0f"),
     "PSNR": lambda row: _interval(row.quality.get("psnr"), ".1f") or ("identical" if row.identical else ""),
+    "vs fewer steps": lambda row: _interval(row.quality.get("psnr_gain"), "+.1f"),
     "SSIM": lambda row: _interval(row.quality.get("ssim"), ".3f"),
     "MS-SSIM": lambda row: _interval(row.quality.get("ms_ssim"), ".3f"),
     "LPIPS": lambda row: _interval(row.quality.get("lpips"), ".3f"),

@@ -92,6 +92,13 @@ def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps
     assert taken == [order for names in in_turn for order in (names, names[::-1])]
 
 
+def test_a_share_of_the_steps_is_timed_and_drawn(model):
+    methods = ("baseline", "fewer-steps-75%", "fewer-steps-50%")
+    rows = run_bench(quality(model, methods=methods, steps=4, images=1)).rows
+    assert [(row.name, row.steps) for row in rows] == [(name, 4 - index) for index, name in enumerate(methods)]
+    assert all("psnr" in row.quality for row in rows[1:])
+
+
 @pytest.mark.parametrize("with_memory", [False, True], ids=["here", "in_a_process_of_its_own"])
 def test_a_peer_that_cannot_run_is_a_row_that_says_why(model, monkeypatch, with_memory):
     monkeypatch.setitem(sys.modules, "tomesd", None)
