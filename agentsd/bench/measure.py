@@ -17,11 +17,12 @@ from .memory import allocated_bytes, is_out_of_memory, peak_memory
 from .methods import BASELINE, METHODS, FewerSteps, MethodUnavailable, agent_share
 from .models import Subject, compiled_graphs, switch_on
 from .rows import OUT_OF_MEMORY, Case, named
+from .schedule import CALL_STEPS
 from .settings import BenchSettings
 from .store import BenchError, RunFolder
 
 
-# One call has no schedule: there, the whole of agentsd is computed from the times of its two phases.
+# Single calls follow no schedule: there, the whole of agentsd is computed from the times of its two phases.
 _COMPUTED, _PHASES = "agentsd", ("agentsd-agent", "agentsd-tome")
 _PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of the schedule's phases
 # How CUDA's profiler calls a launch; a whole CUDA graph is one.
@@ -102,6 +103,9 @@ class CaseTimer:
         while variants and len(rounds) < self.settings.repeats:
             in_turn = variants[::-1] if len(rounds) % 2 else list(variants)
             samples = time_round(in_turn, self.subject.device, lambda name: self.on_call(name, ""), drop)
+            if self.settings.kind == "call":
+                calls = {case.name: self.steps(case) for case in cases}
+                samples = {name: Sample(sample.seconds / calls[name]) for name, sample in samples.items()}
             record = {name: asdict(sample) for name, sample in samples.items()}
             self.folder.rounds.append({"kind": "round", **_group(cases[0]), "samples": record})
             rounds.append(samples)
@@ -114,10 +118,14 @@ class CaseTimer:
         ]
 
     def steps(self, case: Case) -> int:
-        """How many denoising steps a case takes: for `fewer-steps`, what was measured to fit, and kept."""
+        """How many steps are timed at once: for `fewer-steps`, what was measured to fit, and kept."""
+        if self.settings.kind == "call":
+            return call_steps(case, self.settings)
         method = METHODS[case.method]
         if not isinstance(method, FewerSteps):
             return self.settings.steps
+        if method.share is not None:
+            return max(1, round(self.settings.steps * method.share))
         record = self.folder.rounds.keep(lambda: {"steps": self._fitting_steps(method, case)}, **_key("steps", case))
         return record["steps"]
 
@@ -138,8 +146,9 @@ class CaseTimer:
         for kind, value in (("memory", "peak_bytes"), ("launches", "launches")):
             for record in self.folder.rounds.find(**_key(kind, case)):
                 numbers[value] = record[value]
-        steps = None if self.settings.kind == "call" else self.steps(case)
-        return {**numbers, **_compared(case, rounds, steps is not None), "steps": steps, "is_computed": computed}
+        is_call = self.settings.kind == "call"
+        steps = None if is_call and self.steps(case) == 1 else self.steps(case)
+        return {**numbers, **_compared(case, rounds, not is_call), "steps": steps, "is_computed": computed}
 
     def _runnable(self, cases: list[Case]) -> list[Case]:
         """The cases that may be called; the others are computed or get a row that says why."""
@@ -150,7 +159,7 @@ class CaseTimer:
             if can_call(case, self.settings):
                 able.append(case)
             elif not is_computed(case, self.settings):
-                self.on_failure(case, "takes effect only over a generation's steps, and this is a single call")
+                self.on_failure(case, "takes effect only in a generation, and this calls a UNet alone")
         return able
 
     def _warm_up(self, variant: Variant, on_call: Callable[[], None]) -> None:
@@ -206,21 +215,30 @@ class CaseTimer:
             self.folder.rounds.keep(
                 lambda: {"peak_bytes": peak_memory(device, lambda: call, others)}, **_key("memory", case)
             )
-        steps = _PROFILED_STEPS if self.settings.kind == "generation" else 1
+        steps = _PROFILED_STEPS if self.settings.kind == "generation" else self.steps(case)
         short = partial(self.subject.call(self.twin(case), case, steps), Stopwatch(device))
         self.folder.rounds.keep(lambda: {"launches": count_launches(short) / steps}, **_key("launches", case))
 
 
 def is_computed(case: Case, settings: BenchSettings) -> bool:
     """Whether times follow from those of the schedule's phases: of `agentsd` where single calls are measured."""
-    return settings.kind == "call" and case.method == _COMPUTED and agent_share(settings.options) is not None
+    is_phases = agent_share(settings.options) is not None and not settings.options.get("reuse")
+    return settings.kind == "call" and case.method == _COMPUTED and is_phases
 
 
 def can_call(case: Case, settings: BenchSettings) -> bool:
-    """Whether a case shows in what its suite calls; some methods do only over the steps of a generation."""
-    if settings.kind == "generation" or not METHODS[case.method].needs_generation:
+    """Whether a case shows in what its suite calls; some methods do only in a generation."""
+    if settings.kind == "generation":
         return True
-    return case.method == _COMPUTED and not is_computed(case, settings)
+    return not METHODS[case.method].needs_generation and not is_computed(case, settings)
+
+
+def call_steps(case: Case, settings: BenchSettings) -> int:
+    """How many calls of a UNet are timed at once: those of a whole run, for what shows only over several of them."""
+    if is_computed(case, settings):
+        return 1
+    needs_steps = METHODS[case.method].needs_steps or settings.options.get("reuse")
+    return CALL_STEPS if needs_steps else 1
 
 
 def whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSettings) -> Sample:
@@ -288,5 +306,5 @@ def _key(kind: str, case: Case) -> dict[str, Any]:
 def _prepare(subject: Subject, case: Case, settings: BenchSettings) -> Callable[[], object]:
     """One call of a case from nothing, for a process of its own."""
     model = switch_on(subject, subject.load(), case, settings.options, settings.compile)
-    call = subject.call(model, case, min(settings.steps, _MEMORY_STEPS))
-    return partial(call, Stopwatch(subject.device))
+    steps = call_steps(case, settings) if settings.kind == "call" else min(settings.steps, _MEMORY_STEPS)
+    return partial(subject.call(model, case, steps), Stopwatch(subject.device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -12,13 +13,14 @@ from ..models.unet import AttentionLayer, attended_models, find_layers, unsuppor
 from ..patch import apply_patch
 from ..runtime.processor import AgentAttnProcessor
 from ..utils.libraries import how_to_install
+from .schedule import call_timesteps
 
 
 BASELINE = "baseline"
-# DeepCache's own choice in its examples: the whole UNet every third step, its outermost blocks in between.
-_CACHE_INTERVAL = 3
 # Options of this library that mean the same to tomesd.
 _SHARED_WITH_TOMESD = ("sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+# How many of its steps the baseline takes, for a curve of what is to be had in less time.
+_STEP_PERCENT = (90, 75, 60, 50, 40, 30, 25)
 
 
 class MethodUnavailable(RuntimeError):
@@ -33,8 +35,8 @@ class Method(Protocol):
 
     ```python
     >>> from agentsd.bench import METHODS
-    >>> [name for name, method in METHODS.items() if method.needs_generation]
-    ['agentsd', 'deepcache', 'agentsd+deepcache', 'hidiffusion', 'fewer-steps']
+    >>> METHODS["tomesd"].has_ratio, METHODS["tomesd"].needs_steps, METHODS["deepcache"].needs_steps
+    (True, False, True)
     ```
     """
 
@@ -47,8 +49,12 @@ class Method(Protocol):
         """Whether it depends on the share of tokens to merge."""
 
     @property
+    def needs_steps(self) -> bool:
+        """Whether it shows only over several steps, not in a single call of a UNet."""
+
+    @property
     def needs_generation(self) -> bool:
-        """Whether it shows only over the steps of a generation, not in a single call of a UNet."""
+        """Whether it takes a whole pipeline, and not a UNet alone."""
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """
@@ -70,8 +76,13 @@ class Baseline:
     """The model as it is."""
 
     name: str = BASELINE
-    has_ratio: ClassVar[bool] = False
+    needs_steps: ClassVar[bool] = False
     needs_generation: ClassVar[bool] = False
+
+    @property
+    def has_ratio(self) -> bool:
+        """See [`Method.has_ratio`]."""
+        return False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -79,12 +90,17 @@ class Baseline:
 
 @dataclass(frozen=True)
 class FewerSteps(Baseline):
-    """The model as it is, with as many steps as fit in the time that another method takes for all of its own."""
+    """The model as it is with a share of the steps; if none is given, as many as fit in the time of `reference`."""
 
     name: str = "fewer-steps"
+    share: float | None = None
     reference: str = "agentsd"
-    has_ratio: ClassVar[bool] = True
     needs_generation: ClassVar[bool] = True
+
+    @property
+    def has_ratio(self) -> bool:
+        """See [`Method.has_ratio`]."""
+        return self.share is None
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class NaiveAttention:
 
     name: str = "baseline-naive"
     has_ratio: ClassVar[bool] = False
+    needs_steps: ClassVar[bool] = False
     needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
@@ -103,22 +120,44 @@ class NaiveAttention:
 
 @dataclass(frozen=True)
 class AgentSD:
-    """This library, with one of its presets."""
+    """This library, with one of its presets; `reuse` is an interval of feature reuse, in place of the preset's."""
 
     name: str
     preset: PresetName
+    reuse: int | None = None
     has_ratio: ClassVar[bool] = True
+    needs_generation: ClassVar[bool] = False
 
     @property
-    def needs_generation(self) -> bool:
-        """See [`Method.needs_generation`]."""
-        return self.preset == "paper"
+    def needs_steps(self) -> bool:
+        """See [`Method.needs_steps`]."""
+        config = self._config({})
+        return config.is_scheduled or config.reuse is not None
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
-        if self.preset != "paper":  # a single phase has no schedule to set
+        if not self._config({}).is_scheduled:  # a single phase has no schedule to set
             options = {name: value for name, value in options.items() if name != "agent_until"}
-        apply_patch(model, config=AgentSDConfig.preset(self.preset, ratio=ratio, **options))
+        apply_patch(model, config=self._config({**options, "ratio": ratio}))
+
+    def _config(self, options: Mapping[str, Any]) -> AgentSDConfig:
+        own = {} if self.reuse is None else {"reuse": self.reuse}
+        return AgentSDConfig.preset(self.preset, **{**options, **own})
+
+
+@dataclass(frozen=True)
+class FeatureReuse:
+    """This library's feature reuse alone: the deep part of the UNet runs in one step of `interval`."""
+
+    name: str
+    interval: int
+    has_ratio: ClassVar[bool] = False
+    needs_steps: ClassVar[bool] = True
+    needs_generation: ClassVar[bool] = False
+
+    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
+        """See [`Method.apply`]."""
+        apply_patch(model, ratio=0, reuse=self.interval)
 
 
 @dataclass(frozen=True)
@@ -127,6 +166,7 @@ class ToMeSD:
 
     name: str = "tomesd"
     has_ratio: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = False
     needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
@@ -148,11 +188,17 @@ class ToMeSD:
 
 @dataclass(frozen=True)
 class DeepCache:
-    """Features of the inner blocks kept for some steps (X. Ma et al., CVPR 2024), by its authors' own package."""
+    """
+    Features of the inner blocks kept for some steps (X. Ma et al., CVPR 2024), by its authors' own package.
+
+    The whole UNet runs in one step of `interval`, in their examples three, and its outermost blocks in between.
+    """
 
     name: str = "deepcache"
+    interval: int = 3
     has_ratio: ClassVar[bool] = False
-    needs_generation: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = True
+    needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -160,8 +206,13 @@ class DeepCache:
             from DeepCache import DeepCacheSDHelper
         except ImportError as error:
             raise _not_installed("DeepCache") from error
-        helper = DeepCacheSDHelper(pipe=model)
-        helper.set_params(cache_interval=_CACHE_INTERVAL, cache_branch_id=0)
+        pipe = model
+        if isinstance(model, torch.nn.Module):
+            # It reads nothing else of a pipeline.
+            scheduler = SimpleNamespace(timesteps=call_timesteps(next(model.parameters()).device))
+            pipe = SimpleNamespace(unet=model, scheduler=scheduler)
+        helper = DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=self.interval, cache_branch_id=0)
         helper.enable()
 
 
@@ -171,6 +222,7 @@ class HiDiffusion:
 
     name: str = "hidiffusion"
     has_ratio: ClassVar[bool] = False
+    needs_steps: ClassVar[bool] = False
     needs_generation: ClassVar[bool] = True
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
@@ -200,6 +252,11 @@ class Combined:
         return any(part.has_ratio for part in self.parts)
 
     @property
+    def needs_steps(self) -> bool:
+        """See [`Method.needs_steps`]."""
+        return any(part.needs_steps for part in self.parts)
+
+    @property
     def needs_generation(self) -> bool:
         """See [`Method.needs_generation`]."""
         return any(part.needs_generation for part in self.parts)
@@ -217,6 +274,7 @@ class OtherProcessor:
     name: str
     processor: type
     has_ratio: ClassVar[bool] = False
+    needs_steps: ClassVar[bool] = False
     needs_generation: ClassVar[bool] = False
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
@@ -322,6 +380,12 @@ def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLa
     ]
 
 
+def is_fewer_steps(name: str, with_share: bool = False) -> bool:
+    """Whether a method is the baseline with fewer steps; `with_share`, whether it is with a share of them."""
+    method = METHODS[name]
+    return isinstance(method, FewerSteps) and not (with_share and method.share is None)
+
+
 def agent_share(options: Mapping[str, Any]) -> float | None:
     """The share of the noise range in which agentsd runs agents; `None` where one phase runs at all steps."""
     config = AgentSDConfig.from_dict(dict(options))
@@ -336,20 +400,28 @@ def _not_installed(package: str) -> MethodUnavailable:
     return MethodUnavailable(f"{package} is not installed: {how_to_install('bench')}")
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Baseline(),
-        NaiveAttention(),
-        AgentSD("agentsd", "paper"),
-        AgentSD("agentsd-agent", "agent"),
-        AgentSD("agentsd-tome", "tome"),
-        ToMeSD(),
-        OtherProcessor("todo", DownsampledProcessor),
-        DeepCache(),
-        Combined("agentsd+deepcache", (AgentSD("agentsd", "paper"), DeepCache())),
-        HiDiffusion(),
-        FewerSteps(),
-        OtherProcessor("attention-free", AttentionFreeProcessor),
-    )
-}
+_ALL: tuple[Method, ...] = (
+    Baseline(),
+    NaiveAttention(),
+    AgentSD("agentsd", "paper"),
+    AgentSD("agentsd-agent", "agent"),
+    AgentSD("agentsd-tome", "tome"),
+    ToMeSD(),
+    OtherProcessor("todo", DownsampledProcessor),
+    FeatureReuse("reuse-2", 2),
+    FeatureReuse("reuse-3", 3),
+    AgentSD("agentsd+reuse-2", "paper", reuse=2),
+    AgentSD("agentsd+reuse-3", "paper", reuse=3),
+    AgentSD("balanced", "balanced"),
+    AgentSD("fast", "fast"),
+    DeepCache("deepcache-2", 2),
+    DeepCache(),
+    DeepCache("deepcache-5", 5),
+    Combined("agentsd+deepcache", (AgentSD("agentsd", "paper"), DeepCache())),
+    HiDiffusion(),
+    FewerSteps(),
+    *(FewerSteps(f"fewer-steps-{percent}%", percent / 100) for percent in _STEP_PERCENT),
+    OtherProcessor("attention-free", AttentionFreeProcessor),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -15,6 +15,7 @@ from ..utils.loading import load_pipeline, own_size
 from ..utils.timing import Call, Stopwatch
 from .methods import METHODS, reseed
 from .rows import Case
+from .schedule import call_timesteps
 
 
 # Latents have an eighth of the image's height and width; CLIP always gives 77 text tokens.
@@ -143,7 +144,7 @@ class PipelineSubject:
 
 @dataclass(frozen=True)
 class UNetSubject:
-    """Single calls of a UNet of one of the `SHAPES`, with random weights: speed does not depend on them."""
+    """Calls of a UNet of one of the `SHAPES`, with random weights: speed does not depend on them."""
 
     shape: str
     seed: int
@@ -169,10 +170,19 @@ class UNetSubject:
         return side, side
 
     def call(self, model: Any, case: Case, steps: int) -> Call:
-        """What is timed: a call at the case's size and batch, which has no steps."""
+        """What is timed: a call at the case's size and batch, or one for each of the first steps of a run."""
         assert case.height is not None and case.width is not None
         inputs = unet_inputs(model, case.height, case.width, case.batch, self.seed)
-        return partial(call_unet, model, inputs)
+        if steps == 1:
+            return partial(call_unet, model, inputs)
+        timesteps = call_timesteps(self.device)
+
+        def run(_watch: Stopwatch) -> None:
+            # Elements of one tensor, as pipelines hand them over.
+            for timestep in timesteps[:steps]:
+                call_unet(model, {**inputs, "timestep": timestep})
+
+        return run
 
 
 # What is measured. It is picklable, so that another process can load the same model.
@@ -263,9 +273,9 @@ def call_unet(unet: torch.nn.Module, inputs: Mapping[str, Any], watch: Stopwatch
     Returns:
         `torch.Tensor` of the shape of the latents: The predicted noise.
     """
-    others = {name: value for name, value in inputs.items() if name != "sample"}
-    # The latents by position, as pipelines give them: tomesd looks for them there.
-    return unet(inputs["sample"], **others).sample
+    others = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
+    # These two by position, as pipelines give them: tomesd and DeepCache look for them there.
+    return unet(inputs["sample"], inputs["timestep"], **others).sample
 
 
 def compiled_graphs() -> int:

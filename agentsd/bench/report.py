@@ -5,7 +5,8 @@ import csv
 import html
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,26 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from .methods import METHODS, agent_share
+from .methods import METHODS, agent_share, is_fewer_steps
 from .plots import save_plots
 from .rows import COLUMNS, COMPARED, Row, short_name
+from .schedule import CALL_STEPS
 from .settings import SUITES
 from .store import BenchError, read_log, read_object
 
 
 _TEXT_COLUMNS = ("size", "method")
 # A terminal has no room for these columns; they are in the reports.
-NOT_IN_TERMINAL = ("s/step", "step quartiles", "step speed-up", "launches/step", "Δ FID", "Δ KID", "Δ CLIP score")
+NOT_IN_TERMINAL = (
+    "s/step",
+    "step quartiles",
+    "step speed-up",
+    "launches/step",
+    "vs fewer steps",
+    "Δ FID",
+    "Δ KID",
+    "Δ CLIP score",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,8 @@ class BenchResult:
         models = ", ".join(dict.fromkeys(short_name(row.model) for row in self.rows))
         compiled = ", torch.compile" if self.settings.get("compile") else ""
         if SUITES[self.settings["suite"]].kind == "call":
-            return f"UNet of the shape of {models}, random weights, single calls with guidance{compiled}"
+            calls = "calls" if any(row.steps for row in self.rows) else "single calls"
+            return f"UNet of the shape of {models}, random weights, {calls} with guidance{compiled}"
         return f"{models}: generations of {self.settings['steps']} steps{compiled}"
 
     def notes(self, intervals: bool = True, without: Collection[str] = ()) -> list[str]:
@@ -162,7 +174,7 @@ class BenchResult:
         if unknown:
             raise BenchError(f"There is no column {unknown[0]!r} to leave out. Known: {', '.join(columns)}.")
         texts = {name: [text(row) for row in rows] for name, text in columns.items()}
-        if len(set(texts["steps"])) == 1:
+        if len(set(texts["steps"])) == 1 and SUITES[self.settings["suite"]].kind == "generation":
             texts["steps"] = [""]
         shown = [name for name in columns if any(texts[name]) and name not in without]
         return [shown, *(list(cells) for cells in zip(*(texts[name] for name in shown), strict=True))]
@@ -207,7 +219,46 @@ def result_of(
             -1 if row.ratio is None else ratios.index(row.ratio),
         )
 
-    return BenchResult(settings, environment, sorted(rows, key=place))
+    rows = sorted(rows, key=place)
+    return BenchResult(settings, environment, [_with_gain(row, rows) for row in rows])
+
+
+def fewer_steps_psnr(curve: Sequence[tuple[float, float]], share: float) -> float | None:
+    """
+    The PSNR that fewer steps give in a share of the baseline's time, on the line between the points around it.
+
+    `curve` has the share and the PSNR of some numbers of steps. Where it has no point on either side, nobody knows.
+
+    Examples:
+
+    ```python
+    >>> fewer_steps_psnr([(0.5, 20.0), (0.75, 30.0)], 0.6), fewer_steps_psnr([(0.5, 20.0), (0.75, 30.0)], 0.8)
+    (24.0, None)
+    ```
+    """
+    points = sorted(curve)
+    for (start, low), (end, high) in pairwise(points):
+        if start <= share <= end and start < end:
+            return low + (high - low) * (share - start) / (end - start)
+    return None
+
+
+def _with_gain(row: Row, rows: Sequence[Row]) -> Row:
+    """A row with what its PSNR is above that of fewer steps in the same time, where there is a curve of them."""
+    if "psnr" not in row.quality or not row.speedup or is_fewer_steps(row.method):
+        return row
+    curve = [
+        (1 / other.speedup, other.quality["psnr"][0])
+        for other in rows
+        if other.setting == row.setting
+        and is_fewer_steps(other.method, with_share=True)
+        and other.speedup
+        and "psnr" in other.quality
+    ]
+    # Shares of time rather than seconds: they are paired within rounds.
+    psnr = fewer_steps_psnr(curve, 1 / row.speedup)
+    gain = {} if psnr is None else {"psnr_gain": [row.quality["psnr"][0] - psnr]}
+    return replace(row, quality={**row.quality, **gain})
 
 
 def load_result(folder: str | Path) -> BenchResult:
@@ -270,6 +321,11 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
             f"†: computed, not measured: in every round {share:g} of the agent phase's time plus {1 - share:g} of the "
             "ToMe phase's, as in a generation whose steps are spread evenly over the noise range."
         )
+    if is_call and any(row.steps for row in rows):
+        yield (
+            f"{CALL_STEPS} steps: the mean of as many calls, one at each step of a run from noise to image; without "
+            "steps: a single call."
+        )
     yield (
         f"{'median and quartiles' if 'quartiles' in shown else 'median'}: seconds per "
         f"{'UNet call' if is_call else 'generation'}, over {_many(settings['repeats'], 'interleaved round')} in one "
@@ -292,6 +348,8 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
         yield "fewer-steps: baseline with as many steps as fit in agentsd's time."
+    if any(is_fewer_steps(row.method, with_share=True) and row.steps for row in rows):
+        yield "fewer-steps-N%: baseline with N% of the steps."
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         yield "peak memory: of a process that runs this method alone, weights and libraries included."
     if "launches/step" in shown and not is_call:
@@ -304,6 +362,11 @@ def _notes_on_images(result: BenchResult, shown: Collection[str]) -> Iterator[st
         yield (
             f"{', '.join(pairwise)}: mean over {_many(settings['images'], 'image')} against the baseline's of the "
             "same seed and prompt; pixel-identical images have no PSNR."
+        )
+    if "vs fewer steps" in shown:
+        yield (
+            "vs fewer steps: PSNR less that of the baseline with as many steps as fit in the method's time, on the "
+            "line between the two rows of fewer-steps-N% around it; empty where there are none around it."
         )
     if distances := [name for name in ("FID", "KID") if name in shown]:
         if settings["reference"] is None:

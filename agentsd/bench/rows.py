@@ -51,9 +51,10 @@ class Row:
         height (`int`): Image height in pixels.
         width (`int`): Image width in pixels.
         batch (`int`): Images in one generation.
-        steps (`int`, *optional*): Denoising steps, where there is a generation.
+        steps (`int`, *optional*):
+            Denoising steps of a generation; of calls of a UNet, how many there were, where the method needs several.
         rounds (`int`): Number of timed rounds.
-        seconds (`float`, *optional*): Median seconds of a generation or call.
+        seconds (`float`, *optional*): Median seconds of a generation or call; of several calls, their mean.
         q1 (`float`, *optional*): Lower quartile of the seconds.
         q3 (`float`, *optional*): Upper quartile of the seconds.
         step_seconds (`float`, *optional*):
@@ -77,7 +78,8 @@ class Row:
         quality (`dict[str, list[float]]`):
             Metric to value and, of sets large enough, the ends of its 95% interval; under `"fid_floor"` the FID of as
             many images of the reference itself, and under `"…_change"` the difference to the baseline's value with
-            images of the same seeds.
+            images of the same seeds. Under `"psnr_gain"` the PSNR less that of the baseline with as many steps as fit
+            in the same time, in decibels.
         is_computed (`bool`): Whether the times were computed from other rows' times, round by round.
         reason (`str`, *optional*): Why the method did not run; all numbers are then missing.
 
@@ -170,6 +172,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak memory": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
     "launches/step": lambda row: _number(row.launches, ".0f"),
     "PSNR": lambda row: _interval(row.quality.get("psnr"), ".1f") or ("identical" if row.identical else ""),
+    "vs fewer steps": lambda row: _interval(row.quality.get("psnr_gain"), "+.1f"),
     "SSIM": lambda row: _interval(row.quality.get("ssim"), ".3f"),
     "MS-SSIM": lambda row: _interval(row.quality.get("ms_ssim"), ".3f"),
     "LPIPS": lambda row: _interval(row.quality.get("lpips"), ".3f"),

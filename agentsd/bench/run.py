@@ -279,7 +279,8 @@ def _work(cases: list[Case], settings: BenchSettings) -> dict[Case, tuple[int, i
     images = settings.images if settings.has_images else 0
     work = {replace(cases[0], method=BASELINE, ratio=None): (0, images)}
     for case in cases:
-        is_calibrated = isinstance(METHODS[case.method], FewerSteps)
+        method = METHODS[case.method]
+        is_calibrated = isinstance(method, FewerSteps) and method.share is None
         calibration = 2 * (settings.warmup + settings.repeats) if is_calibrated else 0
         calls = settings.memory + calibration + settings.warmup + settings.repeats
         work[case] = (calls, images) if can_call(case, settings) else (0, 0)

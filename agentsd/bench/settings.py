@@ -14,14 +14,18 @@ from .rows import Case, short_name
 from .store import BenchError
 
 
-# What a suite runs: generations of a pipeline, or single calls of a UNet with random weights.
+# What a suite runs: generations of a pipeline, or calls of a UNet with random weights.
 Kind = Literal["generation", "call"]
 
 _SPEED_METHODS = ("baseline", "agentsd", "agentsd-agent", "agentsd-tome", "tomesd", "attention-free")
 _QUALITY_METHODS = ("baseline", "agentsd", "tomesd", "fewer-steps")
 _CPU_METHODS = ("baseline", "agentsd-agent", "agentsd-tome", "agentsd", "tomesd", "attention-free")
-# Methods that show only over a whole generation are left out of calls by default, save agentsd, which is computed.
-_CALL_METHODS = tuple(name for name, method in METHODS.items() if not method.needs_generation or name == "agentsd")
+# What needs several calls takes so many times as long, and is left out by default, save agentsd, which is computed.
+_CALL_METHODS = tuple(
+    name
+    for name, method in METHODS.items()
+    if not (method.needs_steps or method.needs_generation) or name == "agentsd"
+)
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ class BenchSettings:
         standard = {item.name: item.default for item in fields(self)}
         given = [name for name in unused if getattr(self, name) != standard[name]]
         if given or (not suite.has_images and len(self.prompts) > 1):
-            what = "times single calls of UNets" if suite.kind == "call" else "judges no images"
+            what = "times calls of UNets" if suite.kind == "call" else "judges no images"
             names = ", ".join(f"`{name}`" for name in given or ["prompts"])
             raise BenchError(
                 f"The suite {self.suite!r} {what}, so it has no use for {names}: leave that out, or ask for the suite "
@@ -251,7 +255,7 @@ class BenchSettings:
 
     @property
     def kind(self) -> Kind:
-        """Whether generations or single calls are measured."""
+        """Whether generations or calls of a UNet are measured."""
         return SUITES[self.suite].kind
 
     @property

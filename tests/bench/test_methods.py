@@ -17,10 +17,16 @@ from agentsd.bench.models import (
     unet_inputs,
 )
 from agentsd.bench.rows import Case
+from agentsd.bench.schedule import CALL_STEPS, call_timesteps
 from agentsd.runtime.install import patch_of
+from agentsd.runtime.steps import phase_at
 
 
-CALLABLE = [name for name, method in METHODS.items() if name != "baseline" and not method.needs_generation]
+CALLABLE = [
+    name
+    for name, method in METHODS.items()
+    if name != "baseline" and not (method.needs_steps or method.needs_generation)
+]
 
 
 @pytest.fixture
@@ -104,11 +110,19 @@ def test_tomesd_takes_the_options_that_it_shares(unet):
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"), [("agentsd", "paper"), ("agentsd-agent", "agent"), ("agentsd-tome", "tome")]
+    ("name", "preset"),
+    [
+        ("agentsd", "paper"),
+        ("agentsd-agent", "agent"),
+        ("agentsd-tome", "tome"),
+        ("balanced", "balanced"),
+        ("fast", "fast"),
+    ],
 )
 def test_agentsd_methods_run_their_presets(unet, name, preset):
-    twin = on(unet, name, 0.3, seed=7)
-    assert patch_of(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, seed=7)
+    options = {"seed": 7, "min_tokens": 0}
+    twin = on(unet, name, 0.3, **options)
+    assert patch_of(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, **options)
 
 
 @pytest.mark.parametrize("name", ["agentsd-agent", "agentsd-tome"])
@@ -155,6 +169,100 @@ def test_todo_attends_to_one_token_of_each_cell(unet):
     weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
     expected = layer.to_out[0]((weights @ v).transpose(1, 2).flatten(2).float())
     assert torch.allclose(seen["out"], expected, atol=1e-5)
+
+
+# How often the deep part of a UNet runs in 12 steps.
+DEEP_RUNS = {
+    "reuse-2": 6,
+    "reuse-3": 4,
+    "agentsd+reuse-2": 6,
+    "agentsd+reuse-3": 4,
+    "balanced": 6,
+    "fast": 4,
+    "deepcache-2": 6,
+    "deepcache": 4,
+    "deepcache-5": 3,
+    "agentsd+deepcache": 4,
+    "agentsd": 12,
+}
+
+
+def test_all_methods_over_steps_are_known():
+    assert [name for name, method in METHODS.items() if method.needs_steps and name not in DEEP_RUNS] == []
+
+
+def deep_runs(unet):
+    """A list that grows whenever a layer in the middle of a UNet runs, which no method replaces."""
+    runs = []
+    unet.mid_block.resnets[0].register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+@pytest.mark.parametrize("name", DEEP_RUNS)
+def test_the_deep_part_runs_in_some_steps_of_a_unet_alone(shape, name):
+    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
+    case = Case("sd15", name, 0.4 if METHODS[name].has_ratio else None, 64, 64, 1)
+    twin = switch_on(subject, subject.load(), case, {})
+    runs = deep_runs(twin)
+    call = subject.call(twin, case, CALL_STEPS)
+    for _ in range(2):  # a second round is a new run
+        runs.clear()
+        call(None)
+        assert len(runs) == DEEP_RUNS[name]
+
+
+@pytest.mark.parametrize("name", DEEP_RUNS)
+def test_the_deep_part_runs_in_some_steps_of_a_generation(name):
+    subject = PipelineSubject("tiny", "red apple", None, None, 0, torch.device("cpu"), torch.float32)
+    case = Case("tiny", name, 0.4 if METHODS[name].has_ratio else None, 64, 64, 1)
+    twin = switch_on(subject, tiny_sd(), case, {})
+    runs = deep_runs(twin.unet)
+    subject.draw(twin, case, 12, ["red apple"], [0])
+    assert len(runs) == DEEP_RUNS[name]
+
+
+def test_calls_over_steps_are_those_of_a_run(shape):
+    """From noise to image, handed over as pipelines do: elements of one tensor, by position."""
+    subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
+    case = Case("sd15", "baseline", None, 64, 64, 1)
+    unet, seen = subject.load(), []
+    unet.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    subject.call(unet, case, CALL_STEPS)(None)
+    assert [timestep.item() for timestep in seen] == call_timesteps("cpu").tolist()
+    assert sorted(call_timesteps("cpu").tolist(), reverse=True) == call_timesteps("cpu").tolist()
+    assert len({timestep.untyped_storage().data_ptr() for timestep in seen}) == 1
+    assert seen[0].untyped_storage().nbytes() == CALL_STEPS * seen[0].element_size()
+    seen.clear()
+    subject.call(unet, case, 1)(None)
+    assert [timestep.item() for timestep in seen] == [500]
+
+
+def test_agents_run_in_as_large_a_share_of_the_calls_as_in_long_runs():
+    phases = agentsd.AgentSDConfig().phases
+    share = sum(phase_at(t, 1000, phases) == 0 for t in call_timesteps("cpu").tolist()) / CALL_STEPS
+    assert abs(share - 0.4) < 1 / CALL_STEPS / 2
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_reuse_alone_merges_nothing(unet, interval):
+    config = patch_of(on(unet, f"reuse-{interval}")).config
+    assert (config.ratio, config.reuse) == (0, agentsd.FeatureReuseConfig(interval))
+    assert torch.equal(call(on(unet, f"reuse-{interval}")), call(unet)), "in a first step, all is as it was"
+
+
+def test_presets_take_options_and_keep_what_their_name_says(unet):
+    large = {"min_tokens": 0, "seed": 7}
+    fast = patch_of(on(unet, "fast", 0.3, **large, agent_until=0.3)).config
+    assert fast == agentsd.AgentSDConfig.preset("fast", ratio=0.3, **large)
+    both = patch_of(on(unet, "agentsd+reuse-3", 0.3, reuse=2)).config
+    assert both == agentsd.AgentSDConfig(ratio=0.3, reuse=3)
+
+
+def test_deepcache_of_a_unet_alone_is_the_real_package(unet):
+    twin = on(unet, "deepcache-5")
+    helper = twin.forward.__closure__[0].cell_contents
+    assert type(helper).__module__.startswith("DeepCache")
+    assert helper.params["cache_interval"] == 5
 
 
 def test_deepcache_is_the_real_package_and_combines():

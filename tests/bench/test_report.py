@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from agentsd.bench import BenchError, BenchSettings, load_result
-from agentsd.bench.report import result_of
+from agentsd.bench.report import fewer_steps_psnr, result_of
 from agentsd.bench.store import RunFolder
 from agentsd.utils.environment import environment
 
@@ -115,6 +115,60 @@ def test_a_table_of_quality_fits_a_terminal(facts):
     )
     assert "95% intervals" in result.to_markdown()
     assert not any("95%" in note for note in result.notes(intervals=False)), "the terminal has no room for them"
+
+
+CURVE = [(75, 1.3, 30.0), (50, 2.0, 24.0), (25, 3.8, 20.0)]
+
+
+def with_curve(*rows):
+    """The result of some rows beside the baseline with fewer steps."""
+    fewer = [
+        record(f"fewer-steps-{percent}%", steps=percent, of_baseline=[speed], quality={"psnr": [psnr]})
+        for percent, speed, psnr in CURVE
+    ]
+    methods = [row["method"] for row in (*rows, *fewer)]
+    settings = {**BenchSettings.of_suite("quality").to_dict(), "models": ("sd15",), "methods": methods}
+    return result_of([*rows, *fewer], settings, environment("cpu", torch.float32))
+
+
+def test_methods_are_compared_with_fewer_steps_in_the_same_time():
+    """Against the formula: a line in time, not in speed."""
+    result = with_curve(
+        record("baseline", steps=100, of_baseline=[1.0]),
+        record("reuse-2", steps=100, of_baseline=[1.6], quality={"psnr": [35.0, 34.0, 36.0]}),
+        record("deepcache", steps=100, of_baseline=[2.0], quality={"psnr": [23.0]}),
+        record("todo", steps=100, of_baseline=[1.1], quality={"psnr": [31.0]}),
+        record("fast", steps=100, of_baseline=[5.0], quality={"psnr": [19.0]}),
+    )
+    part = (1 / 1.6 - 1 / 2.0) / (1 / 1.3 - 1 / 2.0)
+    gains = {row.method: row.quality.get("psnr_gain") for row in result.rows}
+    assert gains["reuse-2"] == [pytest.approx(35.0 - (24.0 + part * (30.0 - 24.0)))]
+    assert gains["deepcache"] == [pytest.approx(-1.0)], "at a measured point, that point itself"
+    assert not any(gains[name] for name in gains if name not in ("reuse-2", "deepcache")), "none beyond the curve"
+    markdown = result.to_markdown()
+    assert "| PSNR | vs fewer steps |" in markdown
+    assert "| 23.0 | -1.0 |" in markdown
+    assert "vs fewer steps: PSNR less that of the baseline with as many steps as fit" in markdown
+    assert "fewer-steps-N%: baseline with N% of the steps." in markdown
+    assert "psnr_gain" in result.to_csv().splitlines()[0]
+
+
+def test_fewer_steps_of_another_size_are_no_comparison():
+    result = with_curve(record("reuse-2", height=512, steps=100, of_baseline=[1.6], quality={"psnr": [35.0]}))
+    assert "psnr_gain" not in result.rows[0].quality
+    assert "vs fewer steps" not in result.to_markdown()
+
+
+def test_the_curve_has_no_value_beyond_its_ends():
+    curve = [(0.5, 24.0), (0.25, 20.0)]
+    assert [fewer_steps_psnr(curve, share) for share in (0.2, 0.25, 0.375, 0.5, 0.51)] == [
+        None,
+        20.0,
+        22.0,
+        24.0,
+        None,
+    ]
+    assert fewer_steps_psnr(curve[:1], 0.5) is None
 
 
 def test_what_did_not_run_is_told_apart(facts):

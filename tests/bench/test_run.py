@@ -15,8 +15,9 @@ from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_
 from agentsd.bench import methods as methods_module
 from agentsd.bench.models import SHAPES, UNetSubject
 from agentsd.bench.rows import Case
+from agentsd.bench.schedule import CALL_STEPS
 from agentsd.bench.store import RunFolder
-from agentsd.utils.timing import Variant
+from agentsd.utils.timing import Sample, Variant
 
 
 # Generations
@@ -84,13 +85,18 @@ def test_fewer_steps_fit_in_the_time_of_agentsd(model, monkeypatch, share, steps
             for variant in variants
         }
 
-    from agentsd.utils.timing import Sample
-
     monkeypatch.setattr(measure, "time_round", time_round)
     rows = run_bench(speed(model, methods=("baseline", "fewer-steps"), steps=6, repeats=2)).rows
     assert [row.steps for row in rows] == [6, steps]
     in_turn = [["baseline", "agentsd 0.4"], ["baseline", "fewer-steps 0.4"]]
     assert taken == [order for names in in_turn for order in (names, names[::-1])]
+
+
+def test_a_share_of_the_steps_is_timed_and_drawn(model):
+    methods = ("baseline", "fewer-steps-75%", "fewer-steps-50%")
+    rows = run_bench(quality(model, methods=methods, steps=4, images=1)).rows
+    assert [(row.name, row.steps) for row in rows] == [(name, 4 - index) for index, name in enumerate(methods)]
+    assert all("psnr" in row.quality for row in rows[1:])
 
 
 @pytest.mark.parametrize("with_memory", [False, True], ids=["here", "in_a_process_of_its_own"])
@@ -194,6 +200,36 @@ def test_one_phase_for_all_steps_is_called_not_computed(shape):
         assert "computed" not in result.to_markdown()
 
 
+def test_what_needs_steps_is_the_mean_of_the_calls_of_a_run(shape, monkeypatch, tmp_path):
+    """A method that takes 1 s in each of 12 calls is as fast as one of a single call of 1 s."""
+
+    def time_round(variants, device, on_call=None, on_error=None):
+        return {v.name: Sample(CALL_STEPS if "0.4" in v.name else 1.0, 0.5) for v in variants}
+
+    monkeypatch.setattr(measure, "time_round", time_round)
+    methods = ("baseline", "agentsd+reuse-2", "attention-free")
+    result = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1), out=tmp_path)
+    assert [(row.steps, row.seconds, row.speedup) for row in result.rows] == [
+        (None, 1.0, 1.0),
+        (CALL_STEPS, 1.0, 1.0),
+        (None, 1.0, 1.0),
+    ]
+    assert {row.step_seconds for row in result.rows} == {None}
+    assert "| agentsd+reuse-2 | 0.4 | 12 |" in result.to_markdown()
+    assert "12 steps: the mean of as many calls" in result.to_markdown()
+    (one,) = RunFolderReader(tmp_path).rounds
+    assert one["samples"]["agentsd+reuse-2 0.4"] == {"seconds": 1.0, "step_seconds": None}
+
+
+def test_feature_reuse_as_an_option_takes_steps(shape):
+    """A single call would be timed as if nothing were reused."""
+    methods = ("baseline", "agentsd-agent", "agentsd")
+    rows = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1, options={"reuse": 2})).rows
+    assert [(row.method, row.steps, row.is_computed) for row in rows] == [
+        (name, CALL_STEPS, False) for name in methods
+    ]
+
+
 class RunFolderReader:
     def __init__(self, path):
         self.rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
@@ -201,8 +237,8 @@ class RunFolderReader:
 
 
 def test_what_needs_a_generation_says_so_in_a_call(shape):
-    rows = run_bench(calls(methods=("baseline", "deepcache", "agentsd"), sizes=((64, 64),))).rows
-    assert "over a generation's steps" in rows[1].reason
+    rows = run_bench(calls(methods=("baseline", "fewer-steps", "agentsd"), sizes=((64, 64),))).rows
+    assert "only in a generation" in rows[1].reason
     assert "agentsd-agent and agentsd-tome, which did not both run" in rows[2].reason
 
 
