@@ -1,4 +1,4 @@
-# make quickstart   a first pair of images      make test   the test suite      make help   everything else
+# make quickstart   a first row of images      make test   the test suite      make help   everything else
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -26,7 +26,7 @@ RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl)
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.core ## Install into .venv and compare with and without agentsd on the embedded model.
+quickstart: $(VENV)/.core ## Install into .venv and compare presets with the baseline on the embedded model.
 	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --out "$(OUT)"
 
 demo: $(VENV)/.demo ## Serve a web page that compares speed and images side by side.

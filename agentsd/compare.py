@@ -3,8 +3,9 @@
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from .config import AgentSDConfig
 from .models.unet import attended_models
 from .patch import is_patched, patched, unpatched
 from .patch_report import PatchReport, report
+from .presets import PresetName
 from .utils.environment import environment
 from .utils.generation import Run, RunTime, TimedImage, check_draws_images, pipeline_call
 from .utils.images import difference_map, side_by_side
@@ -32,6 +34,10 @@ _OWN_OPTIONS = {
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator", "num_images_per_prompt"),
     *("num_inference_steps", "output_type", "return_dict"),
 }
+# The one variant of a comparison with one configuration.
+_ONLY = "agentsd"
+# Files that are no variant's image.
+_TAKEN_NAMES = ("baseline", "side_by_side", "comparison")
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,34 @@ class PatchedRun:
         """Where the images differ, and how many times that was brightened."""
         return difference_map(self.baseline.image, self.run.image)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All but the run itself, ready for JSON."""
+        psnr, ssim = self.fidelity
+        return {
+            "speed_up": self.speed_up.value,
+            "speed_up_interval": self.speed_up.interval,
+            "total_speed_up": self.total_speed_up.value,
+            "total_speed_up_interval": self.total_speed_up.interval,
+            "psnr": psnr if psnr is not None and math.isfinite(psnr) else None,
+            "ssim": ssim,
+            "is_identical": psnr == math.inf,
+            "difference_scale": self.difference[1],
+            "report": self.report.to_dict(),
+        }
+
 
 @dataclass(frozen=True)
 class Comparison:
     """
     An image generated from one seed without the patch (`baseline`) and with it (`agentsd`), as [`compare`] returns it.
 
+    Of several patches, `agentsd` and all numbers are those of the first; `variants` has them all.
+
     Args:
         baseline_run (`Run`): Image, times and peak memory without the patch.
-        variants (`dict[str, PatchedRun]`): The same with it, what it did to each layer, and how the two compare.
+        variants (`dict[str, PatchedRun]`):
+            The same with each patch, what it did to each layer, and how the two compare. A single patch is called
+            `"agentsd"`.
         settings (`dict[str, Any]`): What was generated, and how.
         environment (`dict[str, Any]`): Machine and versions that it ran on.
 
@@ -86,6 +111,9 @@ class Comparison:
     (1, None)
     >>> comparison.save("comparison")["side_by_side"].name
     'side_by_side.png'
+    >>> presets = pipe.compare("red apple", configs=["balanced", "fast"], steps=8, seconds=0)
+    >>> {name: variant.speed_up.value > 0 for name, variant in presets.variants.items()}
+    {'balanced': True, 'fast': True}
     ```
     """
 
@@ -97,6 +125,10 @@ class Comparison:
     @property
     def _variant(self) -> PatchedRun:
         return next(iter(self.variants.values()))
+
+    @property
+    def _is_several(self) -> bool:
+        return len(self.variants) > 1
 
     @property
     def baseline(self) -> PIL.Image.Image:
@@ -189,20 +221,35 @@ class Comparison:
 
     @cached_property
     def side_by_side(self) -> PIL.Image.Image:
-        """Both images and their difference with labels."""
-        panels = [(self.baseline, f"without agentsd: {self.baseline_time.seconds_per_step:.3g} s per step")]
+        """All images with labels; of two, also their difference."""
+        panels = [(self.baseline, _label("baseline" if self._is_several else "without agentsd", self.baseline_time))]
         for name, variant in self.variants.items():
-            difference, scale = variant.difference
-            panels += [
-                (variant.run.image, f"with {name}: {variant.run.time.seconds_per_step:.3g} s per step"),
-                (difference, f"difference, {scale} times as bright"),  # Pillow's font has no multiplication sign
-            ]
+            panels.append((variant.run.image, _label(name if self._is_several else f"with {name}", variant.run.time)))
+        if not self._is_several:
+            # Pillow's font has no multiplication sign.
+            panels.append((self.difference, f"difference, {self.difference_scale} times as bright"))
         images, labels = zip(*panels, strict=True)
         return side_by_side(list(images), list(labels))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Times and fidelity as the cells of a table, the headings first."""
-        rows = [("", "without agentsd", "with agentsd", "speed-up")]
+        """Times and fidelity as the cells of a table, the headings first; several patches have a column each."""
+        return self._rows_of_several() if self._is_several else self._rows_of_one()
+
+    def _rows_of_several(self) -> list[tuple[str, ...]]:
+        runs, variants = [self.baseline_run, *(each.run for each in self.variants.values())], self.variants.values()
+        return [
+            ("", "baseline", *self.variants),
+            ("per step", *(f"{run.time.seconds_per_step:.3f} s" for run in runs)),
+            ("speed-up per step", "", *(str(each.speed_up) for each in variants)),
+            ("total", *(f"{run.time.total:.3f} s" for run in runs)),
+            ("total speed-up", "", *(str(each.total_speed_up) for each in variants)),
+            ("peak memory", *(run.peak for run in runs)),
+            ("PSNR", "", *(decibels(each.fidelity[0]) for each in variants)),
+            ("SSIM", "", *(similarity(each.fidelity[1]) for each in variants)),
+        ]
+
+    def _rows_of_one(self) -> list[tuple[str, ...]]:
+        rows = [("", "without agentsd", f"with {next(iter(self.variants))}", "speed-up")]
         for name, time_of, speed_up in (
             ("per step", lambda time: time.seconds_per_step, self._variant.speed_up),
             ("total", lambda time: time.total, self._variant.total_speed_up),
@@ -230,28 +277,28 @@ class Comparison:
             table.add_column(heading, justify="right" if heading else "left")
         for row in rows:
             # What a speed-up says beside its number goes below, for narrow terminals.
-            table.add_row(*(cell.replace(", ", "\n") for cell in row), end_section=row[0] == "total")
+            is_last_time = row[0] == ("total speed-up" if self._is_several else "total")
+            table.add_row(*(cell.replace(", ", "\n") for cell in row), end_section=is_last_time)
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON: an infinite PSNR is `None` there, and `is_identical` is true."""
-        return {
+        """
+        Everything but the images, ready for JSON: an infinite PSNR is `None` there, and `is_identical` is true.
+
+        The numbers of a single patch stand beside `"agentsd"`, those of named ones under `"variants"`.
+        """
+        runs = {name: _plain_run(each.run) for name, each in self.variants.items()}
+        plain = {
             "settings": self.settings,
             "environment": self.environment,
             "rounds": self.rounds,
             "baseline": _plain_run(self.baseline_run),
-            "agentsd": _plain_run(self.agentsd_run),
-            "speed_up": self.speed_up,
-            "speed_up_interval": self.speed_up_interval,
-            "total_speed_up": self.total_speed_up,
-            "total_speed_up_interval": self._variant.total_speed_up.interval,
-            "psnr": self.psnr if self.psnr is not None and math.isfinite(self.psnr) else None,
-            "ssim": self.ssim,
-            "is_identical": self.psnr == math.inf,
-            "difference_scale": self.difference_scale,
-            "warnings": self.warnings,
-            "report": self.report.to_dict(),
         }
+        if list(runs) == [_ONLY]:
+            plain |= {_ONLY: runs[_ONLY], **self._variant.to_dict()}
+        else:
+            plain["variants"] = {name: runs[name] | each.to_dict() for name, each in self.variants.items()}
+        return {**plain, "warnings": self.warnings}
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """
@@ -261,13 +308,16 @@ class Comparison:
             folder (`str` or `Path`): Created if it does not exist; files of these names in it are overwritten.
 
         Returns:
-            `dict[str, Path]`: The files, under `"baseline"`, `"agentsd"`, `"side_by_side"` and `"comparison"`.
+            `dict[str, Path]`: The files, under `"baseline"`, `"agentsd"` or the names of the patches,
+                `"side_by_side"` and `"comparison"`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {name: folder / f"{name}.png" for name in ("baseline", "agentsd", "side_by_side")}
-        for name, file in files.items():
-            getattr(self, name).save(file)
+        images = {"baseline": self.baseline, **{name: each.run.image for name, each in self.variants.items()}}
+        images["side_by_side"] = self.side_by_side
+        files = {name: folder / f"{name}.png" for name in images}
+        for name, image in images.items():
+            image.save(files[name])
         files["comparison"] = folder / "comparison.json"
         files["comparison"].write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return files
@@ -278,6 +328,7 @@ def compare(
     prompt: str,
     *,
     config: AgentSDConfig | None = None,
+    configs: Mapping[str, AgentSDConfig] | Sequence[PresetName] | None = None,
     steps: int = 25,
     guidance_scale: float | None = None,
     height: int | None = None,
@@ -289,10 +340,10 @@ def compare(
     **options: Any,
 ) -> Comparison:
     """
-    Generate one image with and without the patch, from the same seed, and time both.
+    Generate one image without the patch and with it, or with several, from the same seed, and time all.
 
-    After a warm-up the two are timed in turn, in rounds of alternating order: three of them, and more while the 95%
-    interval of the speed-up per step still contains 1 and `seconds` are not over. Afterwards the pipeline is patched,
+    After a warm-up they are timed in turn, in rounds of alternating order: three of them, and more while the 95%
+    interval of a speed-up per step still contains 1 and `seconds` are not over. Afterwards the pipeline is patched,
     or not, as it was before.
 
     Args:
@@ -301,6 +352,8 @@ def compare(
         prompt (`str`): What to draw.
         config (`AgentSDConfig`, *optional*):
             The patch to compare with; by default the one that the pipeline has, or else `AgentSDConfig()`.
+        configs (`Mapping[str, AgentSDConfig]` or `Sequence[str]`, *optional*):
+            Several patches instead of `config`: names of presets, or configurations by names of your own.
         steps (`int`, defaults to `25`): Denoising steps.
         guidance_scale (`float`, *optional*): Strength of the prompt; by default the pipeline's own.
         height (`int`, *optional*): Height in pixels; by default, like the width, the pipeline's own.
@@ -316,7 +369,7 @@ def compare(
         options: Passed to the pipeline, such as `image` and `strength`.
 
     Returns:
-        `Comparison`: Both images, their difference, times and fidelity.
+        `Comparison`: The images, their difference, times and fidelity.
 
     Raises:
         RuntimeError: If the run was interrupted (`pipe._interrupt`).
@@ -334,11 +387,14 @@ def compare(
     True
     ```
     """
+    chosen = _chosen_configs(config, configs)
     pipe = getattr(pipe, "pipe", pipe)  # an AgentSDPipeline's own
     _check(pipe, prompt, steps, seed, seconds, options)
     call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
-    has_own_patch = config is None and is_patched(pipe)
-    variants = {"agentsd": nullcontext if has_own_patch else partial(patched, pipe, config=config)}
+    variants = {
+        name: nullcontext if each is None and is_patched(pipe) else partial(patched, pipe, config=each)
+        for name, each in chosen.items()
+    }
     runs, reports = _timed_runs(pipe, call, steps, seed, seconds, progress, variants)
     baseline = runs.pop("baseline")
     return Comparison(
@@ -354,7 +410,7 @@ def compare(
             "height": baseline.image.height,
             "width": baseline.image.width,
             "seconds": seconds,
-            "patch": next(iter(reports.values())).config.to_dict(),
+            **_plain_patches(reports),
         },
         environment=environment(pipe._execution_device, pipe.unet.dtype),
     )
@@ -378,7 +434,8 @@ def _timed_runs(
     reports = {}
 
     def draw(name: str, watch: Stopwatch) -> None:
-        images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
+        with _told_once(images.values()):
+            images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
 
     def is_clear() -> bool:
         before, *others = (image.rounds for image in images.values())
@@ -392,7 +449,8 @@ def _timed_runs(
 
         def warm_up(name: str) -> None:
             switch_to(name)
-            images[name].warm_up(f"{name}, warm-up", progress)
+            with _told_once(images.values()):
+                images[name].warm_up(f"{name}, warm-up", progress)
 
         # What is wrong with a patch is better known before the image without it than after.
         for name in [*variants, "baseline"]:
@@ -404,6 +462,17 @@ def _timed_runs(
         seconds, before_call = (0, warm_up) if _is_compiled(pipe) else (seconds, switch_to)
         time_rounds(timed, images["baseline"].device, seconds, is_clear, before_call)
     return {name: image.run() for name, image in images.items()}, reports
+
+
+@contextmanager
+def _told_once(images: Iterable[TimedImage]) -> Iterator[None]:
+    """Each variant is patched anew in each round; that a run is too short for feature reuse is said once for all."""
+    with ExitStack() as stack:
+        # Not for nothing, since warnings that are shown once are shown again afterwards.
+        if any(image.lacks_steps for image in images):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Feature reuse is off in runs of fewer than")
+        yield
 
 
 def _is_compiled(pipe: Any) -> bool:
@@ -419,6 +488,28 @@ def _speed_up(before: list[RunTime], after: list[RunTime], time_of: Callable[[Ru
 
 def _per_step(time: RunTime) -> float:
     return time.seconds_per_step
+
+
+def _chosen_configs(
+    config: AgentSDConfig | None, configs: Mapping[str, AgentSDConfig] | Sequence[PresetName] | None
+) -> Mapping[str, AgentSDConfig | None]:
+    """The patches to compare, by name; `None` is the pipeline's own, or else the default."""
+    if configs is None:
+        return {_ONLY: config}
+    if config is not None:
+        raise ValueError("Give either `config` or `configs`, not both.")
+    if isinstance(configs, str) or not isinstance(configs, (Mapping, Sequence)):
+        raise TypeError(f"`configs` must be names of presets, or configurations by name, but got {configs!r}.")
+    if not configs:
+        raise ValueError("`configs` is empty: there is nothing to compare with.")
+    named = configs if isinstance(configs, Mapping) else {str(name): AgentSDConfig.preset(name) for name in configs}
+    for name, each in named.items():
+        if not isinstance(each, AgentSDConfig):
+            raise TypeError(f"`configs[{name!r}]` must be an AgentSDConfig, but got {type(each).__name__}.")
+        # Images are saved under these names.
+        if not isinstance(name, str) or name in ("", *_TAKEN_NAMES) or Path(name).name != name:
+            raise ValueError(f"A configuration cannot be called {name!r}, since its image is saved under that name.")
+    return named
 
 
 def _check(pipe: Any, prompt: str, steps: int, seed: int, seconds: float, options: dict[str, Any]) -> None:
@@ -446,6 +537,15 @@ def _check(pipe: Any, prompt: str, steps: int, seed: int, seconds: float, option
             f"A comparison sets {', '.join(taken)} itself. Use `steps` for the number of steps, and "
             "`seed` for the noise."
         )
+
+
+def _label(name: str, time: RunTime) -> str:
+    return f"{name}: {time.seconds_per_step:.3g} s per step"
+
+
+def _plain_patches(reports: Mapping[str, PatchReport]) -> dict[str, Any]:
+    patches = {name: each.config.to_dict() for name, each in reports.items()}
+    return {"patch": patches[_ONLY]} if list(patches) == [_ONLY] else {"patches": patches}
 
 
 def _plain_run(run: Run) -> dict[str, Any]:

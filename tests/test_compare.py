@@ -4,6 +4,7 @@ import io
 import json
 import math
 import statistics
+import warnings
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ import agentsd
 from agentsd.compare import RunTime
 from agentsd.models.unet import find_layers
 from agentsd.utils.images import difference_map, image_warnings, side_by_side
+from agentsd.utils.timing import time_rounds
 
 
 PROMPT = "a red apple"
@@ -385,6 +387,141 @@ def test_side_by_side_shows_every_image_and_label(size):
     assert sheet.height > size[1] * factor
 
 
+# --- several patches ----------------------------------------------------------------------------------------------
+
+
+PRESETS = ["paper", "balanced", "fast"]
+
+
+@pytest.fixture(scope="module")
+def presets():
+    """Three presets, each of which ran as it is: with enough steps for feature reuse."""
+    return compare(tiny_sd(), PROMPT, steps=9, configs=PRESETS)
+
+
+def test_presets_draw_what_they_draw_alone(presets):
+    assert list(presets.variants) == PRESETS
+    np.testing.assert_array_equal(np.asarray(presets.baseline), draw(tiny_sd(), steps=9))
+    for name, variant in presets.variants.items():
+        expected = draw(agentsd.apply_patch(tiny_sd(), preset=name), steps=9)
+        np.testing.assert_array_equal(np.asarray(variant.run.image), expected)
+        assert variant.report.config == agentsd.AgentSDConfig.preset(name)
+        assert variant.baseline is presets.baseline_run
+    assert presets.agentsd is presets.variants["paper"].run.image
+    assert len({variant.fidelity for variant in presets.variants.values()}) == 3
+
+
+def test_presets_share_one_table(presets):
+    heading, *rows = presets.rows()
+    assert heading == ("", "baseline", *PRESETS)
+    numbers = {name: cells for name, *cells in rows}
+    assert list(numbers) == [
+        *("per step", "speed-up per step", "total", "total speed-up"),
+        *("peak memory", "PSNR", "SSIM"),
+    ]
+    for place, name in enumerate(PRESETS, 1):
+        variant = presets.variants[name]
+        assert [cells[place] for cells in numbers.values()] == [
+            f"{variant.run.time.seconds_per_step:.3f} s",
+            f"{variant.speed_up.value:.2f}×, timed once",
+            f"{variant.run.time.total:.3f} s",
+            f"{variant.total_speed_up.value:.2f}×, timed once",
+            variant.run.peak,
+            f"{variant.fidelity[0]:.2f} dB",
+            f"{variant.fidelity[1]:.4f}",
+        ]
+    assert all(word in shown(presets) for word in heading)
+    assert numbers["per step"][0] == f"{presets.baseline_time.seconds_per_step:.3f} s"
+
+
+def test_presets_share_one_row_of_images(presets, monkeypatch):
+    seen = []
+    monkeypatch.setattr("agentsd.compare.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
+    assert replace(presets).side_by_side.width > 4 * 320
+    (images, labels), *_ = seen
+    assert images == [presets.baseline, *(variant.run.image for variant in presets.variants.values())]
+    assert [label.split(":")[0] for label in labels] == ["baseline", *PRESETS]
+
+
+def test_presets_share_one_file(presets, tmp_path):
+    files = presets.save(tmp_path)
+    assert list(files) == ["baseline", *PRESETS, "side_by_side", "comparison"]
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files.values()}
+    saved = json.loads(files["comparison"].read_text(encoding="utf-8"))
+    assert list(saved["variants"]) == list(saved["settings"]["patches"]) == PRESETS
+    for name, found in saved["variants"].items():
+        variant = presets.variants[name]
+        np.testing.assert_array_equal(np.asarray(PIL.Image.open(files[name])), np.asarray(variant.run.image))
+        assert found["speed_up"] == variant.speed_up.value
+        assert found["psnr"] == variant.fidelity[0]
+        assert found["total_seconds"] == variant.run.time.total
+        assert found["report"]["config"] == saved["settings"]["patches"][name]
+    # What there is beside a single patch, there is of each.
+    alone = compare(tiny_sd(), PROMPT, steps=1).to_dict()
+    assert alone.keys() - saved.keys() == {"agentsd", *found} - set(alone["agentsd"])
+
+
+def test_one_patch_of_a_name_of_ones_own(tmp_path):
+    """Its table and its images are those of two, its file that of several."""
+    comparison = compare(tiny_sd(), PROMPT, steps=1, configs={"half": agentsd.AgentSDConfig(ratio=0.5)})
+    assert comparison.rows()[0] == ("", "without agentsd", "with half", "speed-up")
+    assert comparison.save(tmp_path)["half"].name == "half.png"
+    assert comparison.to_dict()["variants"]["half"]["report"]["config"]["ratio"] == 0.5
+
+
+def test_all_patches_are_timed_in_the_same_rounds_until_all_are_clear(monkeypatch):
+    """One without a difference keeps all of them going; an unclear one and a clear one each say so."""
+    now = 0.0
+    monkeypatch.setattr("agentsd.utils.timing.time.perf_counter", lambda: now)
+    times = {"baseline": [1.0, 1.0], "same": [1.1, 0.9], "half": [0.5, 0.51]}
+    seen = []
+
+    def progress(what, done, total):
+        nonlocal now
+        seen.append((what, done, total))
+        name, part = what.split(", ")
+        if part.startswith("round") and done < total:
+            now += times[name][int(part.split()[1]) % 2]
+
+    configs = {"same": agentsd.AgentSDConfig(ratio=0), "half": agentsd.AgentSDConfig()}
+    comparison = compare(tiny_sd(), PROMPT, steps=2, seconds=24, configs=configs, progress=progress)
+    rounds = [what for what in drawn(seen) if "round" in what]
+    assert rounds[:6] == [
+        *("baseline, round 1", "same, round 1", "half, round 1"),
+        *("half, round 2", "same, round 2", "baseline, round 2"),
+    ]
+    assert comparison.rounds == len(rounds) / 3 == 5
+    same, half = comparison.variants.values()
+    assert (same.speed_up.is_difference, half.speed_up.is_difference) == (False, True)
+    assert shown(comparison).count("no difference") == 2
+
+
+def three_rounds(variants, device, seconds, is_clear, on_call):
+    return time_rounds(variants, device, seconds, lambda: True, on_call)
+
+
+@pytest.mark.parametrize("options", [{}, {"image": image(), "strength": 0.3}], ids=["text", "image"])
+def test_feature_reuse_is_warm_when_it_is_timed(options):
+    """With the few steps that warm everything else up it would be off, which is no news to anybody."""
+    pipe, seen = with_unet(StableDiffusionImg2ImgPipeline if options else StableDiffusionPipeline), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Feature reuse")
+        compare(pipe, "a", steps=40, configs=["fast"], progress=lambda *step: seen.append(step), **options)
+    assert max(done for what, done, _ in seen if what == "fast, warm-up") == 8
+    assert max(done for what, done, _ in seen if what == "baseline, warm-up") == 3
+
+
+def test_that_a_run_is_too_short_for_feature_reuse_is_said_once(monkeypatch):
+    """Not by every patch and in every round."""
+    monkeypatch.setattr("agentsd.compare.time_rounds", three_rounds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        comparison = compare(tiny_sd(), PROMPT, steps=5, configs=["paper", "balanced", "fast"], seconds=1000)
+    assert comparison.rounds == 3
+    said = [str(warning.message) for warning in caught if "Feature reuse" in str(warning.message)]
+    assert said == ["Feature reuse is off in runs of fewer than 8 steps; this one has 5."]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +539,13 @@ def test_side_by_side_shows_every_image_and_label(size):
         ({"num_inference_steps": 5}, TypeError, "sets num_inference_steps itself"),
         ({"generator": None, "output_type": "pt"}, TypeError, "sets generator, output_type itself"),
         ({"config": {"ratio": 0.5}}, TypeError, "must be an AgentSDConfig"),
+        ({"configs": ["fast", "slow"]}, ValueError, "no preset 'slow'. Choose one of paper, agent, tome, balanced"),
+        ({"configs": {"mine": 0.5}}, TypeError, r"`configs\['mine'\]` must be an AgentSDConfig, but got float"),
+        ({"configs": "fast"}, TypeError, "`configs` must be names of presets, or configurations by name"),
+        ({"configs": []}, ValueError, "`configs` is empty"),
+        ({"configs": {"baseline": agentsd.AgentSDConfig()}}, ValueError, "cannot be called 'baseline'"),
+        ({"configs": {"a/b": agentsd.AgentSDConfig()}}, ValueError, "cannot be called 'a/b'"),
+        ({"configs": ["fast"], "config": agentsd.AgentSDConfig()}, ValueError, "either `config` or `configs`"),
         ({"height": 100, "width": 96}, ValueError, "divisible by 8"),
         ({"height": 96}, ValueError, "both `height` and `width`"),
     ],

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__
+from ..presets import PRESETS
 from ..utils.libraries import how_to_install, quiet_libraries
 from .interrupt import ends_on_interrupt
 from .options import (
@@ -19,8 +20,10 @@ from .options import (
     Height,
     Model,
     NegativePrompt,
+    Preset,
     Prompt,
     Ratio,
+    Reuse,
     Seed,
     Settings,
     Steps,
@@ -31,11 +34,16 @@ from .options import (
     check_model,
     check_size,
     load_model,
+    overrides,
     patch_config,
+    preset_configs,
     sizes,
 )
 from .terminal import at_work, errors_as_messages, print_table, progress_bar, progress_bars, warn
 
+
+# What `compare` shows by itself.
+_COMPARED_PRESETS = ("paper", "balanced", "fast")
 
 app = typer.Typer(
     name="agentsd",
@@ -68,7 +76,9 @@ def generate(
     model: Model = "emoji",
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("agentsd.png"),
     no_patch: Annotated[bool, typer.Option("--no-patch", help="Generate without agentsd.")] = False,
+    preset: Preset = None,
     ratio: Ratio = None,
+    reuse: Reuse = None,
     settings: Settings = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -82,9 +92,12 @@ def generate(
 ) -> None:
     """Generate an image."""
     with errors_as_messages(debug, exit_code=2):
-        config = patch_config(ratio, settings)
-        if no_patch and (ratio is not None or settings):
-            raise ValueError("--no-patch leaves nothing for --ratio and --set to change: leave out one or the other.")
+        config = patch_config(preset, ratio, reuse, settings)
+        if no_patch and (preset is not None or ratio is not None or reuse is not None or settings):
+            raise ValueError(
+                "--no-patch leaves nothing for --preset, --ratio, --reuse and --set to change: leave out one or the "
+                "other."
+            )
         check_image_file(out)
         check_size(height, width)
     pipe = load_model(model, device, dtype, debug)
@@ -111,7 +124,8 @@ def generate(
         image = to_image(output.images[0])
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
-        how = "without agentsd" if no_patch else f"with agentsd, ratio {config.ratio:g}"
+        patch = f"with agentsd, {f'preset {preset}, ' if preset else ''}ratio {config.ratio:g}"
+        how = "without agentsd" if no_patch else patch
         warn(image_warnings(output, how.split(",")[0], pipe.dtype))
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
 
@@ -121,7 +135,16 @@ def compare(
     prompt: Prompt,
     model: Model = "emoji",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("agentsd-comparison"),
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A named patch: {', '.join(PRESETS)}; may be given several times. [default: "
+            f"{', '.join(_COMPARED_PRESETS)}; with --ratio, --reuse or --set and no preset, only what they ask for]",
+        ),
+    ] = None,
     ratio: Ratio = None,
+    reuse: Reuse = None,
     settings: Settings = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -136,9 +159,14 @@ def compare(
     dtype: DType = None,
     debug: Debug = False,
 ) -> None:
-    """Generate the same image with and without agentsd, and compare time and image."""
+    """Generate the same image without agentsd and with one or more presets, and compare times and images."""
     with errors_as_messages(debug, exit_code=2):
-        config = patch_config(ratio, settings)
+        given = overrides(ratio, reuse, settings)
+        patches: dict[str, Any]
+        if given and not preset:
+            patches = {"config": patch_config(None, ratio, reuse, settings)}
+        else:
+            patches = {"configs": preset_configs(preset or _COMPARED_PRESETS, given)}
         check_folder(out)
         check_size(height, width)
     pipe = load_model(model, device, dtype, debug)
@@ -154,7 +182,7 @@ def compare(
             comparison = run_comparison(
                 pipe,
                 prompt,
-                config=config,
+                **patches,
                 steps=steps,
                 guidance_scale=guidance,
                 height=height,
@@ -327,7 +355,9 @@ def bench(
 @app.command()
 def report(
     model: Model = "emoji",
+    preset: Preset = None,
     ratio: Ratio = None,
+    reuse: Reuse = None,
     settings: Settings = None,
     height: Height = None,
     width: Width = None,
@@ -335,18 +365,21 @@ def report(
 ) -> None:
     """Show what agentsd does to each layer of a model: tokens, agents and operations."""
     with errors_as_messages(debug, exit_code=2):
-        config = patch_config(ratio, settings)
+        config = patch_config(preset, ratio, reuse, settings)
         check_size(height, width)
     pipe = load_model(model, "cpu", None, debug)
     with errors_as_messages(debug):
         from ..patch import apply_patch
         from ..patch_report import report as report_patch
+        from ..techniques.feature_reuse import FeatureReuseConfig
         from ..utils.loading import own_size
 
         if height is None or width is None:
             height, width = own_size(pipe)
         apply_patch(pipe, config=config)
         print(f"{width}×{height} pixels")
+        if isinstance(config.reuse, FeatureReuseConfig) and config.reuse.interval > 1:
+            print(f"The deep part of the UNet runs in one of {config.reuse.interval} steps.")
         print(report_patch(pipe, height=height, width=width))
 
 

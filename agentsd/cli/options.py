@@ -3,17 +3,20 @@
 import ast
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..presets import PRESETS
 from ..utils.libraries import quiet_libraries
 from .terminal import at_work, errors_as_messages
 
 
 if TYPE_CHECKING:
     from ..config import AgentSDConfig
+    from ..presets import PresetName
 
 
 Prompt = Annotated[str, typer.Argument(help="What to draw.")]
@@ -21,7 +24,18 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="`emoji`, a folder, a `.safetensors` file, or an id on the Hugging Face Hub."),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"A named patch: {', '.join(PRESETS)}; what else is given overrides what it sets. [default: paper]",
+    ),
+]
 Ratio = Annotated[float | None, typer.Option(help="Share of tokens to merge, from 0 to below 1. [default: 0.4]")]
+Reuse = Annotated[
+    int | None,
+    typer.Option(min=1, help="Run the deep part of the UNet in one of so many steps. [default: the preset's]"),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other field of AgentSDConfig; may be given several times."),
@@ -60,14 +74,29 @@ def check_model(model: str, device: str | None, dtype: str | None) -> None:
     pick_dtype(dtype, pick_device(device))
 
 
-def patch_config(ratio: float | None, settings: list[str] | None) -> "AgentSDConfig":
-    """The configuration that `--ratio` and `--set` ask for."""
+def patch_config(
+    preset: str | None, ratio: float | None, reuse: int | None, settings: list[str] | None
+) -> "AgentSDConfig":
+    """The configuration that `--preset` and what overrides it ask for."""
+    return preset_configs([preset or "paper"], overrides(ratio, reuse, settings))[preset or "paper"]
+
+
+def preset_configs(names: Sequence[str], values: dict[str, Any]) -> dict[str, "AgentSDConfig"]:
+    """The configurations of presets, with these values in place of their own."""
     from ..config import AgentSDConfig
 
+    return {name: AgentSDConfig.preset(cast("PresetName", name), **values) for name in names}
+
+
+def overrides(ratio: float | None, reuse: int | None, settings: list[str] | None) -> dict[str, Any]:
+    """What `--ratio`, `--reuse` and `--set` set."""
     values = assignments(settings)
-    if ratio is not None and "ratio" in values:
-        raise ValueError("ratio is given twice.")
-    return AgentSDConfig.from_dict(values if ratio is None else {"ratio": ratio, **values})
+    for name, value in (("ratio", ratio), ("reuse", reuse)):
+        if value is not None and name in values:
+            raise ValueError(f"{name} is given twice.")
+        if value is not None:
+            values[name] = value
+    return values
 
 
 def assignments(settings: list[str] | None) -> dict[str, Any]:

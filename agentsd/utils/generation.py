@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..runtime.install import patch_of
 from .images import image_warnings, to_image
 from .memory import read_peak, start_peak
 from .progress import Progress
@@ -22,6 +23,8 @@ from .timing import Stopwatch, time_call
 
 # With three steps, evenly spaced schedules reach both the agent phase and the ToMe phase.
 _WARMUP_STEPS = 3
+# With fewer, feature reuse is off.
+_REUSE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class TimedImage:
         self.peak_bytes: int | None = None
         self._output: Any = None
         self.watches: list[Stopwatch] = []
+        # Whether the patch has feature reuse, and a run had too few steps for it.
+        self.lacks_steps = False
 
     def warm_up(self, what: str, progress: Progress | None = None) -> None:
         """Draw with few steps, which already take as much memory as all of them."""
@@ -146,7 +151,12 @@ class TimedImage:
         # A pipeline that starts from an image runs only the last `strength` of the steps it is asked for.
         strength = inspect.signature(self.pipe.__call__).parameters.get("strength")
         share = 1 if strength is None else self.call.get("strength", strength.default)
-        return min(self.steps, math.ceil(_WARMUP_STEPS / share)) if share > 0 else self.steps
+        steps = _REUSE_STEPS if self._has_reuse() else _WARMUP_STEPS
+        return min(self.steps, math.ceil(steps / share)) if share > 0 else self.steps
+
+    def _has_reuse(self) -> bool:
+        patch = patch_of(self.pipe.unet)
+        return patch is not None and patch.reuse is not None
 
     def _draw(self, watch: Stopwatch, steps: int, what: str, progress: Progress | None) -> Any:
         done = 0
@@ -173,6 +183,7 @@ class TimedImage:
             )
         if getattr(self.pipe, "interrupt", False):
             raise RuntimeError("The generation was interrupted.")
+        self.lacks_steps = done < _REUSE_STEPS and self._has_reuse()
         return output
 
 

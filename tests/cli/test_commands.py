@@ -37,10 +37,10 @@ def start(*arguments, command=COMMAND):
     )
 
 
-def draw(pipe, **options):
+def draw(pipe, steps=2, **options):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    return np.asarray(pipe(PROMPT, num_inference_steps=2, generator=generator, **options).images[0])
+    return np.asarray(pipe(PROMPT, num_inference_steps=steps, generator=generator, **options).images[0])
 
 
 # --- what the commands do ---------------------------------------------------------------------------------------
@@ -82,7 +82,8 @@ def test_generate_warns_of_a_black_image(tmp_path):
 def test_compare_writes_images_and_table(model, tmp_path):
     """Two images, one sheet with the difference, and the numbers."""
     out = tmp_path / "folder"
-    result = run("compare", PROMPT, "--model", model, "--out", out, "--steps", 2, "--seed", 3, "--seconds", 0)
+    options = ["--steps", 2, "--seed", 3, "--seconds", 0, "--ratio", 0.4]
+    result = run("compare", PROMPT, "--model", model, "--out", out, *options)
     assert result.exit_code == 0, result.output
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(out / "baseline.png")), draw(tiny_sd()))
     patched = draw(agentsd.apply_patch(tiny_sd()))
@@ -90,6 +91,30 @@ def test_compare_writes_images_and_table(model, tmp_path):
     assert json.loads((out / "comparison.json").read_text())["settings"]["seed"] == 3
     for word in ("speed-up", "per step", "timed once", "PSNR", "SSIM", "side_by_side.png"):
         assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "presets"),
+    [([], ["paper", "balanced", "fast"]), (["--preset", "fast", "--preset", "tome"], ["fast", "tome"])],
+)
+def test_compare_shows_presets(model, tmp_path, options, presets):
+    """By itself those that a user would choose from; all in one table, one row of images and one file."""
+    result = run("compare", PROMPT, "-m", model, "-o", tmp_path, "--steps", 8, "--seed", 3, "--seconds", 0, *options)
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in ("baseline", "speed-up per step", *presets))
+    assert list(json.loads((tmp_path / "comparison.json").read_text())["variants"]) == presets
+    images = {f"{name}.png" for name in ("baseline", "side_by_side", *presets)}
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.json", *images}
+    assert "Feature reuse" not in result.stderr
+
+
+def test_generate_takes_a_preset_and_overrides(model, tmp_path):
+    out, options = tmp_path / "apple.png", ["--preset", "fast", "--ratio", 0.2, "--reuse", 2, "--set", "min_tokens=0"]
+    result = run("generate", PROMPT, "-m", model, "-o", out, "--steps", 8, "--seed", 3, *options)
+    assert result.exit_code == 0, result.output
+    assert "with agentsd, preset fast, ratio 0.2" in result.stdout
+    pipe = agentsd.apply_patch(tiny_sd(), preset="fast", ratio=0.2, reuse=2, min_tokens=0)
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(out)), draw(pipe, steps=8))
 
 
 def test_bench_times_a_model(model, tmp_path):
@@ -133,6 +158,13 @@ def test_report_lists_the_layers(model):
     assert "160×96 pixels" in run("report", "--model", model, "--height", 96, "--width", 160).stdout
 
 
+def test_report_tells_of_feature_reuse(model):
+    result = run("report", "--model", model, "--preset", "balanced", "--reuse", 4)
+    assert "The deep part of the UNet runs in one of 4 steps." in result.stdout
+    assert "fewer than `min_tokens=2048`" in result.stdout
+    assert "deep part" not in run("report", "--model", model, "--reuse", 1).stdout
+
+
 def test_env_names_versions_and_device():
     """What a bug report needs."""
     result = run("env")
@@ -157,6 +189,14 @@ def test_version():
         (["generate", PROMPT, "--set", "agent_until"], "--set takes NAME=VALUE"),
         (["generate", PROMPT, "--set", "sx=wide"], "`sx` must be an integer, but got 'wide'."),
         (["generate", PROMPT, "--ratio", "0.5", "--set", "ratio=0.4"], "ratio is given twice."),
+        (
+            ["generate", PROMPT, "--preset", "slow"],
+            "no preset 'slow'. Choose one of paper, agent, tome, balanced, fast.",
+        ),
+        (["compare", PROMPT, "--preset", "fast", "--preset", "slow"], "There is no preset 'slow'."),
+        (["report", "--preset", "slow"], "There is no preset 'slow'."),
+        (["generate", PROMPT, "--reuse", "2", "--set", "reuse=3"], "reuse is given twice."),
+        (["generate", PROMPT, "--preset", "fast", "--no-patch"], "--no-patch leaves nothing"),
         (["generate", PROMPT, "--ratio", "0.5", "--no-patch"], "--no-patch leaves nothing"),
         (["generate", PROMPT, "--out", "image.doc"], "does not end in the suffix of a colour image format"),
         (["generate", PROMPT, "--out", "image.xbm"], "does not end in the suffix of a colour image format"),
@@ -201,7 +241,14 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, model,
 
 
 @pytest.mark.parametrize(
-    "arguments", [["paint"], ["generate"], ["generate", PROMPT, "--steps", "0"], ["generate", PROMPT, "--seed", "-1"]]
+    "arguments",
+    [
+        ["paint"],
+        ["generate"],
+        ["generate", PROMPT, "--steps", "0"],
+        ["generate", PROMPT, "--seed", "-1"],
+        ["compare", PROMPT, "--reuse", "0"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments):
     """What the option parser refuses."""

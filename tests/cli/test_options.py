@@ -46,6 +46,25 @@ def test_compare(monkeypatch, model):
     }
 
 
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ("", {"configs": {name: agentsd.AgentSDConfig.preset(name) for name in ("paper", "balanced", "fast")}}),
+        ("--reuse 3", {"config": agentsd.AgentSDConfig(reuse=3)}),
+        ("--set min_tokens=9", {"config": agentsd.AgentSDConfig(min_tokens=9)}),
+        (
+            "--preset fast --preset agent --ratio 0.3 --set reuse=none",
+            {"configs": {n: agentsd.AgentSDConfig.preset(n, ratio=0.3, reuse=None) for n in ("fast", "agent")}},
+        ),
+    ],
+)
+def test_compare_takes_presets(monkeypatch, model, options, wanted):
+    calls = stop_at(monkeypatch, "agentsd.compare.compare")
+    run(f"compare red {options} -m", model)
+    ((_, given),) = calls
+    assert {name: given[name] for name in given if "config" in name} == wanted
+
+
 def test_bench(monkeypatch):
     calls = stop_at(monkeypatch, "agentsd.bench.run_bench")
     run(

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
+import pytest
 import torch
 from models import tiny_sd
 
+import agentsd
 from agentsd.utils.generation import Run, RunTime, generate_timed
 
 
@@ -30,6 +33,22 @@ def test_one_image_is_timed_after_a_warm_up():
     generator = torch.Generator().manual_seed(0)
     expected = pipe("a red apple", num_inference_steps=4, generator=generator, output_type="np").images[0]
     np.testing.assert_array_equal(run.values, expected)
+
+
+def test_a_warm_up_is_long_enough_for_feature_reuse():
+    """And a run that is not says so once."""
+    for steps, warm_up in ((10, 8), (5, 5)):
+        seen, pipe = [], agentsd.apply_patch(tiny_sd(), reuse=2)
+        options = {"steps": steps, "seed": 0, "name": "it", "progress": lambda *step, seen=seen: seen.append(step)}
+        if steps == 5:
+            with pytest.warns(UserWarning, match="this one has 5") as said:
+                generate_timed(pipe, {"prompt": "a red apple"}, **options)
+            assert sum("Feature reuse" in str(warning.message) for warning in said) == 1
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Feature reuse")
+                generate_timed(pipe, {"prompt": "a red apple"}, **options)
+        assert [total for _, done, total in seen if done == 1] == [warm_up, steps]
 
 
 def test_the_time_of_a_run_is_the_median_over_its_rounds():
