@@ -28,7 +28,11 @@ from .requests import ImageRequest, Limits
 
 # The embedded model tints its backgrounds at the guidance that Stable Diffusion is used with.
 _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
-SWEEP_METHODS = ("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache")
+_WANTED_METHODS = (
+    *("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache"),
+    *("reuse-2", "reuse-3", "balanced", "fast"),
+)
+SWEEP_METHODS = tuple(name for name in _WANTED_METHODS if name in METHODS)
 
 
 class Stopped(Exception):

@@ -191,7 +191,7 @@ def test_version():
         (["generate", PROMPT, "--ratio", "0.5", "--set", "ratio=0.4"], "ratio is given twice."),
         (
             ["generate", PROMPT, "--preset", "slow"],
-            "no preset 'slow'. Choose one of paper, agent, tome, balanced, fast.",
+            "Choose one of paper, agent, tome, balanced, fast.",
         ),
         (["compare", PROMPT, "--preset", "fast", "--preset", "slow"], "There is no preset 'slow'."),
         (["report", "--preset", "slow"], "There is no preset 'slow'."),
