@@ -371,15 +371,12 @@ def report(
     with errors_as_messages(debug):
         from ..patch import apply_patch
         from ..patch_report import report as report_patch
-        from ..techniques.feature_reuse import FeatureReuseConfig
         from ..utils.loading import own_size
 
         if height is None or width is None:
             height, width = own_size(pipe)
         apply_patch(pipe, config=config)
         print(f"{width}×{height} pixels")
-        if isinstance(config.reuse, FeatureReuseConfig) and config.reuse.interval > 1:
-            print(f"The deep part of the UNet runs in one of {config.reuse.interval} steps.")
         print(report_patch(pipe, height=height, width=width))
 
 
