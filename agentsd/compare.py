@@ -16,7 +16,7 @@ import torch
 
 from .config import AgentSDConfig
 from .models.unet import attended_models
-from .patch import is_patched, patched, unpatched
+from .patch import is_patched, patched, plan_patch, unpatched
 from .patch_report import PatchReport, report
 from .presets import PresetName
 from .utils.environment import environment
@@ -391,6 +391,8 @@ def compare(
     pipe = getattr(pipe, "pipe", pipe)  # an AgentSDPipeline's own
     _check(pipe, prompt, steps, seed, seconds, options)
     call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
+    for each in chosen.values():
+        plan_patch(pipe, config=each)  # what is wrong with it is better known before any image than after
     variants = {
         name: nullcontext if each is None and is_patched(pipe) else partial(patched, pipe, config=each)
         for name, each in chosen.items()

@@ -636,3 +636,13 @@ def test_the_brightest_differences_stay_bright():
 def test_a_single_colour_is_noticed_whatever_it_is():
     brown = SimpleNamespace(images=np.full((1, 8, 8, 3), (0.5, 0.3, 0.1)))
     assert "single colour" in image_warnings(brown, "x", torch.float32)[0]
+
+
+def test_a_patch_that_does_not_fit_is_refused_before_any_image(monkeypatch):
+    """Also the second of several, and whatever the first would have taken."""
+    pipe = tiny_sd()
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *_, **__: pytest.fail("it drew"))
+    configs = {"good": agentsd.AgentSDConfig(), "bad": agentsd.AgentSDConfig(reuse={"branch": 99})}
+    with pytest.raises(ValueError, match="`branch` must be below"):
+        compare(pipe, PROMPT, steps=2, seconds=0, configs=configs)
+    assert not agentsd.is_patched(pipe)
