@@ -6,6 +6,7 @@ CVPR 2024, arXiv:2312.00858).
 
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -222,7 +223,7 @@ class SkippableForward:
         return output
 
 
-class ModelReuse:
+class ModelReuse(ABC):
     """Skips modules of one model when the clock says so. It knows none of them: a copied one must not bring others."""
 
     is_installed = False
@@ -308,13 +309,13 @@ class ModelReuse:
             pool[shapes] = torch.zeros(shapes.size, dtype=shapes.dtype, device=shapes.device)
         return pool[shapes]
 
+    @abstractmethod
     def kept(self, output: Any, kwargs: dict[str, Any]) -> Any:
         """What to keep of the last module's output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, slot: Slot) -> dict[int, Any]:
         """What the modules return in a step that skips them."""
-        raise NotImplementedError
 
 
 class TensorShape(NamedTuple):
