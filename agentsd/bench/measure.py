@@ -27,8 +27,9 @@ _COMPUTED, _PHASES = "agentsd", ("agentsd-agent", "agentsd-tome")
 _PROFILED_STEPS = 10  # few, as each launch is recorded, and in the shares of the schedule's phases
 # How CUDA's profiler calls a launch; a whole CUDA graph is one.
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel", "cudaGraphLaunch")
-# Enough for both phases of agentsd, and for DeepCache to keep and read what it keeps.
-_MEMORY_STEPS = 4
+# Enough for DeepCache and feature reuse to keep and read what they keep: memory is measured, and calls are warmed up,
+# over no more steps.
+_SHORT_RUN = 4
 
 
 class CaseTimer:
@@ -96,7 +97,8 @@ class CaseTimer:
                 steps = self.steps(case)
                 others = allocated_bytes(self.subject.device) - self._model_bytes  # what earlier methods keep
                 variants.append(Variant(case.name, self.subject.call(self.twin(case), case, steps)))
-                self._warm_up(variants[-1], partial(self.on_call, case.name, ""))
+                short = self.subject.call(self.twin(case), case, self._warm_up_steps(steps))
+                self._warm_up(Variant(case.name, short), partial(self.on_call, case.name, ""))
                 self._profile(case, variants[-1], others)
             except Exception as error:
                 drop(case.name, error)
@@ -161,6 +163,11 @@ class CaseTimer:
             elif not is_computed(case, self.settings):
                 self.on_failure(case, "takes effect only in a generation, and this calls a UNet alone")
         return able
+
+    def _warm_up_steps(self, steps: int) -> int:
+        """How many of these steps a warm-up takes: all where something is compiled for each phase, or drawn."""
+        is_short = self.settings.kind == "call" and not self.settings.compile
+        return min(steps, _SHORT_RUN) if is_short else steps
 
     def _warm_up(self, variant: Variant, on_call: Callable[[], None]) -> None:
         done, graphs = 0, -1
@@ -306,5 +313,5 @@ def _key(kind: str, case: Case) -> dict[str, Any]:
 def _prepare(subject: Subject, case: Case, settings: BenchSettings) -> Callable[[], object]:
     """One call of a case from nothing, for a process of its own."""
     model = switch_on(subject, subject.load(), case, settings.options, settings.compile)
-    steps = call_steps(case, settings) if settings.kind == "call" else min(settings.steps, _MEMORY_STEPS)
+    steps = call_steps(case, settings) if settings.kind == "call" else min(settings.steps, _SHORT_RUN)
     return partial(subject.call(model, case, steps), Stopwatch(subject.device))

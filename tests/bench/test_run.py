@@ -269,6 +269,20 @@ def test_what_compiles_later_is_warmed_up_for_longer(monkeypatch):
         assert len(called) == wanted
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps", "wanted"),
+    [
+        ({"suite": "shapes", "models": ("sd15",)}, 12, 4),
+        ({"suite": "shapes", "models": ("sd15",)}, 1, 1),
+        ({"suite": "shapes", "models": ("sd15",), "compile": True}, 12, 12),
+        ({"suite": "speed"}, 20, 20),
+    ],
+)
+def test_only_calls_that_are_not_compiled_have_a_short_warm_up(settings, steps, wanted):
+    bench = SimpleNamespace(settings=BenchSettings.of_suite(**settings))
+    assert measure.CaseTimer._warm_up_steps(bench, steps) == wanted
+
+
 def test_every_row_has_its_own_memory(model, monkeypatch):
     def peak(device, prepare, others=0):
         _, case, _ = prepare.args
