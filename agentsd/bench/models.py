@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from ..patch import remove_patch
 from ..utils.generation import check_draws_from_text
@@ -16,6 +16,7 @@ from ..utils.timing import Call, Stopwatch
 from .methods import METHODS, reseed
 from .rows import Case
 from .schedule import call_timesteps
+from .schedulers import SCHEDULERS
 
 
 # Latents have an eighth of the image's height and width; CLIP always gives 77 text tokens.
@@ -92,8 +93,8 @@ class PipelineSubject:
         pipe = load_pipeline(self.model, device=self.device, dtype=self.dtype)
         check_draws_from_text(pipe)
         pipe.set_progress_bar_config(disable=True)
-        if self.scheduler == "plms":
-            pipe.scheduler = plms(pipe.scheduler)
+        if self.scheduler is not None:
+            pipe.scheduler = SCHEDULERS[self.scheduler](pipe.scheduler)
         return pipe
 
     def copy(self, model: Any) -> Any:
@@ -208,16 +209,6 @@ def twin_pipeline(pipe: Any) -> Any:
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of a model with modules of its own and the same weights, so that several patched copies fit in memory."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def plms(scheduler: Any) -> PNDMScheduler:
-    """PLMS, the half of PNDM without Runge-Kutta steps, at the noise levels of a model's own scheduler."""
-    options: dict[str, Any] = {"skip_prk_steps": True}
-    if scheduler.config.get("rescale_betas_zero_snr"):
-        # PNDMScheduler does not rescale by itself. It divides by the signal that is left in the noise, which is none
-        # at the last timestep: with leading spacing, no step starts there.
-        options |= {"trained_betas": scheduler.betas.tolist(), "timestep_spacing": "leading"}
-    return PNDMScheduler.from_config(scheduler.config, **options)
 
 
 def _random_unet(shape: str, seed: int) -> UNet2DConditionModel:

@@ -70,7 +70,8 @@ class BenchResult:
         if SUITES[self.settings["suite"]].kind == "call":
             calls = "calls" if any(row.steps for row in self.rows) else "single calls"
             return f"UNet of the shape of {models}, random weights, {calls} with guidance{compiled}"
-        return f"{models}: generations of {self.settings['steps']} steps{compiled}"
+        scheduler = f" {self.settings['scheduler']}" if self.settings.get("scheduler") else ""
+        return f"{models}: generations of {self.settings['steps']}{scheduler} steps{compiled}"
 
     def notes(self, intervals: bool = True, without: Collection[str] = ()) -> list[str]:
         """How to read the table that [`BenchResult.cells`] gives with the same arguments, in a few lines."""

@@ -11,6 +11,7 @@ from ..utils.metrics import SSIM_SIDE
 from .methods import METHODS
 from .models import LATENT_SCALE, SHAPES
 from .rows import Case, short_name
+from .schedulers import SCHEDULERS
 from .store import BenchError
 
 
@@ -91,7 +92,8 @@ class BenchSettings:
             the paper's are of ImageNet's classes, whose names do not come with this library.
         images (`int`, defaults to `1`): Images in a set, for the suites that draw one.
         guidance_scale (`float`, *optional*): Strength of the prompt; the pipeline's own if not given.
-        scheduler (`"plms"`, *optional*): Another scheduler than the model's own.
+        scheduler (`str`, *optional*):
+            Another scheduler than the model's own: `"ddim"`, `"plms"`, `"dpm++2m"` or `"euler-a"`.
         seed (`int`, defaults to `0`): Seed of the first image; each further one has the next.
         dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; by default what suits the device.
         device (`str`, *optional*): Where to run; by default the GPU if there is one.
@@ -131,7 +133,7 @@ class BenchSettings:
     prompts: tuple[str, ...] = ()
     images: int = 1
     guidance_scale: float | None = None
-    scheduler: Literal["plms"] | None = None
+    scheduler: str | None = None
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
@@ -179,8 +181,8 @@ class BenchSettings:
         self._check_models(suite)
         self._check_numbers()
         self._refuse_unused(suite)
-        if self.scheduler not in (None, "plms"):
-            raise BenchError(f"`scheduler` must be 'plms' or left out, but got {self.scheduler!r}.")
+        if self.scheduler is not None:
+            _check_names("scheduler", (self.scheduler,), SCHEDULERS)
         if self.reference is not None and self.features is None:
             raise BenchError(
                 "Comparing with a `reference` needs a feature extractor: name one as `features` (--features), either "

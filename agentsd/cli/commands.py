@@ -226,6 +226,10 @@ def bench(
     ] = None,
     width: Annotated[list[int] | None, typer.Option(min=1, help="Width in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="`ddim`, `plms`, `dpm++2m` or `euler-a`. [default: the model's own; `plms` for `paper`]"),
+    ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Images in one generation; may be given several times. [default: 1]"),
@@ -300,6 +304,7 @@ def bench(
             "sizes": sizes(height, width),
             "batches": tuple(batch) if batch else None,
             "steps": steps,
+            "scheduler": scheduler,
             "warmup": warmup,
             "repeats": repeats,
             "guidance_scale": guidance,

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from bench_runs import speed
-from diffusers import UNet2DConditionModel
+from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel
 
 from agentsd.bench.methods import patchable_layers
-from agentsd.bench.models import SHAPES, UNetSubject, plms, share_weights, unet_inputs
+from agentsd.bench.models import SHAPES, UNetSubject, share_weights, unet_inputs
 from agentsd.bench.rows import Case
 from agentsd.bench.run import subject_of
+from agentsd.bench.schedulers import SCHEDULERS
 from agentsd.utils.loading import load_pipeline
 from agentsd.utils.metrics import psnr
 
@@ -58,17 +59,25 @@ def test_models_are_loaded_in_the_precision_asked_for(model, shape):
     assert UNetSubject("sd15", 0, torch.device("cpu"), half).load().dtype == half
 
 
-def test_plms_draws_what_the_embedded_model_was_taught():
+@pytest.mark.parametrize(("name", "steps"), [("ddim", 30), ("plms", 50), ("dpm++2m", 50)])
+def test_schedulers_draw_what_the_embedded_model_was_taught(name, steps):
     """Its noise ends in no signal at all, which PLMS cannot start from and does not know of by itself."""
     pipe = load_pipeline("emoji", device="cpu")
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
         generator = torch.Generator().manual_seed(0)
-        return pipe("a red apple", num_inference_steps=50, guidance_scale=4.0, generator=generator).images[0]
+        return pipe("a red apple", num_inference_steps=steps, guidance_scale=4.0, generator=generator).images[0]
 
     own = draw()
     levels = pipe.scheduler.alphas_cumprod
-    pipe.scheduler = plms(pipe.scheduler)
+    pipe.scheduler = SCHEDULERS[name](pipe.scheduler)
     torch.testing.assert_close(pipe.scheduler.alphas_cumprod, levels)
     assert psnr(draw(), own) > 28
+
+
+def test_an_ancestral_scheduler_draws_from_the_same_noise_levels():
+    own = load_pipeline("emoji", device="cpu").scheduler
+    other = SCHEDULERS["euler-a"](own)
+    assert isinstance(other, EulerAncestralDiscreteScheduler)
+    torch.testing.assert_close(other.alphas_cumprod[:-1], own.alphas_cumprod[:-1])

@@ -25,7 +25,7 @@ from agentsd.bench import BenchError, BenchSettings
         ({"sizes": ((100, 64),)}, "multiples of 8"),
         ({"sizes": ((0, 64),)}, "multiples of 8"),
         ({"budget_minutes": 0}, "budget_minutes"),
-        ({"scheduler": "ddim"}, "must be 'plms' or left out"),
+        ({"scheduler": "pndm"}, "no scheduler 'pndm'. Known: ddim, plms"),
         ({"options": {"ratio": 0.5}}, "name it among the ratios"),
         ({"options": {"speed": 2}}, "Unknown option 'speed'"),
         ({"options": {"agent_until": 2}}, "agent_until"),
