@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.unet import AttentionLayer, plain_name
 from ..ops.merging import mix_key
 from .processor import AgentAttnProcessor
+from .resets import listen_to_resets, stop_listening
 from .state import LayerState
 from .steps import Clock, StepContext
 
@@ -29,6 +30,9 @@ class ModelTechnique(Protocol):
 
     def end_call(self) -> None:
         """It has ended."""
+
+    def reset(self) -> None:
+        """Keep nothing of the calls before: the next one is the first of an image."""
 
 
 class ModelPatch:
@@ -201,6 +205,7 @@ def install(model: torch.nn.Module, patch: ModelPatch, processors: list[Any]) ->
         patch.handles.append(model.register_forward_hook(patch.after_model, always_call=True))
         modules, technique = patch.reuse
         technique.install(modules)
+        listen_to_resets(model, technique.reset)
     mergings = {phase.tokens for phase in patch.clock.phases if phase.tokens is not None}
     for (layer, state), processor in zip(patch.layers, processors, strict=True):
         if state.original is None:
@@ -242,6 +247,7 @@ def uninstall(model: torch.nn.Module) -> None:
     if patch.reuse is not None:
         modules, technique = patch.reuse
         technique.uninstall(modules)
+        stop_listening(model)
     del model.agentsd_patch
     for handle in patch.handles:
         handle.remove()

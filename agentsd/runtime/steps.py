@@ -1,5 +1,6 @@
 """The clock of a patched model: which phase a denoising step is in, told without stalling the device at every step."""
 
+import math
 import threading
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -51,6 +52,19 @@ class Tokens(Protocol):
         """Hook into the block's other layers."""
 
 
+class Keys(Protocol):
+    """The role of a technique by which self-attention has fewer keys and values than queries."""
+
+    def removed(self, tokens: int, sources: int) -> int:
+        """How many of the tokens are merged away for it; none where it needs no matching."""
+
+    def count(self, size: tuple[int, int], sources: int) -> int:
+        """How many keys are left at a layer of so many tokens."""
+
+    def reduce(self, x: torch.Tensor, size: tuple[int, int], match: Match | None) -> torch.Tensor:
+        """What keys and values come from, out of a layer's input `(batch, tokens, channels)`."""
+
+
 class Operator(Protocol):
     """The role of a technique that attends in another way than softmax attention."""
 
@@ -76,6 +90,7 @@ class Phase:
         cells (`Cells`): Where tokens are matched.
         until (`float`): Where it ends, as a share of the noise range counted from its noisy end.
         tokens (`Tokens`, *optional*): By which layers run on fewer tokens.
+        keys (`Keys`, *optional*): By which self-attention has fewer keys and values.
         operator (`Operator`, *optional*): In place of softmax attention.
     """
 
@@ -83,7 +98,13 @@ class Phase:
     cells: Cells
     until: float = 1.0
     tokens: Tokens | None = None
+    keys: Keys | None = None
     operator: Operator | None = None
+
+    @property
+    def reduces_attention(self) -> bool:
+        """Whether anything is different in self-attention, and not only in the layers after it."""
+        return self.keys is not None or (self.tokens is not None and self.tokens.merge_attn)
 
     def with_role(self, role: str, technique: Any) -> "Phase":
         """The phase with a technique in a role that is still free."""
@@ -180,6 +201,10 @@ class StepCounter(threading.local):
         self._run: torch.UntypedStorage | None = None
         self._place: Any = None
         self._value = 0.0
+
+    def restart(self) -> None:
+        """Begin a new image with the next step, whichever it is."""
+        self._value = -math.inf
 
     def count(self, timestep: torch.Tensor | float, values: list[float]) -> None:
         """Count the step that a call at this timestep belongs to: the last one's if it is the very same."""

@@ -7,7 +7,7 @@ CVPR 2024, arXiv:2312.00858).
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from ..models.unet import block_layers, inner_hooks, layer_modules
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
+from ..runtime.resets import ResetHook
 from ..runtime.steps import StepCounter
 
 
@@ -115,7 +116,7 @@ def refuse_other_caches(modules: Sequence[torch.nn.Module]) -> None:
         if "DeepCache" in getattr(forward, "__qualname__", ""):
             raise ValueError("The DeepCache package is enabled on this model: call its `disable()` first.")
         for hook in inner_hooks(module):
-            if hook._is_stateful:
+            if hook._is_stateful and not isinstance(hook, ResetHook):
                 raise ValueError(
                     f"diffusers' {type(hook).__name__} is on a module that feature reuse skips: remove it first, or "
                     "leave out `reuse`."
@@ -157,7 +158,7 @@ class ThreadState(threading.local):
         self.call = Call()
         self.image, self.step, self.slot = -1, -1, 0
         self.slots: dict[int, Slot] = {}
-        self.scratch: dict[Any, torch.Tensor] = {}
+        self.scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
 class ReuseClock:
@@ -245,6 +246,11 @@ class ModelReuse(ABC):
         # Compiled code cannot look up what is a thread's own.
         self.compiled_call = self.state.call
 
+    def reset(self) -> None:
+        """Begin a new image with the next call."""
+        self.forget()
+        self.clock.counter.restart()
+
     @property
     def current_call(self) -> Call:
         """The call that this thread runs."""
@@ -275,7 +281,7 @@ class ModelReuse(ABC):
         is_full = self.clock.is_full(timestep, values)
         state, counter = self.state, self.clock.counter
         if state.image != counter.image:
-            state.image, state.step, state.slots, state.scratch = counter.image, -1, {}, {}
+            state.image, state.step, state.slots = counter.image, -1, {}
         # A second call in the same step is the other half of split guidance.
         state.slot = state.slot + 1 if state.step == counter.step else 0
         state.step = counter.step
@@ -285,7 +291,13 @@ class ModelReuse(ABC):
             slot = state.slots[state.slot] = Slot(signature)
         call = state.call
         call.is_skipped = not is_full and bool(slot.history)
-        call.outputs = self.outputs(slot) if call.is_skipped else {}
+        if call.is_skipped:
+            self._reserve_scratch(slot.shapes.values())
+            call.outputs = self.outputs(slot)
+        else:
+            # What this call gives will stand in for the oldest.
+            slot.history = slot.history[max(0, len(slot.history) - self.clock.config.order) :]
+            call.outputs = {}
         call.shapes, call.kept = {}, None
         self.compiled_call = call
 
@@ -295,19 +307,28 @@ class ModelReuse(ABC):
         call, slot = state.call, state.slots.get(state.slot)
         if slot is not None and call.kept is not None:
             slot.shapes = call.shapes
-            slot.history = [*slot.history, (state.step, call.kept)][-1 - self.clock.config.order :]
+            slot.history.append((state.step, call.kept))
         state.call = self.compiled_call = Call()
+        # Full steps need the most memory: they do not need this.
+        state.scratch = {}
+
+    def _reserve_scratch(self, shapes: Iterable[Any]) -> None:
+        """Have memory for the largest of these shapes, for every dtype and device."""
+        pool = self.state.scratch
+        for shape in tensor_shapes(shapes):
+            kept = pool.get((shape.dtype, shape.device))
+            if kept is None or kept.numel() < shape.size.numel():
+                pool[shape.dtype, shape.device] = torch.zeros(
+                    shape.size.numel(), dtype=shape.dtype, device=shape.device
+                )
 
     def scratch(self, shapes: Any) -> Any:
-        """What has these shapes and is read by nobody: one tensor a shape, since they are many."""
+        """What has these shapes and is read by nobody: all in the same memory, since they are many."""
         if shapes is None:
             return None
         if not isinstance(shapes, TensorShape):
             return type(shapes)(self.scratch(part) for part in shapes)
-        pool = self.state.scratch
-        if shapes not in pool:
-            pool[shapes] = torch.zeros(shapes.size, dtype=shapes.dtype, device=shapes.device)
-        return pool[shapes]
+        return self.state.scratch[shapes.dtype, shapes.device][: shapes.size.numel()].view(shapes.size)
 
     @abstractmethod
     def kept(self, output: Any, kwargs: dict[str, Any]) -> Any:
@@ -333,6 +354,15 @@ def shapes_of(output: Any) -> Any:
     if output is None:
         return None
     return tuple(shapes_of(part) for part in (output.to_tuple() if hasattr(output, "to_tuple") else output))
+
+
+def tensor_shapes(shapes: Any) -> Iterator[TensorShape]:
+    """Every shape in lists and tuples of them."""
+    if isinstance(shapes, TensorShape):
+        yield shapes
+    elif shapes is not None:
+        for part in shapes:
+            yield from tensor_shapes(part)
 
 
 class UNetReuse(ModelReuse):

@@ -41,12 +41,15 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.hooks import HookRegistry, ModelHook
 from models import tiny_controlnet, tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl, tiny_unet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import agentsd
 from agentsd import FeatureReuseConfig
 
-from .support import assert_differs, assert_no_trace, generate
+from .support import assert_differs, assert_no_trace, fingerprint, generate, predict
 
 
 STEPS = 10
@@ -553,12 +556,92 @@ def test_removing_keeps_nothing_in_memory():
     assert all(reference() is None for reference in kept)
 
 
-def test_memory_of_what_is_kept():
-    """Two tensors of the size of the one that is forecast, between steps."""
+class PeakMemory(TorchDispatchMode):
+    """The most memory that tensors made while it is on took at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return output
+
+    def _note(self, storage):
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key not in self.known and size > 0:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak_of(pipe) -> int:
+    run = run_of(pipe)
+    gc.collect()
+    with PeakMemory() as memory:
+        run()
+    return memory.most
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_memory(interval):
+    """At most three tensors more of the size of the one that is forecast, and some numbers."""
+    plain = peak_of(tiny_sd())
+    reuse = peak_of(agentsd.apply_patch(tiny_sd(), ratio=0, reuse=interval))
+    forecast = 4 * 2 * 32 * 16 * 16  # float32, both halves of guidance
+    assert plain > 8 * forecast
+    assert forecast < reuse - plain <= 3 * forecast + 256
+
+
+def test_diffusers_resets_what_is_kept():
+    """In the middle of a run, the next step is full; in a copy, a reset is the copy's own."""
     pipe = agentsd.apply_patch(tiny_sd(), ratio=0, reuse=2)
-    run_of(pipe)()
-    (slot,) = pipe.unet.agentsd_patch.reuse[1].state.slots.values()
-    assert [value.shape for _, value in slot.history] == [(2, 32, 16, 16)] * 2
+    for unet in (pipe.unet, copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
+        runs = []
+        unet.mid_block.resnets[0].register_forward_hook(lambda *_, runs=runs: runs.append(True))
+        timesteps = torch.arange(999, 0, -50)
+        with torch.no_grad():
+            for number, timestep in enumerate(timesteps[:6]):
+                if number == 3:
+                    unet._diffusers_hook.reset_stateful_hooks()
+                predict(unet, timestep)
+        assert len(runs) == 4, "steps 0, 2, 3 and 5"
+
+
+def test_the_listener_leaves_nothing_behind():
+    """Nor does it come in the way of hooks of diffusers that were put in before it or after it."""
+    pipe = tiny_sd()
+    before = fingerprint(pipe.unet)
+    agentsd.apply_patch(pipe, reuse=2)
+    agentsd.apply_patch(pipe, reuse=3)
+    assert not hasattr(agentsd.remove_patch(pipe).unet, "_diffusers_hook")
+    assert fingerprint(pipe.unet) == before
+    for ours_first in (True, False):
+        calls = []
+        hook = ModelHook()
+        hook.pre_forward = lambda module, *args, calls=calls, **kwargs: (calls.append(1), (args, kwargs))[1]
+        if ours_first:
+            agentsd.apply_patch(pipe, reuse=2)
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
+        registry.register_hook(hook, "counting")
+        if not ours_first:
+            agentsd.apply_patch(pipe, reuse=2)
+        with torch.no_grad():
+            predict(pipe.unet, 500)
+            registry.remove_hook("counting")
+            predict(pipe.unet, 500)
+        assert len(calls) == 1
+        agentsd.remove_patch(pipe)
+        assert not hasattr(pipe.unet, "_diffusers_hook") or not pipe.unet._diffusers_hook.hooks
 
 
 def test_threads_that_share_a_unet():
