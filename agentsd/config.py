@@ -9,10 +9,13 @@ from .runtime.checks import check_switch, keep_integer, keep_number
 from .runtime.steps import Cells, Phase
 from .techniques.agent_attention import AgentAttentionConfig, apply_agent_attention
 from .techniques.feature_reuse import FeatureReuseConfig
+from .techniques.kv_downsampling import KVDownsamplingConfig, apply_kv_downsampling
+from .techniques.kv_merging import KVMergingConfig, apply_kv_merging
 from .techniques.token_merging import TokenMergingConfig, apply_token_merging
 
 
 AttnPrecision = Literal["fp32"]
+LatePhase = Literal["tome", "kv-mean", "kv-nearest", "kv-merged"]
 
 # The paper's, where none of the options that replace its schedule is given.
 _AGENT_UNTIL = 0.4
@@ -26,9 +29,10 @@ class AgentSDConfig:
     Configuration of the agentsd patch.
 
     If `sx`, `sy` and `agent_ratio` are all left out, the schedule of the agent attention paper applies: the first
-    `agent_until` of the noise range merges in 4×4 cells and attends through agents, the rest is ToMe in 2×2 cells.
-    Setting any of the three gives a single phase for all steps, with the defaults of the original code (2, 2 and 0.8)
-    for those left out; `agent_until` would then have no effect, and is refused.
+    `agent_until` of the noise range merges in 4×4 cells and attends through agents, the rest is ToMe in 2×2 cells, or
+    what `late_phase` says. Setting any of the three gives a single phase for all steps, with the defaults of the
+    original code (2, 2 and 0.8) for those left out; `agent_until` and `late_phase` would then have no effect, and are
+    refused.
 
     Args:
         ratio (`float`, defaults to `0.4`):
@@ -44,6 +48,10 @@ class AgentSDConfig:
             scheduler's number of training timesteps. With a scheduler whose timesteps are logarithms of noise levels
             (`EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`, `EulerDiscreteScheduler` with `"v_prediction"` and
             `timestep_type="continuous"`) no step does, and a warning says so; use the preset `"agent"` or `"tome"`.
+        late_phase (`str`, *optional*, defaults to `"tome"` without `sx`, `sy` and `agent_ratio`):
+            What runs in the rest of the noise range: `"tome"` merges tokens. With the others, all tokens keep their
+            queries, and keys and values are fewer: one for each 2×2 cell, its mean (`"kv-mean"`) or its top-left token
+            (`"kv-nearest"`, as in ToDo), or as many, merged by the matching (`"kv-merged"`).
         k_scale2 (`float`, defaults to `0.3`):
             Exponent on the softmax scale of the query–agent product (`s` becomes `s ** k_scale2`).
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut added to agent attention.
@@ -83,6 +91,7 @@ class AgentSDConfig:
     sy: int | None = None
     agent_ratio: float | None = None
     agent_until: float | None = None
+    late_phase: LatePhase | None = None
     k_scale2: float = 0.3
     k_shortcut: float = 0.075
     attn_precision: AttnPrecision | None = None
@@ -114,14 +123,26 @@ class AgentSDConfig:
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             check_switch(self, name)
         object.__setattr__(self, "reuse", _reuse_config(self.reuse))
-        if self.is_scheduled and self.agent_until is None:
-            object.__setattr__(self, "agent_until", _AGENT_UNTIL)
-        elif not self.is_scheduled and self.agent_until is not None:
-            given = ", ".join(f"`{name}`" for name in ("sx", "sy", "agent_ratio") if getattr(self, name) is not None)
+        if self.late_phase not in (None, *get_args(LatePhase)):
+            choices = ", ".join(map(repr, get_args(LatePhase)))
+            raise ValueError(f"`late_phase` must be one of {choices}, but got {self.late_phase!r}.")
+        for name, default in (("agent_until", _AGENT_UNTIL), ("late_phase", "tome")):
+            if self.is_scheduled and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif not self.is_scheduled and getattr(self, name) is not None:
+                self._refuse_beside_one_phase(name)
+        if not self.merge_attn and self.late_phase not in (None, "tome"):
             raise ValueError(
-                f"`agent_until` would have no effect beside {given}, which give one phase for all steps: leave out "
-                "one or the other."
+                f"`late_phase={self.late_phase!r}` is about self-attention, which `merge_attn=False` leaves as it is: "
+                "leave out one or the other."
             )
+
+    def _refuse_beside_one_phase(self, name: str) -> None:
+        given = ", ".join(f"`{other}`" for other in ("sx", "sy", "agent_ratio") if getattr(self, other) is not None)
+        raise ValueError(
+            f"`{name}` would have no effect beside {given}, which give one phase for all steps: leave out one or the "
+            "other."
+        )
 
     @property
     def is_scheduled(self) -> bool:
@@ -133,11 +154,21 @@ class AgentSDConfig:
         """What runs when, from the noisy end of the noise range on."""
         if self.is_scheduled:
             agent = Phase("agent", Cells(4, 4, self.use_rand), until=self.agent_until or 0.0)
-            tome = Phase("tome", Cells(2, 2, self.use_rand))
-            return self._with_agents(self._with_merging(agent), 0.95), self._with_merging(tome)
+            return self._with_agents(self._with_merging(agent), 0.95), self._late_phase()
         cells = Cells(self.sx or _SX, self.sy or _SY, self.use_rand)
         agent_ratio = _AGENT_RATIO if self.agent_ratio is None else self.agent_ratio
         return (self._with_agents(self._with_merging(Phase("all steps", cells)), agent_ratio),)
+
+    def _late_phase(self) -> Phase:
+        phase = Phase(self.late_phase or "tome", Cells(2, 2, self.use_rand))
+        match self.late_phase if self.ratio > 0 else None:
+            case "kv-mean":
+                return apply_kv_downsampling(phase, KVDownsamplingConfig("mean"))
+            case "kv-nearest":
+                return apply_kv_downsampling(phase, KVDownsamplingConfig("nearest"))
+            case "kv-merged":
+                return apply_kv_merging(phase, KVMergingConfig())
+        return self._with_merging(phase)
 
     def _with_merging(self, phase: Phase) -> Phase:
         config = TokenMergingConfig(self.ratio, self.merge_attn, self.merge_crossattn, self.merge_mlp)

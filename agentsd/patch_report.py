@@ -7,6 +7,7 @@ import torch
 
 from .config import AgentSDConfig
 from .models.unet import AttentionLayer, plain_name
+from .operations import expected_speedup
 from .patch import patchable_models
 from .runtime.install import ModelPatch, patch_of
 from .runtime.steps import Phase
@@ -14,12 +15,14 @@ from .techniques.feature_reuse import FeatureReuseConfig
 
 
 class TokenCounts(NamedTuple):
-    """Tokens at a layer: all, cells, those left after merging, and agents (`None` for softmax attention)."""
+    """Tokens at a layer: all, those left after merging, keys, and agents (`None` for softmax attention)."""
 
     tokens: int
-    destinations: int
     merged: int
+    keys: int
     agents: int | None
+    # Pairs of tokens that are compared to match them.
+    matched: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,15 @@ class PhaseReport:
     One layer in one phase.
 
     Args:
-        merged_tokens (`int`): Tokens left after merging.
+        merged_tokens (`int`): Tokens left after merging, each with a query.
+        keys (`int`): Keys and values.
         agents (`int`, *optional*): Agent tokens, or `None` for softmax attention.
         attention_flops (`int`):
             Floating-point operations of the attention products and of the matching, for one sample.
     """
 
     merged_tokens: int
+    keys: int
     agents: int | None
     attention_flops: int
 
@@ -76,6 +81,9 @@ class PatchReport:
         config (`AgentSDConfig`): The configuration of the patch: the UNet's, if its ControlNets have others.
         rows (`list[LayerReport]`): One row per layer.
         reuse (`str`, *optional*): With feature reuse, which steps are full, and what runs in the others.
+        expected_speedup (`float`, *optional*):
+            By how much the UNet's matrix products and convolutions get fewer over a long run, if the size is known:
+            more than what is measured, since merging and the like take time too.
 
     Examples:
 
@@ -90,13 +98,14 @@ class PatchReport:
     config: AgentSDConfig
     rows: list[LayerReport]
     reuse: str | None = None
+    expected_speedup: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """
         The report as plain values.
 
         Returns:
-            `dict`: `config`, `rows` and `reuse`.
+            `dict`: `config`, `rows`, `reuse` and `expected_speedup`.
 
         Examples:
 
@@ -109,7 +118,8 @@ class PatchReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [["layer", "level", "channels", "heads", "tokens", "phase", "merged", "agents", "attention GFLOPs"]]
+        header = "layer level channels heads tokens phase merged keys agents".split()
+        lines: list[list[Any]] = [[*header, "attention GFLOPs"]]
         for row in self.rows:
             layer = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
             if row.skipped is not None:
@@ -119,7 +129,10 @@ class PatchReport:
                 layer = [""] * len(layer)
         widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
-        return "\n".join([*(line.rstrip() for line in text), *([self.reuse] if self.reuse is not None else [])])
+        notes = [self.reuse] if self.reuse is not None else []
+        if self.expected_speedup is not None:
+            notes.append(f"expected speed-up of a step by operations: {self.expected_speedup:.2f}x at most")
+        return "\n".join([*(line.rstrip() for line in text), *notes])
 
 
 def report(pipe_or_unet: Any, height: int | None = None, width: int | None = None) -> PatchReport:
@@ -167,7 +180,19 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
         model_patch = patch_of(model)
         if model_patch is not None:
             rows += _model_rows(name, model_patch, latent_size)
-    return PatchReport(patch.config, rows, _reuse_text(models[0][1], patch))
+    unet = models[0][1]
+    size = latent_size or _last_size(patch)
+    expected = None if size is None else expected_speedup(unet, patch, *size)
+    return PatchReport(patch.config, rows, _reuse_text(unet, patch), expected)
+
+
+def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
+    """Height and width of the latents in the last run, if there was one."""
+    for layer, state in patch.layers:
+        if state.size is not None:
+            height, width = state.size
+            return height * 2**layer.depth, width * 2**layer.depth
+    return None
 
 
 def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:
@@ -233,37 +258,35 @@ def _with_size(row: LayerReport, size: tuple[int, int]) -> LayerReport:
 def token_counts(phase: Phase, height: int, width: int) -> TokenCounts:
     """How many tokens self-attention runs on in one phase, at a layer of `height` by `width` tokens."""
     tokens, destinations = height * width, phase.cells.destinations(height, width)
-    sources = tokens - destinations
+    sources = tokens - destinations if destinations > 0 else 0
     technique = phase.tokens if phase.tokens is not None and phase.tokens.merge_attn else None
-    removed = 0 if technique is None or destinations == 0 else technique.removed(tokens, sources)
-    if removed == 0:
-        return TokenCounts(tokens, destinations, tokens, None)
+    removed = 0 if technique is None else technique.removed(tokens, sources)
     merged, operator = tokens - removed, phase.operator
+    keys = merged if phase.keys is None else phase.keys.count((height, width), sources)
+    for_keys = 0 if phase.keys is None else phase.keys.removed(tokens, sources)
+    if removed == for_keys == 0:
+        return TokenCounts(tokens, tokens, keys, None)
     has_agents = operator is not None and operator.pays(tokens, sources, merged)
-    return TokenCounts(
-        tokens, destinations, merged, tokens - operator.removed(tokens, sources) if operator and has_agents else None
-    )
+    agents = tokens - operator.removed(tokens, sources) if operator and has_agents else None
+    return TokenCounts(tokens, merged, keys, agents, matched=sources * destinations)
 
 
 def _phase_report(row: LayerReport, phase: Phase, size: tuple[int, int]) -> PhaseReport:
     counts = token_counts(phase, *size)
-    return PhaseReport(counts.merged, counts.agents, attention_flops(counts, row.channels))
+    return PhaseReport(counts.merged, counts.keys, counts.agents, attention_flops(counts, row.channels))
 
 
 def attention_flops(counts: TokenCounts, channels: int) -> int:
     """Floating-point operations of the attention products and of the matching, for one sample."""
-    if counts.merged == counts.tokens:
-        return 4 * counts.tokens**2 * channels
-    matching = 2 * (counts.tokens - counts.destinations) * counts.destinations * channels
-    attended = 2 * counts.agents if counts.agents is not None else counts.merged
-    return matching + 4 * counts.merged * attended * channels
+    attended = 2 * counts.agents if counts.agents is not None else counts.keys
+    return 2 * counts.matched * channels + 4 * counts.merged * attended * channels
 
 
 def _phase_cells(row: LayerReport, phase: PhaseReport | None) -> list[str]:
     if phase is None or row.attention_flops is None:
-        return ["-", "-", "-"]
+        return ["-", "-", "-", "-"]
     flops = f"{row.attention_flops / 1e9:.3g} -> {phase.attention_flops / 1e9:.3g}"
-    return [str(phase.merged_tokens), _or_dash(phase.agents), flops]
+    return [str(phase.merged_tokens), str(phase.keys), _or_dash(phase.agents), flops]
 
 
 def _or_dash(value: int | None) -> str:

@@ -15,8 +15,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "agent": {"sx": 4, "sy": 4, "agent_ratio": 0.95},
     # Its second phase at every step: no agents are formed when as many tokens are left for them as are merged.
     "tome": {"sx": 2, "sy": 2, "agent_ratio": 0.5},
-    # The paper's schedule in large layers, and the deep part of the UNet in every second step only.
-    "balanced": {"min_tokens": _MIN_TOKENS, "reuse": 2},
+    # In large layers the paper's agents, and then down-sampled keys and values, which cost less than ToMe there; and
+    # the deep part of the UNet in every second step only.
+    "balanced": {"late_phase": "kv-mean", "min_tokens": _MIN_TOKENS, "reuse": 2},
     # Agents at every step in large layers, and the deep part of the UNet in every third step only.
     "fast": {"sx": 4, "sy": 4, "agent_ratio": 0.95, "min_tokens": _MIN_TOKENS, "reuse": 3},
 }

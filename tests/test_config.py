@@ -85,7 +85,7 @@ def test_presets_with_feature_reuse():
     assert (balanced.reuse.interval, balanced.min_tokens, balanced.is_scheduled) == (2, 2048, True)
     assert (fast.reuse.interval, fast.min_tokens, len(fast.phases)) == (3, 2048, 1)
     assert fast.phases[0].operator is not None
-    assert AgentSDConfig.preset("balanced", reuse=None, min_tokens=0) == AgentSDConfig()
+    assert AgentSDConfig.preset("balanced", reuse=None, min_tokens=0) == AgentSDConfig(late_phase="kv-mean")
     assert AgentSDConfig.preset("balanced", reuse=FeatureReuseConfig(4)).reuse.interval == 4
     assert AgentSDConfig.from_dict(json.loads(json.dumps(fast.to_dict()))) == fast
 

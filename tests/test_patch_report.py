@@ -38,14 +38,14 @@ def test_it_prints_as_a_table(unet):
     """A header, and a line for each phase of each layer, of which the first names the layer."""
     report = agentsd.report(agentsd.apply_patch(unet, ratio=0.4, max_downsample=1), 512, 512)
     header, agent, tome, *_ = lines = str(report).splitlines()
-    assert header.split() == "layer level channels heads tokens phase merged agents attention GFLOPs".split()
-    assert len(lines) == 1 + 2 * len(report.rows)
+    assert header.split() == "layer level channels heads tokens phase merged keys agents attention GFLOPs".split()
+    assert len(lines) == 2 + 2 * len(report.rows)
     first = report.rows[0]
-    cells = [f"unet.{first.name}", "0", str(first.channels), str(first.heads), "4096", "agent", "2458", "256"]
+    cells = [f"unet.{first.name}", "0", str(first.channels), str(first.heads), "4096", "agent", "2458", "2458", "256"]
     before = f"{first.attention_flops / 1e9:.3g}"
     after = [f"{first.phases[name].attention_flops / 1e9:.3g}" for name in ("agent", "tome")]
     assert agent.split() == [*cells, before, "->", after[0]]
-    assert tome.split() == ["tome", "2458", "-", before, "->", after[1]]
+    assert tome.split() == ["tome", "2458", "2458", "-", before, "->", after[1]]
 
 
 def test_merging_elsewhere_leaves_attention_as_it_is(unet):

@@ -1,12 +1,12 @@
 """The methods that are compared: small adapters that switch one on in a copy of a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from ..config import AgentSDConfig, PresetName
 from ..models.unet import AttentionLayer, attended_models, find_layers, unsupported_reason
@@ -19,6 +19,9 @@ from .schedule import call_timesteps
 BASELINE = "baseline"
 # Options of this library that mean the same to tomesd.
 _SHARED_WITH_TOMESD = ("sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+# Options of the paper's schedule, and those that replace it.
+_SCHEDULE = ("agent_until", "late_phase")
+_ONE_PHASE = ("sx", "sy", "agent_ratio")
 # How many of its steps the baseline takes, for a curve of what is to be had in less time.
 _STEP_PERCENT = (90, 75, 60, 50, 40, 30, 25)
 
@@ -120,44 +123,29 @@ class NaiveAttention:
 
 @dataclass(frozen=True)
 class AgentSD:
-    """This library, with one of its presets; `reuse` is an interval of feature reuse, in place of the preset's."""
+    """This library: one of its presets, with options of its own."""
 
     name: str
     preset: PresetName
-    reuse: int | None = None
-    has_ratio: ClassVar[bool] = True
+    own: Mapping[str, Any] = field(default_factory=dict)
+    has_ratio: bool = True
     needs_generation: ClassVar[bool] = False
 
     @property
     def needs_steps(self) -> bool:
         """See [`Method.needs_steps`]."""
         config = self._config({})
-        return config.is_scheduled or config.reuse is not None
+        return config.reuse is not None or (config.is_scheduled and 0 < (config.agent_until or 0) < 1)
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
-        if not self._config({}).is_scheduled:  # a single phase has no schedule to set
-            options = {name: value for name, value in options.items() if name != "agent_until"}
-        apply_patch(model, config=self._config({**options, "ratio": ratio}))
+        # Options about what a method does not have are for the others.
+        foreign = _SCHEDULE if not self._config({}).is_scheduled else _ONE_PHASE if "agent_until" in self.own else ()
+        options = {name: value for name, value in options.items() if name not in foreign}
+        apply_patch(model, config=self._config(options if ratio is None else {**options, "ratio": ratio}))
 
     def _config(self, options: Mapping[str, Any]) -> AgentSDConfig:
-        own = {} if self.reuse is None else {"reuse": self.reuse}
-        return AgentSDConfig.preset(self.preset, **{**options, **own})
-
-
-@dataclass(frozen=True)
-class FeatureReuse:
-    """This library's feature reuse alone: the deep part of the UNet runs in one step of `interval`."""
-
-    name: str
-    interval: int
-    has_ratio: ClassVar[bool] = False
-    needs_steps: ClassVar[bool] = True
-    needs_generation: ClassVar[bool] = False
-
-    def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
-        """See [`Method.apply`]."""
-        apply_patch(model, ratio=0, reuse=self.interval)
+        return AgentSDConfig.preset(self.preset, **{**options, **self.own})
 
 
 @dataclass(frozen=True)
@@ -269,7 +257,7 @@ class Combined:
 
 @dataclass(frozen=True)
 class OtherProcessor:
-    """Another attention processor, one of its own in each layer that agentsd patches."""
+    """Another attention processor in each layer that agentsd patches."""
 
     name: str
     processor: type
@@ -283,10 +271,7 @@ class OtherProcessor:
         if not layers:
             raise MethodUnavailable("this model has no self-attention that agentsd would patch")
         for layer in layers:
-            processor = self.processor()
-            if hasattr(processor, "note_size"):
-                layer.transformer.register_forward_pre_hook(processor.note_size, with_kwargs=True)
-            layer.attn.set_processor(processor)
+            layer.attn.set_processor(self.processor())
 
 
 class AttentionFreeProcessor:
@@ -315,47 +300,6 @@ class AttentionFreeProcessor:
         for layer in attn.to_out:
             out = layer(out)
         return out
-
-
-class DownsampledProcessor:
-    """
-    ToDo: every token attends to one token of each 2×2 cell; keys and values are down-sampled, queries are not.
-
-    Source: E. Smith, N. Saxena, A. Saha: *ToDo: Token Downsampling for Efficient Generation of High-Resolution
-    Images* (2024), [arXiv:2402.13573](https://arxiv.org/abs/2402.13573), with nearest-neighbour down-sampling.
-    """
-
-    def __init__(self) -> None:
-        self.size: tuple[int, int] | None = None
-        self._standard = AttnProcessor2_0()
-
-    def note_size(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember height and width of what the layer's `Transformer2DModel` was given; a forward pre-hook for it."""
-        grid = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.size = (grid.shape[-2], grid.shape[-1])
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Run the layer.
-
-        Args:
-            attn (`Attention`): The layer.
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`): Its input.
-            encoder_hidden_states (`torch.Tensor`, *optional*): Not used.
-            attention_mask (`torch.Tensor`, *optional*): Not used.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, channels)`: The layer's output.
-        """
-        assert self.size is not None
-        kept = hidden_states.unflatten(1, self.size)[:, ::2, ::2].flatten(1, 2)
-        return self._standard(attn, hidden_states, encoder_hidden_states=kept)
 
 
 def reseed(model: Any, seed: int) -> None:
@@ -407,11 +351,15 @@ _ALL: tuple[Method, ...] = (
     AgentSD("agentsd-agent", "agent"),
     AgentSD("agentsd-tome", "tome"),
     ToMeSD(),
-    OtherProcessor("todo", DownsampledProcessor),
-    FeatureReuse("reuse-2", 2),
-    FeatureReuse("reuse-3", 3),
-    AgentSD("agentsd+reuse-2", "paper", reuse=2),
-    AgentSD("agentsd+reuse-3", "paper", reuse=3),
+    # ToDo's down-sampling is one of this library's techniques.
+    AgentSD("todo", "paper", {"agent_until": 0, "late_phase": "kv-nearest"}, has_ratio=False),
+    AgentSD("kv-mean", "paper", {"agent_until": 0, "late_phase": "kv-mean"}, has_ratio=False),
+    AgentSD("kv-merged", "paper", {"agent_until": 0, "late_phase": "kv-merged"}, has_ratio=False),
+    AgentSD("agentsd-kv", "paper", {"late_phase": "kv-mean"}),
+    AgentSD("reuse-2", "paper", {"ratio": 0, "reuse": 2}, has_ratio=False),
+    AgentSD("reuse-3", "paper", {"ratio": 0, "reuse": 3}, has_ratio=False),
+    AgentSD("agentsd+reuse-2", "paper", {"reuse": 2}),
+    AgentSD("agentsd+reuse-3", "paper", {"reuse": 3}),
     AgentSD("balanced", "balanced"),
     AgentSD("fast", "fast"),
     DeepCache("deepcache-2", 2),

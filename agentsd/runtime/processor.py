@@ -66,7 +66,7 @@ class AgentAttnProcessor:
         original = AttnProcessor2_0() if state is None else state.original
         is_plain = encoder_hidden_states is None and attention_mask is None and not _is_perturbed(attn)
         parts = state.parts_of(hidden_states) if state is not None and is_plain else None
-        if state is None or parts is None or not _in_attention(parts):
+        if state is None or parts is None or not any(part.phase.reduces_attention for part in parts):
             # Sliced attention knows no `temb`, which no transformer block passes to its self-attention.
             more = () if temb is None else (temb,)
             return original(attn, hidden_states, encoder_hidden_states, attention_mask, *more)
@@ -74,7 +74,7 @@ class AgentAttnProcessor:
         outputs = []
         for part in parts:
             x = part.take(hidden_states)
-            outputs.append(original(attn, x) if part.merging is None else _attend(attn, x, part, softmax))
+            outputs.append(original(attn, x) if part.is_plain else _attend(attn, x, part, softmax))
         return join(outputs, parts)
 
     def _softmax_attention(
@@ -94,25 +94,22 @@ class AgentAttnProcessor:
         return out.transpose(1, 2).to(dtype)
 
 
-def _in_attention(parts: list[Part]) -> bool:
-    """Whether tokens are merged in self-attention, too, and not only in the layers after it."""
-    return any(part.phase.tokens is not None and part.phase.tokens.merge_attn for part in parts)
-
-
 def _attend(attn: Attention, x: torch.Tensor, part: Part, softmax: Attend) -> torch.Tensor:
-    """Attention over the merged tokens of `x`, in the way of the part's phase."""
-    assert part.match is not None and part.merging is not None
-    merged = merge_tokens(x, part.merging)
-    q, k, v = (split_heads(to(merged), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
-    operator, sources = part.phase.operator, part.match.partition.src.shape[1]
-    if operator is not None and operator.pays(x.shape[1], sources, merged.shape[1]):
+    """Attention over fewer tokens than those of `x`, in the way of the part's phase."""
+    keys, operator = part.keys, part.phase.operator
+    merged = x if part.merging is None else merge_tokens(x, part.merging)
+    source = merged if keys is None else keys.reduce(x, part.size, part.match)
+    q = split_heads(attn.to_q(merged), attn.heads)
+    k, v = (split_heads(to(source), attn.heads) for to in (attn.to_k, attn.to_v))
+    sources = 0 if part.match is None else part.match.partition.src.shape[1]
+    if operator is not None and part.match is not None and operator.pays(x.shape[1], sources, merged.shape[1]):
         out = operator.attend(attn, x, q, k, v, part.match, softmax)
     else:
         out = softmax(q, k, v)
     out = out.transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         out = layer(out)
-    return unmerge_tokens(out, part.merging)
+    return out if part.merging is None else unmerge_tokens(out, part.merging)
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..ops.merging import (
     plan_merging,
     random_members,
 )
-from .steps import Clock, Match, Phase
+from .steps import Clock, Keys, Match, Phase
 
 
 @dataclass
@@ -25,14 +25,23 @@ class Part:
     Args:
         phase (`Phase`): The phase.
         rows (`torch.Tensor`, *optional*): The samples' indices; `None` for the whole batch.
-        match (`Match`, *optional*): The matching of their tokens; `None`, like `merging`, where they are left alone.
-        merging (`Merging`, *optional*): How their tokens are merged.
+        size (`tuple[int, int]`): Height and width of the layer in tokens.
+        match (`Match`, *optional*): The matching of their tokens, where there is one.
+        merging (`Merging`, *optional*): How their tokens are merged, where they are.
+        keys (`Keys`, *optional*): By which self-attention has fewer keys and values, where it has.
     """
 
     phase: Phase
     rows: torch.Tensor | None
+    size: tuple[int, int]
     match: Match | None = None
     merging: Merging | None = None
+    keys: Keys | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether these samples are left alone."""
+        return self.merging is None and self.keys is None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """These samples of a batch."""
@@ -88,13 +97,13 @@ class LayerState:
 
     def parts_of(self, x: torch.Tensor) -> list[Part] | None:
         """
-        What to merge in `x`, decided once a block.
+        What to do with the tokens of `x`, decided once a block.
 
         Args:
             x (`torch.Tensor` of shape `(batch, tokens, channels)`): The input of a layer in the block.
 
         Returns:
-            `list[Part]`, *optional*: One part for each phase in the batch, or `None` if nothing is to be merged.
+            `list[Part]`, *optional*: One part for each phase in the batch, or `None` if all are left alone.
         """
         if self.metric is None or self.size is None or self.key is None or x.shape[:2] != self.metric.shape[:2]:
             return None
@@ -102,12 +111,12 @@ class LayerState:
             return None
         if self.parts is None:
             self.parts = self._split(self.metric, self.key.to(self.metric.device))
-        return None if all(part.merging is None for part in self.parts) else self.parts
+        return None if all(part.is_plain for part in self.parts) else self.parts
 
     def _split(self, metric: torch.Tensor, key: torch.Tensor) -> list[Part]:
         phases, numbers = self.clock.phases, self.step.phases
         if len(numbers) == 1:
-            return [self._merge(metric, key, phases[numbers[0]], None)]
+            return [self._part(metric, key, phases[numbers[0]], None)]
         # A video model has several frames a sample, one after another.
         frames = metric.shape[0] // len(numbers)
         of_row = [number for number in numbers for _ in range(frames)]
@@ -115,19 +124,22 @@ class LayerState:
         parts = []
         for number in dict.fromkeys(numbers):
             rows = torch.tensor([row for row, other in enumerate(of_row) if other == number], device=metric.device)
-            parts.append(self._merge(metric[rows], key[rows], phases[number], rows))
+            parts.append(self._part(metric[rows], key[rows], phases[number], rows))
         return parts
 
-    def _merge(self, metric: torch.Tensor, key: torch.Tensor, phase: Phase, rows: torch.Tensor | None) -> Part:
-        height, width = self.size or (0, 0)
+    def _part(self, metric: torch.Tensor, key: torch.Tensor, phase: Phase, rows: torch.Tensor | None) -> Part:
+        height, width = size = self.size or (0, 0)
         cells = phase.cells
         destinations = cells.destinations(height, width)
         tokens = height * width
-        removed = 0 if phase.tokens is None else phase.tokens.removed(tokens, tokens - destinations)
-        if destinations == 0 or removed == 0:
-            return Part(phase, rows)
+        sources = tokens - destinations if destinations > 0 else 0  # in no cells, nothing can be matched
+        removed = 0 if phase.tokens is None else phase.tokens.removed(tokens, sources)
+        keys = phase.keys if phase.keys is not None and phase.keys.count(size, sources) < tokens else None
+        if removed == 0 and (keys is None or keys.removed(tokens, sources) == 0):
+            return Part(phase, rows, size, keys=keys)
         grid, leftover = cell_grid(height, width, cells.sx, cells.sy, metric.device)
         member = random_members(destinations, cells.sx * cells.sy, key) if cells.use_rand else None
         partition = partition_tokens(grid, leftover, member)
         match = Match(partition, match_tokens(metric, partition))
-        return Part(phase, rows, match, plan_merging(match.partition, match.matches, removed))
+        merging = plan_merging(match.partition, match.matches, removed) if removed > 0 else None
+        return Part(phase, rows, size, match, merging, keys)

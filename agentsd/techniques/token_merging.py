@@ -107,7 +107,8 @@ class MergedLayerHook:
         x = args[0] if args else kwargs["hidden_states"]
         parts = self.state.parts_of(x)
         # A layer takes one tensor: samples in different phases only fit into it if as many tokens are left of each.
-        if parts is None or len({part.merging and part.merging.members.shape[1] for part in parts}) > 1:
+        sizes = {part.merging and part.merging.members.shape[1] for part in parts or ()}
+        if parts is None or len(sizes) > 1 or None in sizes:
             return None
         # A cache inside the layer gives back what an older step computed, in that step's order of tokens.
         if any(hook._is_stateful for hook in inner_hooks(layer)):

@@ -184,6 +184,7 @@ DEEP_RUNS = {
     "deepcache-5": 3,
     "agentsd+deepcache": 4,
     "agentsd": 12,
+    "agentsd-kv": 12,
 }
 
 
@@ -254,6 +255,8 @@ def test_presets_take_options_and_keep_what_their_name_says(unet):
     large = {"min_tokens": 0, "seed": 7}
     fast = patch_of(on(unet, "fast", 0.3, **large, agent_until=0.3)).config
     assert fast == agentsd.AgentSDConfig.preset("fast", ratio=0.3, **large)
+    sampled = patch_of(on(unet, "todo", late_phase="tome", agent_until=0.5, sx=4)).config
+    assert sampled == agentsd.AgentSDConfig(late_phase="kv-nearest", agent_until=0)
     both = patch_of(on(unet, "agentsd+reuse-3", 0.3, reuse=2)).config
     assert both == agentsd.AgentSDConfig(ratio=0.3, reuse=3)
 
@@ -306,7 +309,7 @@ def test_a_model_without_self_attention_is_not_timed_as_if_it_had_some():
     for name, error in (
         ("agentsd", ValueError),
         ("attention-free", MethodUnavailable),
-        ("todo", MethodUnavailable),
+        ("todo", ValueError),
         ("tomesd", MethodUnavailable),
     ):
         with pytest.raises(error):

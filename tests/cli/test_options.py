@@ -68,8 +68,8 @@ def test_compare_takes_presets(monkeypatch, model, options, wanted):
 def test_bench(monkeypatch):
     calls = stop_at(monkeypatch, "agentsd.bench.run_bench")
     run(
-        "bench emoji --suite quality --steps 3 --scheduler dpm++2m --warmup 2 --repeats 4 --seed 7 --guidance 2.5 --lpips "
-        "--features inception --reference ref.safetensors --device cpu --dtype bfloat16 --compile "
+        "bench emoji --suite quality --steps 3 --scheduler dpm++2m --warmup 2 --repeats 4 --seed 7 --guidance 2.5 "
+        "--lpips --features inception --reference ref.safetensors --device cpu --dtype bfloat16 --compile "
         "--no-memory --budget-minutes 9"
     )
     (settings,), _ = calls[0]
