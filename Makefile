@@ -19,7 +19,7 @@ CONSTRAINTS ?= constraints.txt
 PACKAGING := pyproject.toml setup.cfg $(CONSTRAINTS)
 
 # What the web page shows beside images.
-RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl)
+RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl notebooks/results/machines/*/cases.jsonl)
 
 .PHONY: help quickstart demo test lowest lint format tables notebooks wheel space clean
 

@@ -187,12 +187,19 @@ class BenchResult:
         before = f"{short_name(row.model)} " if has_models else ""
         return f"{before}{row.width}×{row.height}" + (f" batch {row.batch}" if has_batches else "")
 
+    @property
+    def machine_name(self) -> str:
+        """The processor or GPU that it ran on."""
+        known = self.environment
+        if str(known.get("device")).startswith("cuda"):
+            return known["gpu"]
+        return f"{known['cpu']}, {known['threads']} threads"
+
     def machine(self) -> str:
         """What it ran on, in one line."""
         known = self.environment
-        on_gpu = str(known.get("device")).startswith("cuda")
         parts = [
-            known["gpu"] if on_gpu else f"{known['cpu']}, {known['threads']} threads",
+            self.machine_name,
             *(f"{name} {known[name]}" for name in ("torch", "diffusers", "tomesd", "agentsd") if known.get(name)),
             *(f"{name} {known[name]}" for name in ("commit", "dtype", "sdpa", "malloc") if known.get(name)),
         ]

@@ -7,7 +7,8 @@ from pathlib import Path
 from .report import load_result
 
 
-# <!-- results: FOLDER without COLUMN, COLUMN --> … <!-- /results -->, with the folder seen from the document
+# <!-- results: FOLDER without COLUMN, COLUMN --> … <!-- /results -->, with the folder seen from the document. Where it
+# has a *, all that match are shown, each below the name of its machine.
 _BLOCK = re.compile(
     r"(?s)(?P<begin><!-- results: (?P<folder>\S+)(?: without (?P<columns>[^\n]+))? -->\n).*?(?P<end><!-- /results -->)"
 )
@@ -17,9 +18,14 @@ def fill_tables(document: Path) -> str:
     """The text of a Markdown document, with the tables between its marks rebuilt from recorded results."""
 
     def fill(found: re.Match[str]) -> str:
-        result = load_result(document.parent / found["folder"])
         without = [name.strip() for name in (found["columns"] or "").split(",") if name.strip()]
-        return f"{found['begin']}\n{result.to_markdown(without)}\n{found['end']}"
+        if "*" not in found["folder"]:
+            tables = [load_result(document.parent / found["folder"]).to_markdown(without)]
+        else:
+            logs = sorted(document.parent.glob(f"{found['folder']}/cases.jsonl"))
+            results = [load_result(log.parent) for log in logs]
+            tables = [f"### {result.machine_name}\n\n{result.to_markdown(without)}" for result in results]
+        return "\n".join([found["begin"], *tables, found["end"]])
 
     return _BLOCK.sub(fill, document.read_text(encoding="utf-8"))
 

@@ -1,5 +1,7 @@
 """Tables of documents are those of recorded results."""
 
+import json
+
 import pytest
 import torch
 
@@ -33,6 +35,23 @@ def test_tables_of_a_document_are_made_from_results(tmp_path):
     document.write_text(text.replace("results: results", "results: results without FOD"))
     with pytest.raises(BenchError, match="no column 'FOD'"):
         fill_tables(document)
+
+
+def test_results_of_several_machines(tmp_path):
+    """Whoever sends in a folder needs to change no document by hand."""
+    for name, cpu in {"b": "Slow CPU", "a": "Fast CPU"}.items():
+        record_baseline(tmp_path / "machines" / name)
+        file = tmp_path / "machines" / name / "environment.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "cpu": cpu, "threads": 2}))
+    (tmp_path / "machines" / "unfinished").mkdir()
+    document = tmp_path / "README.md"
+    document.write_text("<!-- results: machines/* without quartiles -->\nold\n<!-- /results -->\n")
+    text = fill_tables(document)
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["### Fast CPU, 2 threads", "### Slow CPU, 2 threads"]
+    assert text.count("| 768×768 | baseline |") == 2
+    document.write_text(text)
+    assert fill_tables(document) == text
 
 
 def test_documents_without_a_table_are_left_alone(tmp_path, capsys):
