@@ -412,10 +412,10 @@ def compare(
         settings={
             "pipeline": type(pipe).__name__,
             "prompt": prompt,
-            "negative_prompt": negative_prompt,
+            "negative_prompt": plain_value(negative_prompt),
             "seed": seed,
             "steps": len(baseline.time.steps) if {"timesteps", "sigmas"} & options.keys() else steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": plain_value(guidance_scale),
             "height": baseline.image.height,
             "width": baseline.image.width,
             "options": {name: plain_value(value) for name, value in options.items()},

@@ -22,12 +22,12 @@ from ..utils.user_warnings import plain_warning
 
 # Results go to standard output; progress, warnings and errors do not mix with them.
 _messages = Console(stderr=True)
-# What agentsd itself writes, and not every encoding has. One character for one, so that tables keep their columns.
+# What agentsd itself writes, and not every encoding has; in tables one character for one, so that columns stay.
 _LOOKALIKES = {
     "×": "x",
     "–": "-",
     "−": "-",
-    "…": "~",
+    "…": "...",
     "†": "+",
     "Δ": "D",
     "·": ".",
@@ -139,5 +139,5 @@ def warn(messages: Iterable[str]) -> None:
 
 def say(message: str) -> None:
     """Print a message beside the results."""
-    # Printed as it is: messages hold brackets and paths that rich would read as markup, colour or break.
-    _messages.print(message, markup=False, highlight=False, soft_wrap=True)
+    # Printed as it is: messages hold brackets, colons and paths that rich would read as markup, colour or break.
+    _messages.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)

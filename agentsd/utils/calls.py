@@ -72,7 +72,8 @@ def check_call(pipe: Any, call: Mapping[str, Any], steps: int | None = None, is_
         both = [name for name in texts if name in call and embeds in call]
         if both:
             raise ValueError(f"Give either {_listed(both)} or `{embeds}`, not both.")
-    if "height" not in call and _uses(pipe, "sample_size", "default_sample_size"):
+    is_size_left = "height" in _parameters(pipe) and "height" not in call
+    if is_size_left and _uses(pipe, "sample_size", "default_sample_size"):
         own_size(pipe)  # raises where the model does not know it
     if steps is not None:
         _check_strength(pipe, call, steps)

@@ -117,6 +117,14 @@ def draw(
         raise RuntimeError("The generation was interrupted.")
     if not is_any_step_done:
         raise ValueError(f"{type(pipe).__name__} took no step with these arguments, so that there is nothing to time.")
+    try:
+        drawn_images(output)
+    except TypeError as error:
+        # Its code did not tell: one from elsewhere.
+        raise TypeError(
+            f"{type(pipe).__name__} draws no images that agentsd finds: {error}. Patch it with `agentsd.apply_patch`, "
+            "and call it yourself."
+        ) from error
     return Drawn(output, said)
 
 

@@ -19,12 +19,19 @@ IMAGE_OUTPUTS = ("images", "rgb", "frames")
 
 
 def drawn_images(output: Any) -> list[np.ndarray]:
-    """The images that a pipeline gave as arrays, of shape `(height, width, 3)` in `[0, 1]`; of a video, the first."""
+    """The images that a pipeline gave, of shape `(height, width, 3)` in `[0, 1]`; of each video, its first."""
     name = next((name for name in IMAGE_OUTPUTS if getattr(output, name, None) is not None), None)
     if name is None:
-        raise TypeError(f"The pipeline gave {type(output).__name__}, in which there are no images.")
+        raise TypeError(f"there are no images in its {type(output).__name__}")
     given = getattr(output, name)
-    return [video[0] for video in given] if name == "frames" else list(given)
+    return [_as_array(each[0] if name == "frames" else each) for each in given]
+
+
+def _as_array(image: Any) -> np.ndarray:
+    # Some pipelines from elsewhere know one kind of output, whatever they are asked for.
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return image.float().permute(1, 2, 0).cpu().numpy() if isinstance(image, torch.Tensor) else image
 
 
 def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:

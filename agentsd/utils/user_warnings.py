@@ -94,7 +94,8 @@ class _Listener(logging.Handler):
         self._hear, self._thread = hear, threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:
+        """Take a warning; errors are printed by the libraries themselves."""
+        if record.thread == self._thread and record.levelno == logging.WARNING:
             self._hear(plain_words(record.getMessage(), is_trusted=record.name.startswith("diffusers")))
 
 
