@@ -1,11 +1,9 @@
 """The same image with and without the patch: times, fidelity, and both side by side."""
 
-import inspect
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,12 +13,13 @@ import PIL.Image
 import torch
 
 from .config import AgentSDConfig
-from .models.unet import attended_models
 from .patch import is_patched, patched, plan_patch, unpatched
 from .patch_report import PatchReport, report
 from .presets import PresetName
+from .runtime.checks import plain_value, shown
+from .utils.calls import check_call, pipeline_call
 from .utils.environment import environment
-from .utils.generation import Run, RunTime, TimedImage, check_draws_images, pipeline_call
+from .utils.generation import Run, RunTime, TimedImage
 from .utils.images import difference_map, side_by_side
 from .utils.metrics import decibels, fidelity, similarity
 from .utils.progress import Progress
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _OWN_OPTIONS = {
-    *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator", "num_images_per_prompt"),
-    *("num_inference_steps", "output_type", "return_dict"),
+    *("callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback_steps", "generator"),
+    *("num_images_per_prompt", "num_inference_steps", "num_videos_per_prompt", "output_type", "return_dict"),
 }
 # The one variant of a comparison with one configuration.
 _ONLY = "agentsd"
@@ -207,9 +206,12 @@ class Comparison:
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong with the images: not finite, black, replaced by the safety checker."""
+        """
+        What is wrong with the images: not finite, black, replaced by the safety checker; and what the libraries warned
+        of that concerns what was asked for, such as a prompt that is too long.
+        """
         runs = [self.baseline_run, *(variant.run for variant in self.variants.values())]
-        return [warning for run in runs for warning in run.warnings]
+        return list(dict.fromkeys(warning for run in runs for warning in run.warnings))
 
     @property
     def timing(self) -> str:
@@ -269,7 +271,9 @@ class Comparison:
         from rich.text import Text
 
         width, height, steps = (self.settings[name] for name in ("width", "height", "steps"))
-        title = f"{self.settings['prompt']!r}, seed {self.settings['seed']}, {width}×{height}, {steps} steps"
+        prompt = self.settings["prompt"]
+        given = ", ".join(self.settings["options"]) or "no prompt" if prompt is None else repr(prompt)
+        title = f"{given}, seed {self.settings['seed']}, {width}×{height}, {steps} steps"
         # As it is: a prompt may hold brackets, which rich would read as markup.
         table = Table(title=Text(title), caption=self.timing)
         headings, *rows = self.rows()
@@ -325,7 +329,7 @@ class Comparison:
 
 def compare(
     pipe: Any,
-    prompt: str,
+    prompt: str | None = None,
     *,
     config: AgentSDConfig | None = None,
     configs: Mapping[str, AgentSDConfig] | Sequence[PresetName] | None = None,
@@ -348,8 +352,9 @@ def compare(
 
     Args:
         pipe (`DiffusionPipeline`):
-            A pipeline with a UNet that draws images and takes `callback_on_step_end`, which is used to time steps.
-        prompt (`str`): What to draw.
+            A pipeline with a UNet that draws images and takes `callback_on_step_end` (or, in older ones, `callback`),
+            which is used to time steps. Of a video its first frame is compared, of an image with depth the image.
+        prompt (`str`, *optional*): What to draw, where the pipeline takes a prompt and `options` hold no embeddings.
         config (`AgentSDConfig`, *optional*):
             The patch to compare with; by default the one that the pipeline has, or else `AgentSDConfig()`.
         configs (`Mapping[str, AgentSDConfig]` or `Sequence[str]`, *optional*):
@@ -366,7 +371,8 @@ def compare(
         progress (`Callable[[str, int, int], None]`, *optional*):
             Called at each step with what is drawn (such as `"baseline, round 2"`), the steps done and all steps of
             that image. An exception that it raises ends the comparison. It replaces the pipeline's progress bar.
-        options: Passed to the pipeline, such as `image` and `strength`.
+        options:
+            Passed to the pipeline: whatever it takes, such as `image`, `strength`, `prompt_2` or `prompt_embeds`.
 
     Returns:
         `Comparison`: The images, their difference, times and fidelity.
@@ -374,7 +380,7 @@ def compare(
     Raises:
         RuntimeError: If the run was interrupted (`pipe._interrupt`).
         TypeError: If an argument has the wrong type, an option is one that the comparison sets itself, or the pipeline
-            draws videos or takes no `callback_on_step_end`.
+            gives no images, needs more, does not take an option, or does not tell of its steps.
         ValueError: If an argument is out of range.
 
     Examples:
@@ -389,8 +395,9 @@ def compare(
     """
     chosen = _chosen_configs(config, configs)
     pipe = getattr(pipe, "pipe", pipe)  # an AgentSDPipeline's own
-    _check(pipe, prompt, steps, seed, seconds, options)
+    _check(prompt, steps, seed, seconds, options)
     call = pipeline_call(prompt, guidance_scale, height, width, negative_prompt, **options)
+    check_call(pipe, call, steps)
     for each in chosen.values():
         plan_patch(pipe, config=each)  # what is wrong with it is better known before any image than after
     variants = {
@@ -405,12 +412,13 @@ def compare(
         settings={
             "pipeline": type(pipe).__name__,
             "prompt": prompt,
-            "negative_prompt": negative_prompt,
+            "negative_prompt": plain_value(negative_prompt),
             "seed": seed,
             "steps": len(baseline.time.steps) if {"timesteps", "sigmas"} & options.keys() else steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": plain_value(guidance_scale),
             "height": baseline.image.height,
             "width": baseline.image.width,
+            "options": {name: plain_value(value) for name, value in options.items()},
             "seconds": seconds,
             **_plain_patches(reports),
         },
@@ -429,15 +437,16 @@ def _timed_runs(
 ) -> tuple[dict[str, Run], dict[str, PatchReport]]:
     """The runs of the baseline and of every variant, within whose context it is drawn, and what that did to layers."""
     contexts: dict[str, Callable[[], AbstractContextManager]] = {"baseline": partial(unpatched, pipe), **variants}
+    # All together, as each is patched anew in each round, and most of what there is to say is true of all.
+    said: list[str] = []
     images = {
-        name: TimedImage(pipe, call, steps, seed, f"with {name}" if name in variants else "without agentsd")
+        name: TimedImage(pipe, call, steps, seed, f"with {name}" if name in variants else "without agentsd", said)
         for name in contexts
     }
     reports = {}
 
     def draw(name: str, watch: Stopwatch) -> None:
-        with _told_once(images.values()):
-            images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
+        images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
 
     def is_clear() -> bool:
         before, *others = (image.rounds for image in images.values())
@@ -451,8 +460,7 @@ def _timed_runs(
 
         def warm_up(name: str) -> None:
             switch_to(name)
-            with _told_once(images.values()):
-                images[name].warm_up(f"{name}, warm-up", progress)
+            images[name].warm_up(f"{name}, warm-up", progress)
 
         # What is wrong with a patch is better known before the image without it than after.
         for name in [*variants, "baseline"]:
@@ -464,17 +472,6 @@ def _timed_runs(
         seconds, before_call = (0, warm_up) if _is_compiled(pipe) else (seconds, switch_to)
         time_rounds(timed, images["baseline"].device, seconds, is_clear, before_call)
     return {name: image.run() for name, image in images.items()}, reports
-
-
-@contextmanager
-def _told_once(images: Iterable[TimedImage]) -> Iterator[None]:
-    """Each variant is patched anew in each round; that a run is too short for feature reuse is said once for all."""
-    with ExitStack() as stack:
-        # Not for nothing, since warnings that are shown once are shown again afterwards.
-        if any(image.lacks_steps for image in images):
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Feature reuse is off in runs of fewer than")
-        yield
 
 
 def _is_compiled(pipe: Any) -> bool:
@@ -501,7 +498,7 @@ def _chosen_configs(
     if config is not None:
         raise ValueError("Give either `config` or `configs`, not both.")
     if isinstance(configs, str) or not isinstance(configs, (Mapping, Sequence)):
-        raise TypeError(f"`configs` must be names of presets, or configurations by name, but got {configs!r}.")
+        raise TypeError(f"`configs` must be names of presets, or configurations by name, but got {shown(configs)}.")
     if not configs:
         raise ValueError("`configs` is empty: there is nothing to compare with.")
     named = configs if isinstance(configs, Mapping) else {str(name): AgentSDConfig.preset(name) for name in configs}
@@ -514,23 +511,16 @@ def _chosen_configs(
     return named
 
 
-def _check(pipe: Any, prompt: str, steps: int, seed: int, seconds: float, options: dict[str, Any]) -> None:
-    attended_models(pipe)  # raises what is wrong with another object
-    check_draws_images(pipe)
-    if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
-        raise TypeError(
-            f"{type(pipe).__name__} cannot be timed step by step, as it takes no `callback_on_step_end`: patch it "
-            "with `agentsd.apply_patch`, and compare what it draws before and after."
-        )
-    if not isinstance(prompt, str):
+def _check(prompt: str | None, steps: int, seed: int, seconds: float, options: dict[str, Any]) -> None:
+    if prompt is not None and not isinstance(prompt, str):
         raise TypeError(f"`prompt` must be one string, but got {type(prompt).__name__}.")
     for name, value, low in (("steps", steps, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"`{name}` must be an integer, but got {value!r}.")
+            raise TypeError(f"`{name}` must be an integer, but got {shown(value)}.")
         if value < low:
             raise ValueError(f"`{name}` must be at least {low}, but got {value}.")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"`seconds` must be a number, but got {seconds!r}.")
+        raise TypeError(f"`seconds` must be a number, but got {shown(seconds)}.")
     if not 0 <= seconds < math.inf:
         raise ValueError(f"`seconds` must be at least 0 and finite, but got {seconds}.")
     taken = sorted(_OWN_OPTIONS & options.keys())
@@ -539,6 +529,9 @@ def _check(pipe: Any, prompt: str, steps: int, seed: int, seconds: float, option
             f"A comparison sets {', '.join(taken)} itself. Use `steps` for the number of steps, and "
             "`seed` for the noise."
         )
+    embeds = options.get("prompt_embeds")
+    if isinstance(embeds, torch.Tensor) and len(embeds) != 1:
+        raise ValueError(f"A comparison draws one image, but `prompt_embeds` is a {shown(embeds)}: give one prompt's.")
 
 
 def _label(name: str, time: RunTime) -> str:

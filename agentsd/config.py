@@ -5,7 +5,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 from .presets import PRESETS, PresetName
-from .runtime.checks import check_switch, keep_integer, keep_number
+from .runtime.checks import check_switch, keep_integer, keep_number, shown
 from .runtime.steps import Cells, Phase
 from .techniques.agent_attention import AgentAttentionConfig, apply_agent_attention
 from .techniques.feature_reuse import FeatureReuseConfig
@@ -119,7 +119,7 @@ class AgentSDConfig:
         if self.max_downsample not in (1, 2, 4, 8):
             raise ValueError(f"`max_downsample` must be 1, 2, 4 or 8, but got {self.max_downsample}.")
         if self.attn_precision not in (None, *get_args(AttnPrecision)):
-            raise ValueError(f"`attn_precision` must be None or 'fp32', but got {self.attn_precision!r}.")
+            raise ValueError(f"`attn_precision` must be None or 'fp32', but got {shown(self.attn_precision)}.")
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             check_switch(self, name)
         object.__setattr__(self, "reuse", _reuse_config(self.reuse))
@@ -207,7 +207,7 @@ class AgentSDConfig:
         ```
         """
         if name not in PRESETS:
-            raise ValueError(f"There is no preset {name!r}. Choose one of {', '.join(PRESETS)}.")
+            raise ValueError(f"There is no preset {shown(name)}. Choose one of {', '.join(PRESETS)}.")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
@@ -264,5 +264,5 @@ def _reuse_config(value: Any) -> FeatureReuseConfig | None:
     if isinstance(value, dict):
         return FeatureReuseConfig(**value)
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`reuse` must be a FeatureReuseConfig or an interval such as 2, but got {value!r}.")
+        raise TypeError(f"`reuse` must be a FeatureReuseConfig or an interval such as 2, but got {shown(value)}.")
     return FeatureReuseConfig(interval=int(value))

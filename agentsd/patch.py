@@ -9,6 +9,7 @@ import torch
 from .config import AgentSDConfig
 from .models.unet import attended_models, find_layers, plain_name, unsupported_reason
 from .presets import PresetName
+from .runtime.checks import shown
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
 from .runtime.state import LayerState
 from .runtime.steps import Clock
@@ -245,7 +246,7 @@ def patchable_models(pipe_or_unet: Any) -> list[tuple[str, torch.nn.Module]]:
 def check_filter(filter_fn: Any) -> None:
     """Refuse a `filter_fn` that cannot choose layers."""
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {filter_fn!r}.")
+        raise TypeError(f"`filter_fn` must be a function of a name and a module, but got {shown(filter_fn)}.")
 
 
 def _resolve_config(

@@ -41,6 +41,7 @@ class AgentSDPipeline:
     pipe: Any
 
     def __init__(self, pipe: Any) -> None:
+        pipe = pipe.pipe if isinstance(pipe, AgentSDPipeline) else pipe
         if not is_patched(pipe):
             apply_patch(pipe)
         self.__dict__["pipe"] = pipe
@@ -139,6 +140,19 @@ class AgentSDPipeline:
         # `pipe.scheduler = …` must change the scheduler that is used.
         setattr(self.pipe, name, value)
 
+    # For what asks an object what it is: `from_pipe` of diffusers looks up the class of the pipeline that it is given.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of the pipeline: it is an instance of that as well."""
+        return type(self.__dict__["pipe"]) if "pipe" in self.__dict__ else type(self)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *self.__dict__, *dir(self.__dict__.get("pipe"))})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default, pickle refuses an object that names another class than its own.
+        return _wrap, (type(self), self.pipe)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pipe!r})"
 
@@ -161,13 +175,15 @@ class AgentSDPipeline:
         self.__dict__["pipe"] = self.pipe.to(*args, **kwargs)
         return self
 
-    def compare(self, prompt: str, **options: Any) -> "Comparison":
+    def compare(self, prompt: str | None = None, **options: Any) -> "Comparison":
         """
         Generate the same image with and without the patch, and time both.
 
         Args:
-            prompt (`str`): What to draw.
-            options: As for [`agentsd.compare.compare`], such as `steps`, `seed` and, for the timing, `seconds`.
+            prompt (`str`, *optional*): What to draw, where the pipeline takes a prompt and gets no embeddings.
+            options:
+                As for [`agentsd.compare.compare`], such as `steps`, `seed` and, for the timing, `seconds`; and
+                whatever the pipeline takes, such as `image` or `prompt_embeds`.
 
         Returns:
             `Comparison`: Both images, their difference, times and fidelity.
@@ -184,3 +200,10 @@ class AgentSDPipeline:
         from .compare import compare
 
         return compare(self.pipe, prompt, **options)
+
+
+def _wrap(kind: type[AgentSDPipeline], pipe: Any) -> AgentSDPipeline:
+    """A wrapper around a pipeline as it is, patched or not."""
+    wrapper = kind.__new__(kind)
+    wrapper.__dict__["pipe"] = pipe
+    return wrapper

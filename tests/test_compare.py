@@ -13,15 +13,25 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from compat_models import image, tiny_animatediff, tiny_gligen, with_unet
+from compat_models import half_mask, image, tiny_animatediff, tiny_gligen, tiny_instruct_pix2pix, with_unet
 from diffusers import (
     EulerDiscreteScheduler,
+    MusicLDMPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from models import tiny_controlnet, tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl
+from models import TEXT_WIDTH, tiny_controlnet, tiny_refiner, tiny_sd, tiny_sd2, tiny_sdxl
+from other_pipelines import (
+    tiny_audio,
+    tiny_image_variation,
+    tiny_ldm3d,
+    tiny_text_to_video,
+    tiny_unclip,
+    tiny_upscaler,
+)
 from rich.console import Console
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -124,8 +134,19 @@ def test_the_wrapper_is_compared_as_its_pipeline():
 
 
 def test_a_pipeline_that_does_not_tell_of_its_steps_is_refused():
-    with pytest.raises(TypeError, match=r"GLIGENPipeline .* takes no `callback_on_step_end`"):
-        compare(tiny_gligen(), "a")
+    class Silent(StableDiffusionPipeline):
+        def __call__(self, prompt, num_inference_steps, generator, output_type):
+            pytest.fail("it drew")
+
+    with pytest.raises(TypeError, match=r"Silent .* takes no `callback_on_step_end`"):
+        compare(with_unet(Silent), "a")
+
+
+def test_a_pipeline_with_the_callback_of_older_ones():
+    boxes = {"gligen_phrases": ["apple"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+    comparison = compare(tiny_gligen(), "a", steps=3, **boxes)
+    assert len(comparison.baseline_time.steps) == len(comparison.agentsd_time.steps) == 3
+    assert comparison.settings["options"]["gligen_boxes"] == "[[0.1, 0.1, 0.6, 0.6]]"
 
 
 def test_steps_of_ones_own_are_counted():
@@ -558,10 +579,119 @@ def test_bad_input(options, error, message):
     assert not agentsd.is_patched(pipe)
 
 
-def test_pipeline_that_draws_videos():
-    """Found out before anything is drawn."""
-    with pytest.raises(TypeError, match="AnimateDiffPipeline draws videos"):
-        compare(tiny_animatediff(), PROMPT)
+@pytest.mark.parametrize("build", [tiny_text_to_video, tiny_animatediff, tiny_ldm3d])
+def test_the_first_frame_of_a_video_and_the_image_beside_a_depth_map(build):
+    """What is compared is what the pipeline draws, without the patch and with it."""
+    options = {} if build is tiny_ldm3d else {"num_frames": 2}
+    comparison = compare(build(), PROMPT, steps=2, config=agentsd.AgentSDConfig(ratio=0.6), **options)
+    for pipe, run in (
+        (build(), comparison.baseline_run),
+        (agentsd.apply_patch(build(), ratio=0.6), comparison.agentsd_run),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        output = pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="np", **options)
+        np.testing.assert_array_equal(run.values, output.rgb[0] if build is tiny_ldm3d else output.frames[0][0])
+    assert comparison.psnr < math.inf
+    assert len(comparison.baseline_time.steps) == 2
+
+
+@pytest.mark.parametrize("build", [tiny_audio, lambda: tiny_audio(MusicLDMPipeline)])
+def test_a_pipeline_that_gives_sound(build):
+    """Found out before anything runs."""
+    pipe = build()
+    with pytest.raises(TypeError, match=f"{type(pipe).__name__} gives `audios`, not images"):
+        compare(pipe, PROMPT)
+    assert not agentsd.is_patched(pipe)
+
+
+def no_tensor_in(text):
+    return "tensor(" not in text and "array(" not in text and "0.0000" not in text and "at 0x" not in text
+
+
+def test_embeddings_instead_of_a_prompt(tmp_path):
+    """As for weighted or long prompts; the same image as with the prompt, and no tensor in what is written."""
+    pipe = tiny_sd()
+    embeds, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    comparison = compare(pipe, steps=2, prompt_embeds=embeds, negative_prompt_embeds=negative)
+    np.testing.assert_array_equal(np.asarray(comparison.baseline), draw(tiny_sd(), steps=2))
+    saved = json.loads(comparison.save(tmp_path)["comparison"].read_text(encoding="utf-8"))
+    assert saved["settings"]["prompt"] is None
+    assert saved["settings"]["options"]["prompt_embeds"] == f"Tensor of shape (1, 77, {TEXT_WIDTH}), float32"
+    assert no_tensor_in(json.dumps(saved)) and no_tensor_in(repr(comparison))
+    assert "prompt_embeds, negative_prompt_embeds, seed 0, 128×128" in shown(comparison)
+
+
+def test_embeddings_of_sdxl_and_a_second_prompt():
+    pipe = tiny_sdxl()
+    embeds, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPT, device="cpu")
+    options = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    options |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
+    with_embeds = compare(pipe, steps=2, **options)
+    np.testing.assert_array_equal(with_embeds.baseline_run.values, compare(pipe, PROMPT, steps=2).baseline_run.values)
+    second = compare(pipe, PROMPT, steps=2, prompt_2="a blue heart")
+    assert second.settings["options"] == {"prompt_2": "a blue heart"}
+    assert not np.array_equal(second.baseline_run.values, with_embeds.baseline_run.values)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (lambda: with_unet(StableDiffusionInpaintPipeline), {"prompt": "a", "image": image(), "mask_image": half_mask()}),
+        (tiny_instruct_pix2pix, {"prompt": "a", "image": image(), "image_guidance_scale": 2.0}),
+        (tiny_upscaler, {"prompt": "a", "image": image(size=32), "noise_level": 5}),
+        (tiny_image_variation, {"image": image()}),
+        (tiny_unclip, {"image": image()}),
+        (tiny_unclip, {"prompt": "a", "image_embeds": torch.ones(1, TEXT_WIDTH)}),
+        (tiny_sd, {"prompt": "a", "latents": torch.ones(1, 4, 16, 16)}),
+        (tiny_sd, {"prompt": "a", "eta": 0.5, "clip_skip": 1, "guidance_rescale": 0.5}),
+    ],
+)
+def test_whatever_a_pipeline_takes(build, options, tmp_path):
+    """With or without a prompt; also through the wrapper, and in what is written of it."""
+    pipe = build()
+    comparison = agentsd.AgentSDPipeline(pipe).compare(steps=4, seconds=0, **options)
+    generator = torch.Generator().manual_seed(0)
+    with agentsd.patch.unpatched(pipe):
+        expected = pipe(**options, num_inference_steps=4, generator=generator, output_type="np").images[0]
+    np.testing.assert_array_equal(comparison.baseline_run.values, expected)
+    others = {name: value for name, value in options.items() if name != "prompt"}
+    assert comparison.settings["options"].keys() == others.keys()
+    assert no_tensor_in(comparison.save(tmp_path)["comparison"].read_text(encoding="utf-8"))
+    assert no_tensor_in(shown(comparison))
+
+
+def test_errors_write_out_no_tensors():
+    """Those of diffusers as well."""
+    pipe, embeds = tiny_sd(), torch.zeros(1, 77, TEXT_WIDTH)
+    for options, message in (
+        ({"prompt": PROMPT, "prompt_embeds": embeds}, "either `prompt` or `prompt_embeds`"),
+        ({"prompt_embeds": embeds.repeat(3, 1, 1)}, r"draws one image, but .* Tensor of shape \(3, 77, 32\)"),
+        ({"prompt": embeds}, "must be one string, but got Tensor"),
+        ({"prompt": PROMPT, "steps": embeds}, r"an integer, but got Tensor of shape"),
+        ({"prompt": PROMPT, "seconds": embeds.numpy()}, r"a number, but got ndarray of shape"),
+        ({"prompt": PROMPT, "configs": embeds}, r"but got Tensor of shape"),
+        ({"prompt": PROMPT, "ip_adapter_image_embeds": embeds}, "has to be of type `list`"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
+            compare(pipe, **{"steps": 1, **options})
+        assert no_tensor_in(str(caught.value)) and len(str(caught.value)) < 400
+    with pytest.raises(TypeError, match=r"`ratio` must be a number, but got Tensor of shape \(1, 77, 32\)"):
+        agentsd.AgentSDConfig(ratio=embeds)
+    assert not agentsd.is_patched(pipe)
+
+
+def test_what_the_libraries_warn_of_is_said_once():
+    """By any number of rounds and variants; it is in the saved file, too."""
+    comparison = compare(tiny_sd(), "apple " * 30, steps=1, configs=["paper", "agent"])
+    (warning,) = comparison.warnings
+    assert warning.startswith("The prompt is longer than the 77 tokens")
+    assert comparison.to_dict()["warnings"] == [warning]
+
+
+def test_an_image_without_a_step_is_refused():
+    pipe = with_unet(StableDiffusionImg2ImgPipeline)
+    with pytest.raises(ValueError, match=r"`strength=0.01` leaves none of 25 steps"):
+        compare(pipe, "a", image=image(), strength=0.01)
 
 
 def test_pipeline_without_a_unet():

@@ -1,6 +1,8 @@
 """The wheel: built, installed elsewhere, and used there. An editable install would hide data missing from it."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,28 @@ def test_the_metadata(wheel):
     assert {"typer", "rich", "torch>=2.6", "diffusers<1,>=0.40"} <= core
     assert {"bench", "demo", "quality", "train", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "agentsd = agentsd.cli:main" in entry_points
+
+
+def test_every_text_file_has_an_encoding():
+    """Without one it is that of the machine, which on Windows is not UTF-8."""
+    lacking = []
+    for file in (path for folder in ("agentsd", "apps") for path in (ROOT / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and _is_text(call) and "encoding" not in {each.arg for each in call.keywords}:
+                lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert lacking == []
+
+
+def _is_text(call):
+    """Whether a call reads or writes text: by its name or, of `open` and processes, by how they are called."""
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+    if name == "open":
+        values = [each.value for each in (*call.args, *(k.value for k in call.keywords)) if isinstance(each, ast.Constant)]
+        mode = next((value for value in values if isinstance(value, str) and set(value) <= set("rwaxbt+")), None)
+        is_file = isinstance(call.func, ast.Name) or mode is not None  # rather than an image or an archive
+        return is_file and "b" not in (mode or "")
+    is_text_process = name in ("run", "Popen", "check_output") and any(each.arg == "text" for each in call.keywords)
+    return name in ("read_text", "write_text") or is_text_process
 
 
 def test_the_embedded_model_is_small():

@@ -7,7 +7,14 @@ import pickle
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DPMSolverMultistepScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from models import tiny_sd, tiny_sdxl
 from runs import image
 
@@ -89,13 +96,50 @@ def test_wrapping_keeps_a_patch():
     assert AgentSDPipeline(agentsd.apply_patch(tiny_sd(), ratio=0.7)).patch_config.ratio == 0.7
 
 
+def test_a_copy_of_an_unpatched_wrapper_is_not_patched():
+    wrapped = agentsd.remove_patch(AgentSDPipeline(tiny_sd()))
+    assert copy.copy(wrapped).pipe is wrapped.pipe
+    assert not agentsd.is_patched(pickle.loads(pickle.dumps(wrapped)))
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
 def test_wrapper_can_be_copied(clone):
     """Delegating attributes is a usual way to make copying and unpickling recurse for ever."""
     wrapped = AgentSDPipeline(tiny_sd())
     cloned = clone(wrapped)
+    assert type(cloned) is AgentSDPipeline
     assert cloned.unet is not wrapped.unet
     assert torch.equal(image(cloned), image(wrapped))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (AutoPipelineForImage2Image, "StableDiffusionImg2ImgPipeline"),
+        (AutoPipelineForInpainting, "StableDiffusionInpaintPipeline"),
+        (AutoPipelineForText2Image, "StableDiffusionPipeline"),
+        (StableDiffusionImg2ImgPipeline, "StableDiffusionImg2ImgPipeline"),
+    ],
+)
+def test_other_pipelines_are_made_from_the_wrapper(kind, found):
+    """diffusers asks an object for its class; what it makes shares the patched UNet."""
+    wrapped = AgentSDPipeline(tiny_sd())
+    made = kind.from_pipe(wrapped)
+    assert type(made).__name__ == found
+    assert made.unet is wrapped.unet and agentsd.is_patched(made)
+
+
+def test_wrapper_is_an_instance_of_both():
+    wrapped = AgentSDPipeline(tiny_sdxl())
+    assert isinstance(wrapped, AgentSDPipeline) and isinstance(wrapped, StableDiffusionXLPipeline)
+    assert AgentSDPipeline(wrapped).pipe is wrapped.pipe
+
+
+def test_completion_finds_what_the_pipeline_has():
+    """A notebook asks `dir` for it."""
+    wrapped = AgentSDPipeline(tiny_sd())
+    assert {"unet", "scheduler", "load_lora_weights", "compare", "patch_config", "pipe"} <= set(dir(wrapped))
+    assert all(hasattr(wrapped, name) for name in dir(wrapped) if not name.startswith("_"))
 
 
 def test_sdxl_through_the_wrapper(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..utils.images import opened, to_image
+from ..utils.images import drawn_images, opened, to_image
 from ..utils.intervals import bootstrap_mean, jackknife
 from ..utils.loading import resolve_model
 from ..utils.metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
@@ -108,7 +108,7 @@ class ImageJudge:
             seeds = [self.settings.seed + index for index in chunk]
             self.on_draw(case.name, len(chunk))
             output = self.subject.draw(model(), case, steps, prompts, seeds)
-            for index, image in zip(chunk, output.images, strict=True):
+            for index, image in zip(chunk, drawn_images(output), strict=True):
                 # Files have no NaN: kept all black, such an image counts as blank on a resume too.
                 whole = image if np.isfinite(image).all() else np.zeros_like(image)
                 unfinished = files[index].with_suffix(".part")
@@ -207,7 +207,8 @@ def builtin_prompts() -> tuple[str, ...]:
 def read_prompts(file: str | Path) -> tuple[str, ...]:
     """Prompts of a text file, one a line; empty lines are left out."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        # With or without the mark that Windows' editors put in front.
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"Cannot read the prompts in {file}: {error}.") from error
     prompts = tuple(line.strip() for line in lines if line.strip())

@@ -81,6 +81,7 @@ class CaseTimer:
         if len(rounds) >= self.settings.repeats:
             return
         variants: list[Variant] = []
+        _ = self.model  # what is wrong with it is wrong for all cases, of which each would fail by itself
 
         def drop(name: str, error: Exception) -> None:
             self.on_failure(next(case for case in cases if case.name == name), reason_of(error))

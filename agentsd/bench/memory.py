@@ -83,7 +83,7 @@ def _measure(prepare: Callable[[], Callable[[], object]], threads: int, answer: 
     torch.set_num_threads(threads)
     try:
         # If memory runs out, let it be this process that is ended.
-        _OOM_SCORE.write_text("1000")
+        _OOM_SCORE.write_text("1000", encoding="utf-8")
         answer.send(_watch(torch.device("cpu"), prepare()))
     except MethodUnavailable as error:
         answer.send(error)

@@ -1,7 +1,7 @@
 """What is measured: generations of a pipeline, or single calls of a UNet with random weights."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..patch import remove_patch
-from ..utils.generation import check_draws_from_text
+from ..utils.calls import check_draws_from_text
+from ..utils.generation import draw
 from ..utils.loading import load_pipeline, own_size
 from ..utils.timing import Call, Stopwatch
 from .methods import METHODS, reseed
@@ -91,7 +92,7 @@ class PipelineSubject:
     def load(self) -> Any:
         """The model, unpatched."""
         pipe = load_pipeline(self.model, device=self.device, dtype=self.dtype)
-        check_draws_from_text(pipe)
+        check_draws_from_text(pipe, self._arguments(self.prompt, None, None))
         pipe.set_progress_bar_config(disable=True)
         if self.scheduler is not None:
             pipe.scheduler = SCHEDULERS[self.scheduler](pipe.scheduler)
@@ -111,36 +112,30 @@ class PipelineSubject:
         return own_size(model)
 
     def draw(
-        self, model: Any, case: Case, steps: int, prompts: Sequence[str], seeds: Sequence[int], **options: Any
+        self,
+        model: Any,
+        case: Case,
+        steps: int,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        end_of_step: Callable[[], None] | None = None,
     ) -> Any:
         """Generate images of the case's size, as arrays, each from a seed of its own."""
         reseed(model, seeds[0])
-        if self.guidance_scale is not None:
-            options["guidance_scale"] = self.guidance_scale
-        return model(
-            list(prompts),
-            height=case.height,
-            width=case.width,
-            num_inference_steps=steps,
-            # On the CPU, so that a seed means the same noise on every device.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-            **options,
-        )
+        # On the CPU, so that a seed means the same noise on every device.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        call = self._arguments(list(prompts), case.height, case.width)
+        return draw(model, call, steps, generators, end_of_step).output
 
     def call(self, model: Any, case: Case, steps: int) -> Call:
         """What is timed: a generation of the case's size and batch, step by step."""
         prompts = [self.prompt] * case.batch
         seeds = range(self.seed, self.seed + case.batch)
+        return lambda watch: self.draw(model, case, steps, prompts, seeds, watch.mark)
 
-        def generate(watch: Stopwatch) -> None:
-            def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                watch.mark()
-                return tensors
-
-            self.draw(model, case, steps, prompts, seeds, callback_on_step_end=end_of_step)
-
-        return generate
+    def _arguments(self, prompt: str | list[str], height: int | None, width: int | None) -> dict[str, Any]:
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {"prompt": prompt, "height": height, "width": width, **guidance}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import csv
 import html
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class BenchResult:
         settings (`dict[str, Any]`): What was asked for.
         environment (`dict[str, Any]`): What it ran on.
         rows (`list[Row]`): The measurements.
+        warnings (`list[str]`, *optional*):
+            What libraries warned of that concerns what was asked for, such as a prompt that is too long.
 
     Examples:
 
@@ -61,6 +63,7 @@ class BenchResult:
     settings: dict[str, Any]
     environment: dict[str, Any]
     rows: list[Row]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:

@@ -13,6 +13,7 @@ from ..utils.environment import environment
 from ..utils.loading import pick_device, pick_dtype
 from ..utils.memory import keep_freed_memory
 from ..utils.progress import Progress
+from ..utils.user_warnings import user_warnings
 from .images import ImageJudge, builtin_prompts, check_metrics
 from .measure import CaseTimer, can_call, reason_of
 from .memory import is_out_of_memory
@@ -26,6 +27,7 @@ from .workers import Workers
 
 
 _LATE = "left out"
+_MOST_WARNINGS = 5
 
 
 def run_bench(
@@ -66,7 +68,14 @@ def run_bench(
     ['baseline', 'agentsd']
     ```
     """
-    settings = settings or BenchSettings()
+    with user_warnings() as said:
+        result = _run(settings or BenchSettings(), out, resume, progress)
+    # A long list of prompts may have many that are too long.
+    more = [f"{len(said) - _MOST_WARNINGS} more warnings of this kind were left out."] if said[_MOST_WARNINGS:] else []
+    return replace(result, warnings=[*said[:_MOST_WARNINGS], *more])
+
+
+def _run(settings: BenchSettings, out: str | Path | None, resume: bool, progress: Progress | None) -> BenchResult:
     workers = Workers(settings.device)
     if resume and out is None:
         raise BenchError("Resuming needs the folder of the run to resume.")

@@ -11,6 +11,7 @@ from rich.table import Table
 from .. import __version__
 from ..presets import PRESETS
 from ..utils.libraries import how_to_install, quiet_libraries
+from ..utils.user_warnings import user_warnings
 from .interrupt import ends_on_interrupt
 from .options import (
     Debug,
@@ -39,7 +40,15 @@ from .options import (
     preset_configs,
     sizes,
 )
-from .terminal import at_work, errors_as_messages, print_table, progress_bar, progress_bars, warn
+from .terminal import (
+    allow_any_text,
+    at_work,
+    errors_as_messages,
+    print_table,
+    progress_bar,
+    progress_bars,
+    warn,
+)
 
 
 # What `compare` shows by itself.
@@ -67,7 +76,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    allow_any_text()
 
 
 @app.command()
@@ -105,28 +114,25 @@ def generate(
         import torch
 
         from ..patch import apply_patch
-        from ..utils.generation import check_draws_from_text, pipeline_call
+        from ..utils.calls import check_draws_from_text, pipeline_call
+        from ..utils.generation import draw
         from ..utils.images import image_warnings, to_image
 
-        check_draws_from_text(pipe)
+        call = pipeline_call(prompt, guidance, height, width, negative_prompt)
+        check_draws_from_text(pipe, call, steps, is_timed=False)
         if not no_patch:
             apply_patch(pipe, config=config)
         # No bar where nobody watches.
         pipe.set_progress_bar_config(disable=None)
         start = time.perf_counter()
-        output = pipe(
-            **pipeline_call(prompt, guidance, height, width, negative_prompt),
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-        )
+        drawn = draw(pipe, call, steps, torch.Generator().manual_seed(seed))
         seconds = time.perf_counter() - start
-        image = to_image(output.images[0])
+        image = to_image(drawn.values)
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
         patch = f"with agentsd, {f'preset {preset}, ' if preset else ''}ratio {config.ratio:g}"
         how = "without agentsd" if no_patch else patch
-        warn(image_warnings(output, how.split(",")[0], pipe.dtype))
+        warn([*drawn.said, *image_warnings(drawn.output, how.split(",")[0], pipe.dtype)])
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
 
 
@@ -172,10 +178,10 @@ def compare(
     pipe = load_model(model, device, dtype, debug)
     with errors_as_messages(debug):
         from ..compare import compare as run_comparison
-        from ..utils.generation import check_draws_from_text
+        from ..utils.calls import check_draws_from_text, pipeline_call
         from ..utils.memory import keep_freed_memory
 
-        check_draws_from_text(pipe)
+        check_draws_from_text(pipe, pipeline_call(prompt, guidance, height, width, negative_prompt), steps)
         if pipe.device.type == "cpu":
             keep_freed_memory()
         with progress_bar() as progress:
@@ -346,6 +352,7 @@ def bench(
 
         if not Workers().is_main:
             return
+        warn(result.warnings)
         print_table(result.table())
         for note in result.notes(intervals=False, without=NOT_IN_TERMINAL):
             print(f"- {note}")
@@ -421,7 +428,9 @@ def demo(
         from ..demo.requests import Limits
 
         limits = Limits(side=max_side, steps=max_steps, waiting=max_waiting)
-        engine = Engine(model or ("emoji",), device=device, dtype=dtype, limits=limits)
+        with user_warnings() as said:
+            engine = Engine(model or ("emoji",), device=device, dtype=dtype, limits=limits)
+        warn(said)
         page = build_demo(engine, results or ())
     with errors_as_messages(debug):
         print("Press Ctrl+C to stop.")
@@ -448,5 +457,6 @@ def env(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command line."""
+    allow_any_text()  # for `--help`, too, and mistakes
     with ends_on_interrupt():
         app(prog_name="agentsd")

@@ -11,7 +11,8 @@ import typer
 
 from ..presets import PRESETS
 from ..utils.libraries import quiet_libraries
-from .terminal import at_work, errors_as_messages
+from ..utils.user_warnings import user_warnings
+from .terminal import at_work, errors_as_messages, warn
 
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ def load_model(model: str, device: str | None, dtype: str | None, debug: bool) -
     with errors_as_messages(debug), at_work(f"Loading {model}"):
         from ..utils.loading import load_pipeline
 
-        return load_pipeline(model, device=device, dtype=dtype)
+        with user_warnings() as said:
+            pipe = load_pipeline(model, device=device, dtype=dtype)
+        warn(said)
+        return pipe
 
 
 def check_model(model: str, device: str | None, dtype: str | None) -> None:

@@ -1,5 +1,6 @@
 """The models of the web page, and the generations that its sessions ask for."""
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from ..compare import Comparison, compare
 from ..config import AgentSDConfig
 from ..patch import patched
 from ..token_maps import TokenMap, recorded_maps
-from ..utils.generation import Run, check_draws_from_text, generate_timed
+from ..utils.calls import check_call, check_draws_from_text
+from ..utils.generation import Run, draw, generate_timed
 from ..utils.images import image_warnings, to_image
 from ..utils.loading import BUILTIN_MODELS, load_pipeline, own_size, pick_device, pick_dtype, resolve_model
 from ..utils.metrics import fidelity
@@ -28,6 +30,10 @@ from .requests import ImageRequest, Limits
 
 # The embedded model tints its backgrounds at the guidance that Stable Diffusion is used with.
 _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
+# Where a model does not say which size it was made for.
+_SIDE = 512
+# What the page gives to a pipeline in any case, beside a prompt.
+_SLIDERS = ("guidance_scale", "height", "width")
 _WANTED_METHODS = (
     *("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache"),
     *("reuse-2", "reuse-3", "balanced", "fast"),
@@ -103,7 +109,10 @@ class Engine:
 
     def own_settings(self, model: str) -> tuple[int, int, float]:
         """Height and width that a model draws best, as far as the limits allow, and a guidance that suits it."""
-        height, width = own_size(self._pipes[model])
+        try:
+            height, width = own_size(self._pipes[model])
+        except ValueError:
+            height = width = _SIDE
         guidance = _BUILTIN_GUIDANCE if self._sources[model] in BUILTIN_MODELS else _GUIDANCE
         return min(height, self.limits.side), min(width, self.limits.side), guidance
 
@@ -130,21 +139,17 @@ class Engine:
         self._check(request)
         pipe = self._pipes[request.model]
         with self._stoppable(session, "tokens", progress) as step:
+            done = itertools.count(1)
 
-            def end_of_step(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            def end_of_step() -> None:
                 # As many as the scheduler takes, which is more than asked for with some.
-                step("with agentsd", index + 1, getattr(pipe, "num_timesteps", request.steps))
-                return tensors
+                step("with agentsd", next(done), getattr(pipe, "num_timesteps", request.steps))
 
             with patched(pipe, config=config), recorded_maps(pipe) as maps:
-                output = pipe(
-                    **request.call,
-                    num_inference_steps=request.steps,
-                    generator=torch.Generator().manual_seed(request.seed),
-                    output_type="np",
-                    callback_on_step_end=end_of_step,
-                )
-        return TokensRun(to_image(output.images[0]), maps, image_warnings(output, "with agentsd", self.dtype))
+                generator = torch.Generator().manual_seed(request.seed)
+                drawn = draw(pipe, request.call, request.steps, generator, end_of_step)
+        warnings = [*drawn.said, *image_warnings(drawn.output, "with agentsd", self.dtype)]
+        return TokensRun(to_image(drawn.values), maps, warnings)
 
     def sweep(
         self, session: str, request: ImageRequest, methods: Sequence[str], ratios: Sequence[float], progress: Progress
@@ -196,10 +201,11 @@ class Engine:
         if request.model not in self._sources:
             raise ValueError(f"There is no model {request.model!r} here. Choose one of {', '.join(self._sources)}.")
         request.check(self.limits)
+        check_call(self._pipes[request.model], request.call, request.steps)
 
     def _load(self, model: str) -> Any:
         pipe = load_pipeline(model, device=self.device, dtype=self.dtype)
-        check_draws_from_text(pipe)
+        check_draws_from_text(pipe, dict.fromkeys(("prompt", *_SLIDERS)))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

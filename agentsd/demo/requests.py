@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..utils.generation import pipeline_call
+from ..utils.calls import pipeline_call
 
 
 # Sides of images are multiples of what the VAE shrinks them by.

@@ -17,7 +17,7 @@ from ..utils.progress import Progress
 from .engine import SWEEP_METHODS, Engine, SweepRun
 from .inputs import request_of
 from .requests import ImageRequest
-from .tab_parts import GenerationButtons, markdown_table
+from .tab_parts import GenerationButtons, markdown_table, show_warnings
 
 
 def sweep_tab(engine: Engine, image: list[Any]) -> None:
@@ -66,8 +66,7 @@ def sweep_tab(engine: Engine, image: list[Any]) -> None:
         *of_image, names, text = values
         request = request_of(of_image)
         runs = engine.sweep(session, request, names, _ratios_of(text), progress)
-        for warning in [warning for each in runs if each.run is not None for warning in each.run.warnings]:
-            gr.Warning(warning)
+        show_warnings(warning for each in runs if each.run is not None for warning in each.run.warnings)
         images = [(each.run.image, _caption(each)) for each in runs if each.run is not None]
         missing = [f"{each.name} did not run: {each.reason}." for each in runs if each.reason]
         return [" ".join(missing) or f"{len(runs)} runs.", images, _numbers(runs), _plot(runs, request)]

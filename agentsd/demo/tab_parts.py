@@ -1,8 +1,9 @@
 """What the tabs share: buttons that start and stop a generation, its progress, errors as messages, tables."""
 
 import functools
+import html
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -30,6 +31,13 @@ def with_messages(function: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(f"Something went wrong ({type(error).__name__}). The terminal has the details.") from error
 
     return call
+
+
+def show_warnings(warnings: Iterable[str]) -> None:
+    """Show warnings on the page, each once."""
+    for warning in dict.fromkeys(warnings):
+        # They may repeat a prompt, and Gradio takes them for HTML.
+        gr.Warning(html.escape(warning, quote=False))
 
 
 def stop_on_leaving(demo: gr.Blocks, engine: Engine) -> None:

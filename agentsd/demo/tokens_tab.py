@@ -9,7 +9,7 @@ from ..token_maps import draw_map
 from ..utils.progress import Progress
 from .engine import Engine, TokensRun
 from .inputs import config_of, request_of
-from .tab_parts import GenerationButtons, with_messages
+from .tab_parts import GenerationButtons, show_warnings, with_messages
 
 
 _NO_TOKENS = "Nothing is merged at this step in this layer."
@@ -39,8 +39,7 @@ def tokens_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
     def run(session: str, progress: Progress, *values: Any) -> list[Any]:
         request, config = request_of(values[: len(image)]), config_of(values[len(image) :])
         record = engine.tokens(session, request, config, progress)
-        for warning in record.warnings:
-            gr.Warning(warning)
+        show_warnings(record.warnings)
         layers = list(dict.fromkeys(name for name, _ in record.maps))
         first = layers[0] if layers else None
         steps = 1 + max((at for _, at in record.maps), default=0)

@@ -14,6 +14,7 @@ from .processor import AgentAttnProcessor
 from .resets import listen_to_resets, stop_listening
 from .state import LayerState
 from .steps import Clock, StepContext
+from .tracing import outside_graphs, refuse_tracing
 
 
 class ModelTechnique(Protocol):
@@ -66,9 +67,10 @@ class ModelPatch:
         self.warned: set[str] = set()
 
     # The timestep is read on the host: a compiled model is told only the phase, so that it has one graph a phase.
-    @torch.compiler.disable
+    @outside_graphs
     def before_model(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the clock of the step that begins."""
+        refuse_tracing(model)
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps = self.clock.begin_step(timestep, sample.device)
@@ -132,6 +134,7 @@ class LayerHooks:
 
     def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the step, and height and width, which the blocks inside no longer see."""
+        refuse_tracing(transformer)  # which may be all that is traced of the model
         state = self.state
         height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
         state.size, state.step = (height, width), state.clock.step

@@ -1,4 +1,4 @@
-"""One image of a pipeline: what the pipeline is called with, and how an image is drawn, timed and kept."""
+"""One image of a pipeline: how it is drawn, timed and kept."""
 
 import inspect
 import math
@@ -9,22 +9,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
 
 from ..runtime.install import patch_of
-from .images import image_warnings, to_image
+from .calls import step_callback, without_tensors
+from .images import drawn_images, image_warnings, to_image
 from .memory import read_peak, start_peak
 from .progress import Progress
 from .timing import Stopwatch, time_call
+from .user_warnings import cut_text, user_warnings
 
 
 # With three steps, evenly spaced schedules reach both the agent phase and the ToMe phase.
 _WARMUP_STEPS = 3
 # With fewer, feature reuse is off.
 _REUSE_STEPS = 8
+# Each with the tokenizers that read it.
+_NEGATIVE_PROMPTS = {"negative_prompt": ("tokenizer", "tokenizer_2"), "negative_prompt_2": ("tokenizer_2",)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class RunTime:
 class Run:
     """An image of shape `(height, width, 3)` in `[0, 1]`, and how long it took in each round in which it was drawn."""
 
-    values: np.ndarray
+    values: np.ndarray = field(repr=False)
     rounds: list[RunTime]
     peak_bytes: int | None = None  # of the whole process on a CPU; `None` where it cannot be measured
     warnings: list[str] = field(default_factory=list)
@@ -66,61 +69,101 @@ class Run:
         return "not measured" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.2f} GiB"
 
 
-def pipeline_call(
-    prompt: str,
-    guidance_scale: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    negative_prompt: str | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """The arguments that a pipeline is called with: those that were given, so that it keeps its own for the others."""
-    # Given one of them, some pipelines silently take their default for both.
-    if (height is None) != (width is None):
-        raise ValueError("Give both `height` and `width`, or neither.")
-    given = {
-        "prompt": prompt,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "negative_prompt": negative_prompt,
-        **options,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+@dataclass(frozen=True)
+class Drawn:
+    """What a pipeline gave, and what the user should hear of it."""
+
+    output: Any
+    said: list[str]
+
+    @property
+    def values(self) -> np.ndarray:
+        """The first image, of shape `(height, width, 3)` in `[0, 1]`."""
+        return drawn_images(self.output)[0]
 
 
-def check_draws_images(pipe: Any) -> None:
-    """Refuse a pipeline that draws videos."""
-    if "num_videos_per_prompt" in inspect.signature(pipe.__call__).parameters:
+def draw(
+    pipe: Any,
+    call: Mapping[str, Any],
+    steps: int,
+    generator: torch.Generator | list[torch.Generator],
+    end_of_step: Callable[[], None] | None = None,
+    said: list[str] | None = None,
+) -> Drawn:
+    """
+    Call a pipeline for images, of which [`check_call`] has seen that it gives some.
+
+    `end_of_step` is called after each step. What the user should hear of is added to `said`.
+    """
+    is_any_step_done = end_of_step is None
+
+    def step_done() -> None:
+        nonlocal is_any_step_done
+        is_any_step_done = True
+        if end_of_step is not None:
+            end_of_step()
+
+    callback = {} if end_of_step is None else step_callback(pipe, step_done)
+    with user_warnings(said) as said:
+        said += [text for text in _cut_negative_prompts(pipe, call) if text not in said]
+        try:
+            output = pipe(**call, num_inference_steps=steps, generator=generator, output_type="np", **callback)
+        except (TypeError, ValueError) as error:
+            shorter = without_tensors(error, call)
+            if shorter is None:
+                raise
+            raise shorter from None
+    if getattr(pipe, "interrupt", False):
+        raise RuntimeError("The generation was interrupted.")
+    if not is_any_step_done:
+        raise ValueError(f"{type(pipe).__name__} took no step with these arguments, so that there is nothing to time.")
+    try:
+        drawn_images(output)
+    except TypeError as error:
+        # Its code did not tell: one from elsewhere.
         raise TypeError(
-            f"{type(pipe).__name__} draws videos, not images: patch it with `agentsd.apply_patch`, and call it "
-            "yourself."
-        )
+            f"{type(pipe).__name__} draws no images that agentsd finds: {error}. Patch it with `agentsd.apply_patch`, "
+            "and call it yourself."
+        ) from error
+    return Drawn(output, said)
 
 
-def check_draws_from_text(pipe: Any) -> None:
-    """Refuse a pipeline that cannot draw images from nothing but text."""
-    check_draws_images(pipe)
-    kind = type(pipe).__name__
-    # Pipelines from elsewhere may take an image or leave it; those of diffusers that know the name need one.
-    if hasattr(diffusers, kind) and "image" in inspect.signature(pipe.__call__).parameters:
-        raise TypeError(
-            f"{kind} starts from an image, but gets only a prompt here: load and call it in Python, with "
-            "`agentsd.AgentSDPipeline`."
-        )
+def _cut_negative_prompts(pipe: Any, call: Mapping[str, Any]) -> Iterator[str]:
+    """The warnings that diffusers does not give: of a negative prompt, it leaves out the end without a word."""
+    if not type(pipe).__module__.startswith("diffusers."):
+        return
+    for name, tokenizers in _NEGATIVE_PROMPTS.items():
+        text = call.get(name)
+        readers: list[Any] = [getattr(pipe, tokenizer, None) for tokenizer in tokenizers]
+        for tokenizer in readers:
+            if isinstance(text, str) and type(tokenizer).__name__.startswith("CLIPTokenizer"):
+                ids, most = tokenizer(text).input_ids, tokenizer.model_max_length
+                if len(ids) > most:
+                    yield cut_text("negative prompt", most, tokenizer.decode(ids[most - 1 : -1]))
 
 
 class TimedImage:
-    """One image of a pipeline, drawn again in each round of a timing; `name` is what warnings call it."""
+    """
+    One image of a pipeline, drawn again in each round of a timing.
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int, seed: int, name: str) -> None:
+    `name` is what warnings call it; `said` is what the user has heard of already, of several images together.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        steps: int,
+        seed: int,
+        name: str,
+        said: list[str] | None = None,
+    ) -> None:
         self.pipe, self.call, self.steps, self.seed, self.name = pipe, call, steps, seed, name
         self.device = torch.device(pipe._execution_device)
         self.peak_bytes: int | None = None
         self._output: Any = None
+        self._said: list[str] = [] if said is None else said
         self.watches: list[Stopwatch] = []
-        # Whether the patch has feature reuse, and a run had too few steps for it.
-        self.lacks_steps = False
 
     def warm_up(self, what: str, progress: Progress | None = None) -> None:
         """Draw with few steps, which already take as much memory as all of them."""
@@ -144,47 +187,34 @@ class TimedImage:
 
     def run(self) -> Run:
         """What came of it."""
-        warnings = image_warnings(self._output, self.name, self.pipe.unet.dtype)
-        return Run(self._output.images[0], self.rounds, self.peak_bytes, warnings)
+        warnings = [*self._said, *image_warnings(self._output, self.name, self.pipe.unet.dtype)]
+        return Run(drawn_images(self._output)[0], self.rounds, self.peak_bytes, warnings)
 
     def _warmup_steps(self) -> int:
         # A pipeline that starts from an image runs only the last `strength` of the steps it is asked for.
         strength = inspect.signature(self.pipe.__call__).parameters.get("strength")
         share = 1 if strength is None else self.call.get("strength", strength.default)
-        steps = _REUSE_STEPS if self._has_reuse() else _WARMUP_STEPS
-        return min(self.steps, math.ceil(steps / share)) if share > 0 else self.steps
-
-    def _has_reuse(self) -> bool:
         patch = patch_of(self.pipe.unet)
-        return patch is not None and patch.reuse is not None
+        steps = _WARMUP_STEPS if patch is None or patch.reuse is None else _REUSE_STEPS
+        return min(self.steps, math.ceil(steps / share)) if share > 0 else self.steps
 
     def _draw(self, watch: Stopwatch, steps: int, what: str, progress: Progress | None) -> Any:
         done = 0
 
-        def end_of_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def end_of_step() -> None:
             nonlocal done
             watch.mark()
             done += 1
             if progress is not None:
                 # Fewer than `steps` if the pipeline starts from an image.
                 progress(what, done, getattr(self.pipe, "num_timesteps", steps))
-            return tensors
 
         if progress is not None:
             progress(what, 0, steps)
+        # On the CPU, so that a seed means the same noise on every device.
+        generator = torch.Generator().manual_seed(self.seed)
         with _progress_bar(self.pipe, what, is_shown=progress is None):
-            output = self.pipe(
-                **self.call,
-                num_inference_steps=steps,
-                # On the CPU, so that a seed means the same noise on every device.
-                generator=torch.Generator().manual_seed(self.seed),
-                output_type="np",
-                callback_on_step_end=end_of_step,
-            )
-        if getattr(self.pipe, "interrupt", False):
-            raise RuntimeError("The generation was interrupted.")
-        self.lacks_steps = done < _REUSE_STEPS and self._has_reuse()
-        return output
+            return draw(self.pipe, self.call, steps, generator, end_of_step, self._said).output
 
 
 def generate_timed(

@@ -14,6 +14,24 @@ import torch
 # A difference is brightened at most this much: below, it is rounding.
 _MAX_DIFFERENCE_SCALE = 64
 _MIN_PANEL_WIDTH = 320
+# What pipelines call the images that they give: most of them; those that give a depth map as well; those of videos.
+IMAGE_OUTPUTS = ("images", "rgb", "frames")
+
+
+def drawn_images(output: Any) -> list[np.ndarray]:
+    """The images that a pipeline gave, of shape `(height, width, 3)` in `[0, 1]`; of each video, its first."""
+    name = next((name for name in IMAGE_OUTPUTS if getattr(output, name, None) is not None), None)
+    if name is None:
+        raise TypeError(f"there are no images in its {type(output).__name__}")
+    given = getattr(output, name)
+    return [_as_array(each[0] if name == "frames" else each) for each in given]
+
+
+def _as_array(image: Any) -> np.ndarray:
+    # Some pipelines from elsewhere know one kind of output, whatever they are asked for.
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return image.float().permute(1, 2, 0).cpu().numpy() if isinstance(image, torch.Tensor) else image
 
 
 def difference_map(image: PIL.Image.Image, reference: PIL.Image.Image) -> tuple[PIL.Image.Image, int]:
@@ -45,7 +63,7 @@ def side_by_side(images: list[PIL.Image.Image], labels: list[str]) -> PIL.Image.
 
 def image_warnings(output: Any, name: str, dtype: torch.dtype) -> list[str]:
     """What is wrong with a generated image, so that a black one is never taken for a result."""
-    image = output.images[0]
+    image = drawn_images(output)[0]
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         return [f"The safety checker replaced the image {name} with a black one."]
     cure = "" if dtype == torch.float32 else f" {dtype} may be too coarse for this model: try float32."

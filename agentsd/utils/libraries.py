@@ -1,5 +1,9 @@
 """The libraries around agentsd: how to get the optional ones, and how to keep them quiet."""
 
+import logging
+import warnings
+from typing import Any
+
 
 def how_to_install(extra: str) -> str:
     """The command that brings the packages of an extra; agentsd is not on PyPI, so it is one for a clone."""
@@ -7,13 +11,24 @@ def how_to_install(extra: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Spare the user notes about the libraries' insides, and progress bars of less than a second."""
+    """
+    Spare the user notes about the libraries' insides, and progress bars of less than a second.
+
+    Their warnings are still issued, and not printed: `user_warnings` picks out those that concern the user.
+    """
     import transformers
 
     # Before diffusers is imported, which makes transformers warn.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _print_errors_only(transformers.utils.logging)
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    _print_errors_only(diffusers.utils.logging)
+    # Each generation has its own; Python would show one of the same words only once in a process.
+    warnings.filterwarnings("always", module=r"agentsd\.|diffusers\.", category=UserWarning)
+
+
+def _print_errors_only(library_logging: Any) -> None:
+    library_logging.set_verbosity_warning()
+    for handler in library_logging.get_logger().handlers:
+        handler.setLevel(logging.ERROR)
+    library_logging.disable_progress_bar()

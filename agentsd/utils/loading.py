@@ -122,7 +122,12 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: str | torch.devic
 
 def own_size(pipe: Any) -> tuple[int, int]:
     """Height and width in pixels that a pipeline was made for."""
-    size = pipe.unet.config.sample_size
+    size = getattr(pipe.unet.config, "sample_size", None)
+    if size is None:
+        raise ValueError(
+            f"The UNet of this {type(pipe).__name__} does not say which size it was made for (its config has no "
+            "`sample_size`): give `height` and `width`."
+        )
     height, width = size if isinstance(size, Sequence) else (size, size)
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 

@@ -28,7 +28,7 @@ def start_peak(device: torch.device) -> bool:
         return True
     give_back_freed_memory()  # it would count as used
     try:
-        _CLEAR_REFS.write_text("5")
+        _CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError:  # a sandbox that forbids it
         return False
     return True
@@ -40,7 +40,8 @@ def read_peak(device: torch.device) -> int | None:
         return None
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    lines = _STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
+    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
     return int(peaks[0]) * 1024 if peaks else None
 
 

@@ -145,9 +145,9 @@ def finish_folder(config_file: Path, tokenizer_folder: Path, tokenizer: CLIPToke
     """What saving leaves undone for a model that is to load in any release of transformers."""
     # Without a dtype given, transformers would load its models as stored, in half precision, and diffusers its own in
     # single; naming the wanted default keeps both alike.
-    config = json.loads(config_file.read_text())
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = "float32"
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # transformers before 5 reads these two instead of tokenizer.json
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = json.dumps(backend["vocab"], ensure_ascii=False)

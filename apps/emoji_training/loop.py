@@ -129,7 +129,7 @@ class Checkpoint:
                 {key: value.contiguous() for key, value in model.state_dict().items()}, new / f"{name}.safetensors"
             )
         torch.save(self.optimizer.state_dict(), new / "optimizer.pt")
-        (new / "state.json").write_text(json.dumps(state))
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
             os.replace(self.folder, old)
@@ -148,7 +148,7 @@ class Checkpoint:
                 for name, model in self.models.items():
                     model.load_state_dict(load_file(folder / f"{name}.safetensors"))
                 self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-                return json.loads((folder / "state.json").read_text())
+                return json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return None
 
 
@@ -157,7 +157,7 @@ def load_weights(model: nn.Module, stage_folder: Path, name: str, unfinished: bo
     stage = stage_folder.name
     if not (stage_folder / "state.json").is_file():
         raise DataError(f"nothing trained in {stage_folder}: run --stage {stage} first")
-    state = json.loads((stage_folder / "state.json").read_text())
+    state = json.loads((stage_folder / "state.json").read_text(encoding="utf-8"))
     if not state.get("finished") and not unfinished:
         raise DataError(f"the training in {stage_folder} was interrupted: run --stage {stage} --resume first")
     model.load_state_dict(load_file(stage_folder / f"{name}.safetensors"))

@@ -66,4 +66,4 @@ def leave(stage: Path, models: dict[str, nn.Module], state: dict) -> None:
     for name, model in models.items():
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, stage / f"{name}.safetensors")
-    (stage / "state.json").write_text(json.dumps(state))
+    (stage / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -10,6 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_runs import calls, quality, speed
+from compat_models import tiny_gligen
+from diffusers import StableDiffusionPipeline
+from models import tiny_refiner
+from other_pipelines import tiny_audio, tiny_ldm3d, tiny_text_to_video, without_size
 
 from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
 from agentsd.bench import methods as methods_module
@@ -368,3 +372,41 @@ def test_what_cannot_run_counts_as_done(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "tomesd", None)
     run_bench(quality(model, methods=("tomesd", "baseline")), progress=lambda what, done, total: reported.append(done))
     assert reported == [5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("build", [tiny_ldm3d, tiny_text_to_video])
+def test_an_image_with_depth_and_the_first_frame_of_a_video(build, tmp_path):
+    """They are timed step by step, and judged like images."""
+    build().save_pretrained(tmp_path / "tiny")
+    result = run_bench(quality(str(tmp_path / "tiny"), images=2), out=tmp_path / "out")
+    assert [row.images for row in result.rows] == [2, 2]
+    assert all(row.step_seconds > 0 and row.reason is None for row in result.rows)
+    assert 0 < result.rows[1].quality["ssim"][0] < 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (tiny_audio, "AudioLDMPipeline gives `audios`, not images"),
+        (tiny_refiner, "StableDiffusionXLImg2ImgPipeline starts from an image"),
+        (tiny_gligen, "StableDiffusionGLIGENPipeline needs `gligen_phrases` and `gligen_boxes`"),
+        (lambda: without_size(StableDiffusionPipeline), "give `height` and `width`"),
+    ],
+)
+@pytest.mark.parametrize("values", [{}, {"memory": True}])
+def test_what_cannot_be_drawn_is_named_at_once(build, message, values, tmp_path):
+    """Once for all cases, and not as the failure of each in a process of its own."""
+    build().save_pretrained(tmp_path / "tiny")
+    sizes = () if "height" in message else ((64, 64),)
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        run_bench(speed(str(tmp_path / "tiny"), sizes=sizes, **values))
+    assert "None of the methods" not in str(caught.value)
+
+
+def test_what_the_libraries_warn_of_is_said_once(model):
+    long = tuple(f"{name} " * 30 for name in ("apple", "heart", "tree", "house", "river", "stone", "cloud"))
+    result = run_bench(quality(model, images=7, prompts=long))
+    assert len(result.warnings) == 6
+    assert all(text.startswith("The prompt is longer than the 77 tokens") for text in result.warnings[:5])
+    assert result.warnings[5] == "2 more warnings of this kind were left out."
+    assert run_bench(speed(model, repeats=1)).warnings == []

@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from compat_models import tiny_lcm
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from models import tiny_refiner, tiny_sd
+from other_pipelines import tiny_audio, tiny_ldm3d, tiny_text_to_video, without_size
 
 import agentsd
 from agentsd.bench import METHODS
@@ -255,8 +257,51 @@ def test_models_are_looked_for_at_the_start(model, tmp_path):
     with pytest.raises(ValueError, match="same name"):
         Engine([model, model])
     tiny_refiner().save_pretrained(tmp_path / "refiner")
-    with pytest.raises(TypeError, match="starts from an image"):
+    with pytest.raises(TypeError, match="StableDiffusionXLImg2ImgPipeline starts from an image"):
         Engine([str(tmp_path / "refiner")])
+    tiny_audio().save_pretrained(tmp_path / "audio")
+    with pytest.raises(TypeError, match="AudioLDMPipeline gives `audios`, not images"):
+        Engine([str(tmp_path / "audio")])
+
+
+@pytest.mark.parametrize("build", [tiny_ldm3d, tiny_text_to_video])
+def test_an_image_with_depth_and_the_first_frame_of_a_video(build, image_request, tmp_path):
+    """Every tab draws them."""
+    build().save_pretrained(tmp_path / "tiny")
+    engine = Engine([str(tmp_path / "tiny")], device="cpu")
+    request = replace(image_request, steps=2)
+    generator = torch.Generator().manual_seed(request.seed)
+    output = build()(**request.call, num_inference_steps=2, generator=generator, output_type="np")
+    expected = output.rgb[0] if build is tiny_ldm3d else output.frames[0][0]
+    np.testing.assert_array_equal(engine.compare("me", request, CONFIG, 0, ignore).baseline_run.values, expected)
+    np.testing.assert_array_equal(engine.sweep("me", request, ["todo"], [], ignore)[0].run.values, expected)
+    assert engine.tokens("me", request, CONFIG, ignore).image.size == (64, 128)
+
+
+def test_a_prompt_that_is_too_long_is_named_in_every_tab(engine, image_request):
+    """Each time, not only the first; the page shows it once, whatever it is about."""
+    for request, text in (
+        (replace(image_request, prompt="apple " * 30), "The prompt is longer than the 77 tokens"),
+        (replace(image_request, negative_prompt="apple " * 30), "The negative prompt is longer than the 77 tokens"),
+    ):
+        for _ in range(2):
+            assert [each[: len(text)] for each in engine.tokens("me", request, CONFIG, ignore).warnings] == [text]
+            assert [each[: len(text)] for each in engine.compare("me", request, CONFIG, 0, ignore).warnings] == [text]
+        assert {each.run.warnings[0][: len(text)] for each in engine.sweep("me", request, ["todo"], [], ignore)} == {text}
+
+
+def test_a_model_that_does_not_say_its_size(tmp_path):
+    without_size(StableDiffusionPipeline).save_pretrained(tmp_path / "tiny")
+    assert Engine([str(tmp_path / "tiny")], device="cpu").own_settings("tiny")[:2] == (512, 512)
+
+
+def test_what_a_model_does_not_take_is_named(image_request, tmp_path):
+    """A latent consistency model has no negative prompt."""
+    tiny_lcm().save_pretrained(tmp_path / "tiny")
+    engine = Engine([str(tmp_path / "tiny")], device="cpu")
+    for kind in ("compare", "tokens", "sweep"):
+        with pytest.raises(TypeError, match="takes no `negative_prompt`: leave that out"):
+            generate(engine, kind, replace(image_request, negative_prompt="blue"), ignore)
 
 
 @pytest.mark.parametrize("values", [{"side": 8}, {"side": 500}, {"steps": 0}, {"waiting": 0}, {"seconds": 0}])
