@@ -8,6 +8,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import AgentSDConfig
+    from .modules.agent_attention import AgentAttention
     from .ops.agent_attention import agent_attention
     from .patch import apply_patch, is_patched, patched, remove_patch
     from .patch_report import PatchReport, report
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Names are imported on first use, so that `import agentsd` (and `agentsd --help`) need not wait for torch.
 _HOME = {
+    "AgentAttention": "modules.agent_attention",
     "AgentAttnProcessor": "runtime.processor",
     "AgentSDConfig": "config",
     "AgentSDPipeline": "pipeline",
@@ -31,6 +33,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AgentAttention",
     "AgentAttnProcessor",
     "AgentSDConfig",
     "AgentSDPipeline",

@@ -20,10 +20,12 @@ def agent_attention(
     *,
     k_scale2: float = 0.3,
     k_shortcut: float = 0.075,
+    agent_bias: torch.Tensor | None = None,
+    query_bias: torch.Tensor | None = None,
     attend: Attend = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     r"""
-    Agent attention (arXiv:2312.08874, equation 4 and the section on Stable Diffusion).
+    Agent attention (arXiv:2312.08874, section 4 and the section on Stable Diffusion).
 
     The agents gather the values as queries do in softmax attention, then hand them to the queries:
     `O = softmax(Q Aᵀ · s ** k_scale2) · softmax(A Kᵀ · s) · V + k_shortcut · V`, with `s = head_dim ** -0.5`. With
@@ -38,8 +40,13 @@ def agent_attention(
             Agent tokens, projected like the queries. All four tensors share one floating-point dtype and device.
         k_scale2 (`float`, defaults to `0.3`): Exponent on the softmax scale where the queries read the agents.
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut.
+        agent_bias (`torch.Tensor`, *optional*):
+            Added to the logits of the agents over the tokens: broadcasts to `(batch, heads, agents, tokens)`.
+        query_bias (`torch.Tensor`, *optional*):
+            Added to the logits of the queries over the agents: broadcasts to `(batch, heads, tokens, agents)`.
         attend (`Callable`, defaults to `torch.nn.functional.scaled_dot_product_attention`):
-            Softmax attention `attend(q, k, v, scale=...)`, used for both products.
+            Softmax attention `attend(q, k, v, scale=...)`, used for both products. It gets a bias, where there is one,
+            as `attn_mask=`.
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, tokens, head_dim)`: In the dtype of the inputs.
@@ -68,5 +75,11 @@ def agent_attention(
             f"{tuple(agents.shape)} and {tuple(q.shape)}."
         )
     scale = q.shape[-1] ** -0.5
-    gathered = attend(agents, k, v, scale=scale)
-    return torch.add(attend(q, agents, gathered, scale=scale**k_scale2), v, alpha=k_shortcut)
+    gathered = attend(agents, k, v, scale=scale, **_mask(agent_bias))
+    out = attend(q, agents, gathered, scale=scale**k_scale2, **_mask(query_bias))
+    return torch.add(out, v, alpha=k_shortcut) if k_shortcut else out
+
+
+def _mask(bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """A bias as an argument of `attend`, which need not know masks where there is none."""
+    return {} if bias is None else {"attn_mask": bias}

@@ -13,11 +13,17 @@ def make_inputs(batch=2, heads=3, tokens=19, agents=5, head_dim=8, dtype=torch.f
     return q, k, v, torch.randn(batch, heads, agents, head_dim, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def reference(q, k, v, agents, k_scale2=0.3, k_shortcut=0.075):
+def make_biases(heads=3, tokens=19, agents=5):
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"agent_bias": (1, heads, agents, tokens), "query_bias": (1, heads, tokens, agents)}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def reference(q, k, v, agents, k_scale2=0.3, k_shortcut=0.075, agent_bias=0.0, query_bias=0.0):
     q, k, v, agents = (x.double() for x in (q, k, v, agents))
     scale = q.shape[-1] ** -0.5
-    gather = torch.einsum("bhad,bhnd->bhan", agents, k).mul(scale).softmax(-1)
-    spread = torch.einsum("bhnd,bhad->bhna", q, agents).mul(scale**k_scale2).softmax(-1)
+    gather = torch.einsum("bhad,bhnd->bhan", agents, k).mul(scale).add(agent_bias).softmax(-1)
+    spread = torch.einsum("bhnd,bhad->bhna", q, agents).mul(scale**k_scale2).add(query_bias).softmax(-1)
     return torch.einsum("bhna,bham,bhmd->bhnd", spread, gather, v) + k_shortcut * v
 
 
@@ -28,6 +34,13 @@ def reference(q, k, v, agents, k_scale2=0.3, k_shortcut=0.075):
 def test_agrees_with_the_formula(sizes, constants):
     inputs = make_inputs(**sizes)
     torch.testing.assert_close(agent_attention(*inputs, **constants), reference(*inputs, **constants))
+
+
+@pytest.mark.parametrize("names", [["agent_bias"], ["query_bias"], ["agent_bias", "query_bias"]])
+def test_biases_are_added_to_the_logits(names):
+    inputs, biases = make_inputs(), make_biases()
+    chosen = {name: biases[name] for name in names}
+    torch.testing.assert_close(agent_attention(*inputs, **chosen), reference(*inputs, **chosen))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

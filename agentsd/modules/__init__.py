@@ -1,0 +1,1 @@
+"""Layers to build models of and to train."""
