@@ -19,7 +19,13 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from models import LATENT_SIZE, TEXT_WIDTH, ddim, tiny_sd, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+)
 
 
 def tiny_ldm3d() -> StableDiffusionLDM3DPipeline:
@@ -47,10 +53,15 @@ def tiny_text_to_video() -> TextToVideoSDPipeline:
 
 
 def tiny_audio(kind: Any = AudioLDMPipeline) -> Any:
-    """Sound from a prompt, without what is not needed to see that: encoders and vocoder."""
+    """Sound from a prompt; its encoder of prompts is another than real ones have, as it is never run."""
     unet = tiny_unet(class_embed_type="simple_projection", projection_class_embeddings_input_dim=TEXT_WIDTH)
-    names = ("text_encoder", "tokenizer", "vocoder", *(("feature_extractor",) if kind is MusicLDMPipeline else ()))
-    return _quiet(kind(vae=tiny_vae(), unet=unet, scheduler=ddim(), **dict.fromkeys(names)))
+    layers = {"upsample_rates": [2], "upsample_kernel_sizes": [4], "resblock_kernel_sizes": [3]}
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(model_in_dim=8, upsample_initial_channel=16, resblock_dilation_sizes=[[1]], **layers)
+    )
+    parts = {"vae": tiny_vae(), "unet": unet, "scheduler": ddim(), "vocoder": vocoder, "tokenizer": tiny_tokenizer()}
+    extra = {"feature_extractor": None} if kind is MusicLDMPipeline else {}
+    return _quiet(kind(**parts, text_encoder=tiny_text_encoder(), **extra))
 
 
 def tiny_upscaler() -> StableDiffusionUpscalePipeline:
@@ -105,7 +116,9 @@ def tiny_unclip() -> StableUnCLIPImg2ImgPipeline:
 
 def without_size(kind: Any, **unet_overrides: Any) -> Any:
     """A pipeline whose UNet does not say which size it was made for."""
-    return with_unet(kind, sample_size=None, **unet_overrides)
+    pipe = with_unet(kind, **unet_overrides)
+    pipe.unet.register_to_config(sample_size=None)
+    return pipe
 
 
 def _quiet(pipe: Any) -> Any:

@@ -12,6 +12,8 @@ import torch
 
 # The longest value that an error or a file writes out.
 _MOST_CHARACTERS = 200
+# The longest list that a file writes out.
+_MOST_ITEMS = 100
 
 
 def shown(value: Any) -> str:
@@ -48,9 +50,14 @@ def shown(value: Any) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """A value that goes into JSON as it is, if that is short; else its text as in [`shown`]."""
-    is_plain = value is None or isinstance(value, (bool, int, float, str))
-    return value if is_plain and value == value else shown(value)
+    """A value as JSON has it; what JSON has no word for, and what is long, as in [`shown`]."""
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
+        return [plain_value(item) for item in value]
+    if isinstance(value, Mapping) and len(value) <= _MOST_ITEMS:
+        return {str(key): plain_value(item) for key, item in value.items()}
+    return shown(value)
 
 
 def keep_number(

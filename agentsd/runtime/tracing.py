@@ -1,4 +1,4 @@
-"""A patched model cannot be traced: what its layers do is decided in Python at every step, and no trace would hold that."""
+"""A patched model cannot be traced: what its layers do is decided in Python at every step."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ def refuse_tracing(module: torch.nn.Module) -> None:
         return
     if torch.jit.is_tracing():
         what = "torch.jit.trace"
-    elif get_proxy_mode() is not None:
+    elif torch.compiler.is_compiling() or get_proxy_mode() is not None:
         what = "torch.export"
     elif any(transform.key() == TransformType.Vmap for transform in retrieve_all_functorch_interpreters()):
         what = "torch.vmap"

@@ -31,6 +31,9 @@ _TEXTS = {
     "negative_prompt_embeds": ("negative_prompt", "negative_prompt_2"),
     "ip_adapter_image_embeds": ("ip_adapter_image",),
 }
+# What agentsd gives to every pipeline, and to those whose steps it times.
+_OWN = ("num_inference_steps", "generator", "output_type")
+_CALLBACKS = ("callback_on_step_end", "callback", "callback_steps")
 _ADAPTER_IMAGES = ("ip_adapter_image", "ip_adapter_image_embeds")
 
 
@@ -67,7 +70,7 @@ def check_call(pipe: Any, call: Mapping[str, Any], steps: int | None = None, is_
         step_callback(pipe, lambda: None)
     if missing := _missing_inputs(pipe, call):
         raise TypeError(f"{type(pipe).__name__} needs {_listed(missing)} as well: pass what is missing along.")
-    _check_accepts(pipe, [*call, "num_inference_steps", "generator", "output_type"])
+    _check_accepts(pipe, [*call, *_OWN])
     for embeds, texts in _TEXTS.items():
         both = [name for name in texts if name in call and embeds in call]
         if both:
@@ -150,7 +153,7 @@ def _missing_inputs(pipe: Any, call: Mapping[str, Any]) -> list[str]:
         for name, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and name not in call
+        and name not in (*call, *_OWN, *_CALLBACKS)
     ]
     # Pipelines from elsewhere may take an image or leave it.
     if _is_of_diffusers(pipe):

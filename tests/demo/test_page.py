@@ -232,6 +232,20 @@ def test_a_image_that_is_none_is_a_warning_in_every_tab(open_page, engine, monke
         expect(page.get_by_text(f"The image {name} has values that are not finite")).to_be_visible()
 
 
+@pytest.mark.parametrize("tab", ["Compare", "Tokens", "Sweep"])
+def test_a_prompt_that_is_too_long_is_a_warning_in_every_tab(open_page, tab):
+    """Once, however often the image is drawn."""
+    page = open_page()
+    page.get_by_label("Prompt", exact=True).fill("apple " * 120)
+    set_number(page, "Steps", 1)
+    open_tab(page, tab)
+    if tab == "Compare":
+        set_number(page, "Seconds of timing", 0)
+    page.locator(f"#{tab.lower()}-start").click()
+    expect(page.get_by_text("longer than the 77 tokens that the model reads")).to_be_visible()
+    expect(page.get_by_text("longer than the 77 tokens that the model reads")).to_have_count(1)
+
+
 def test_tokens_shows_what_was_merged_at_each_step(open_page):
     page = open_page()
     set_number(page, "Steps", 4)
