@@ -3,10 +3,9 @@
 import inspect
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from .models.unet import attended_models
 from .patch import is_patched, patched, plan_patch, unpatched
 from .patch_report import PatchReport, report
 from .presets import PresetName
+from .runtime.own_warnings import collected_warnings, warn
 from .utils.environment import environment
 from .utils.generation import Run, RunTime, TimedImage, check_draws_images, pipeline_call
 from .utils.images import difference_map, side_by_side
@@ -98,6 +98,7 @@ class Comparison:
             `"agentsd"`.
         settings (`dict[str, Any]`): What was generated, and how.
         environment (`dict[str, Any]`): Machine and versions that it ran on.
+        patch_warnings (`list[str]`): What the patches warned of, such as too few steps for feature reuse.
 
     Examples:
 
@@ -121,6 +122,7 @@ class Comparison:
     variants: dict[str, PatchedRun]
     settings: dict[str, Any]
     environment: dict[str, Any]
+    patch_warnings: list[str] = field(default_factory=list)
 
     @property
     def _variant(self) -> PatchedRun:
@@ -207,9 +209,9 @@ class Comparison:
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong with the images: not finite, black, replaced by the safety checker."""
+        """What the patches warned of, and images that are not finite, black or replaced by the safety checker."""
         runs = [self.baseline_run, *(variant.run for variant in self.variants.values())]
-        return [warning for run in runs for warning in run.warnings]
+        return [*self.patch_warnings, *(warning for run in runs for warning in run.warnings)]
 
     @property
     def timing(self) -> str:
@@ -397,7 +399,11 @@ def compare(
         name: nullcontext if each is None and is_patched(pipe) else partial(patched, pipe, config=each)
         for name, each in chosen.items()
     }
-    runs, reports = _timed_runs(pipe, call, steps, seed, seconds, progress, variants)
+    # Each is patched anew in each round, and would warn anew.
+    with collected_warnings() as said:
+        runs, reports = _timed_runs(pipe, call, steps, seed, seconds, progress, variants)
+    for message in said:
+        warn(message)
     baseline = runs.pop("baseline")
     return Comparison(
         baseline_run=baseline,
@@ -415,6 +421,7 @@ def compare(
             **_plain_patches(reports),
         },
         environment=environment(pipe._execution_device, pipe.unet.dtype),
+        patch_warnings=said,
     )
 
 
@@ -436,8 +443,7 @@ def _timed_runs(
     reports = {}
 
     def draw(name: str, watch: Stopwatch) -> None:
-        with _told_once(images.values()):
-            images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
+        images[name].draw(watch, f"{name}, round {len(images[name].watches) + 1}", progress)
 
     def is_clear() -> bool:
         before, *others = (image.rounds for image in images.values())
@@ -451,8 +457,7 @@ def _timed_runs(
 
         def warm_up(name: str) -> None:
             switch_to(name)
-            with _told_once(images.values()):
-                images[name].warm_up(f"{name}, warm-up", progress)
+            images[name].warm_up(f"{name}, warm-up", progress)
 
         # What is wrong with a patch is better known before the image without it than after.
         for name in [*variants, "baseline"]:
@@ -464,17 +469,6 @@ def _timed_runs(
         seconds, before_call = (0, warm_up) if _is_compiled(pipe) else (seconds, switch_to)
         time_rounds(timed, images["baseline"].device, seconds, is_clear, before_call)
     return {name: image.run() for name, image in images.items()}, reports
-
-
-@contextmanager
-def _told_once(images: Iterable[TimedImage]) -> Iterator[None]:
-    """Each variant is patched anew in each round; that a run is too short for feature reuse is said once for all."""
-    with ExitStack() as stack:
-        # Not for nothing, since warnings that are shown once are shown again afterwards.
-        if any(image.lacks_steps for image in images):
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Feature reuse is off in runs of fewer than")
-        yield
 
 
 def _is_compiled(pipe: Any) -> bool:

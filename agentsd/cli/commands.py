@@ -105,6 +105,7 @@ def generate(
         import torch
 
         from ..patch import apply_patch
+        from ..runtime.own_warnings import collected_warnings
         from ..utils.generation import check_draws_from_text, pipeline_call
         from ..utils.images import image_warnings, to_image
 
@@ -114,19 +115,20 @@ def generate(
         # No bar where nobody watches.
         pipe.set_progress_bar_config(disable=None)
         start = time.perf_counter()
-        output = pipe(
-            **pipeline_call(prompt, guidance, height, width, negative_prompt),
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-        )
+        with collected_warnings() as said:
+            output = pipe(
+                **pipeline_call(prompt, guidance, height, width, negative_prompt),
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="np",
+            )
         seconds = time.perf_counter() - start
         image = to_image(output.images[0])
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
         patch = f"with agentsd, {f'preset {preset}, ' if preset else ''}ratio {config.ratio:g}"
         how = "without agentsd" if no_patch else patch
-        warn(image_warnings(output, how.split(",")[0], pipe.dtype))
+        warn([*said, *image_warnings(output, how.split(",")[0], pipe.dtype)])
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
 
 
@@ -172,13 +174,15 @@ def compare(
     pipe = load_model(model, device, dtype, debug)
     with errors_as_messages(debug):
         from ..compare import compare as run_comparison
+        from ..runtime.own_warnings import collected_warnings
         from ..utils.generation import check_draws_from_text
         from ..utils.memory import keep_freed_memory
 
         check_draws_from_text(pipe)
         if pipe.device.type == "cpu":
             keep_freed_memory()
-        with progress_bar() as progress:
+        # It has them all among its own.
+        with progress_bar() as progress, collected_warnings():
             comparison = run_comparison(
                 pipe,
                 prompt,

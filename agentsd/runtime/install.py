@@ -1,6 +1,5 @@
 """The patch of a model: its hooks, how they are put in, and how they are taken out again."""
 
-import warnings
 from copy import copy
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.unet import AttentionLayer, plain_name
 from ..ops.merging import mix_key
+from .own_warnings import warn
 from .processor import AgentAttnProcessor
 from .state import LayerState
 from .steps import Clock, StepContext
@@ -107,7 +107,7 @@ class ModelPatch:
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self.warned:
             self.warned.add(topic)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
 
 
 class StepKwargs(dict):

@@ -5,7 +5,6 @@ CVPR 2024, arXiv:2312.00858).
 """
 
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from ..models.unet import block_layers, inner_hooks, layer_modules
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
+from ..runtime.own_warnings import warn
 from ..runtime.steps import StepCounter
 
 
@@ -196,7 +196,7 @@ class ReuseClock:
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self.warned and self.config.interval > 1:
             self.warned.add(topic)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
 
 
 class SkippableForward:

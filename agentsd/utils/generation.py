@@ -119,8 +119,6 @@ class TimedImage:
         self.peak_bytes: int | None = None
         self._output: Any = None
         self.watches: list[Stopwatch] = []
-        # Whether the patch has feature reuse, and a run had too few steps for it.
-        self.lacks_steps = False
 
     def warm_up(self, what: str, progress: Progress | None = None) -> None:
         """Draw with few steps, which already take as much memory as all of them."""
@@ -183,7 +181,6 @@ class TimedImage:
             )
         if getattr(self.pipe, "interrupt", False):
             raise RuntimeError("The generation was interrupted.")
-        self.lacks_steps = done < _REUSE_STEPS and self._has_reuse()
         return output
 
 
