@@ -181,7 +181,7 @@ def compare(
         check_draws_from_text(pipe)
         if pipe.device.type == "cpu":
             keep_freed_memory()
-        # It has them all among its own.
+        # The comparison keeps what the patch warns of.
         with progress_bar() as progress, collected_warnings():
             comparison = run_comparison(
                 pipe,

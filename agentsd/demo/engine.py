@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..bench.rows import named, short_name
 from ..compare import Comparison, compare
 from ..config import AgentSDConfig
 from ..patch import patched
+from ..patch_report import PatchReport, report
+from ..runtime.own_warnings import collected_warnings
 from ..token_maps import TokenMap, recorded_maps
 from ..utils.generation import Run, check_draws_from_text, generate_timed
 from ..utils.images import image_warnings, to_image
@@ -28,11 +30,10 @@ from .requests import ImageRequest, Limits
 
 # The embedded model tints its backgrounds at the guidance that Stable Diffusion is used with.
 _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
-_WANTED_METHODS = (
-    *("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache"),
-    *("reuse-2", "reuse-3", "balanced", "fast"),
+SWEEP_METHODS = (
+    *("balanced", "fast", "agentsd", "agentsd-agent", "agentsd-tome"),
+    *("reuse-2", "reuse-3", "tomesd", "todo", "deepcache"),
 )
-SWEEP_METHODS = tuple(name for name in _WANTED_METHODS if name in METHODS)
 
 
 class Stopped(Exception):
@@ -41,7 +42,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One image of a sweep, timed once and judged against the baseline's; or why there is none."""
+    """One image of a sweep, timed once as a whole and judged against the baseline's; or why there is none."""
 
     method: str
     ratio: float | None
@@ -59,10 +60,15 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class TokensRun:
-    """One image, and what was merged on the way: a map for each layer and step (counted from 0) that merged."""
+    """
+    One image, and what was merged on the way: a map for each layer and step (counted from 0) that merged, how many
+    steps there were, and what the patch did to each layer.
+    """
 
     image: PIL.Image.Image
     maps: dict[tuple[str, int], TokenMap]
+    steps: int
+    report: PatchReport
     warnings: list[str]
 
 
@@ -114,7 +120,8 @@ class Engine:
         self._check(request)
         if not 0 <= seconds <= self.limits.seconds:
             raise ValueError(f"The seconds of timing must be from 0 to {self.limits.seconds}, but got {seconds}.")
-        with self._stoppable(session, "compare", progress) as step:
+        # The comparison keeps what the patch warns of.
+        with self._stoppable(session, "compare", progress) as step, collected_warnings():
             return compare(
                 self._pipes[request.model],
                 config=config,
@@ -136,7 +143,7 @@ class Engine:
                 step("with agentsd", index + 1, getattr(pipe, "num_timesteps", request.steps))
                 return tensors
 
-            with patched(pipe, config=config), recorded_maps(pipe) as maps:
+            with patched(pipe, config=config), recorded_maps(pipe) as maps, collected_warnings() as said:
                 output = pipe(
                     **request.call,
                     num_inference_steps=request.steps,
@@ -144,7 +151,10 @@ class Engine:
                     output_type="np",
                     callback_on_step_end=end_of_step,
                 )
-        return TokensRun(to_image(output.images[0]), maps, image_warnings(output, "with agentsd", self.dtype))
+                layers = report(pipe, request.height, request.width)
+            steps = getattr(pipe, "num_timesteps", request.steps)
+        warnings = [*said, *image_warnings(output, "with agentsd", self.dtype)]
+        return TokensRun(to_image(output.images[0]), maps, steps, layers, warnings)
 
     def sweep(
         self, session: str, request: ImageRequest, methods: Sequence[str], ratios: Sequence[float], progress: Progress
@@ -161,11 +171,13 @@ class Engine:
                 try:
                     METHODS[method].apply(twin, ratio, {})
                     prepare = partial(reseed, twin, request.seed)
-                    run = generate_timed(twin, call, request.steps, request.seed, name, step, prepare)
+                    with collected_warnings() as said:
+                        run = generate_timed(twin, call, request.steps, request.seed, name, step, prepare)
                 except (RuntimeError, TypeError, ValueError) as error:
                     runs.append(SweepRun(method, ratio, reason=str(error)))
                     continue
-                speed_up = SpeedUp(baseline.time.seconds_per_step / run.time.seconds_per_step)
+                speed_up = SpeedUp(baseline.time.total / run.time.total)
+                run = replace(run, warnings=[*said, *run.warnings])
                 runs.append(SweepRun(method, ratio, run, speed_up, *fidelity(run.values, baseline.values)))
         return runs
 

@@ -2,7 +2,7 @@
 
 import functools
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -30,6 +30,11 @@ def with_messages(function: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(f"Something went wrong ({type(error).__name__}). The terminal has the details.") from error
 
     return call
+
+
+def with_warnings(status: str, warnings: Iterable[str]) -> str:
+    """A status with each warning once: a message that fades would not be seen by who looks elsewhere meanwhile."""
+    return "\n\n".join([status, *(f"**Warning:** {text}" for text in dict.fromkeys(warnings))])
 
 
 def stop_on_leaving(demo: gr.Blocks, engine: Engine) -> None:
