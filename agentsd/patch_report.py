@@ -127,7 +127,9 @@ class PatchReport:
             for name in (row.phases or [phase.name for phase in self.config.phases]) if row.skipped is None else ():
                 lines.append([*map(str, layer), name, *_phase_cells(row, row.phases.get(name))])
                 layer = [""] * len(layer)
-        widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
+        # The last cell of a line that is shorter reaches over all that are left.
+        columns = len(lines[0])
+        widths = [max(len(line[i]) for line in lines if i < len(line) - (len(line) < columns)) for i in range(columns)]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
         notes = [self.reuse] if self.reuse is not None else []
         if self.expected_speedup is not None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 
 # As root Chromium needs --no-sandbox; the others keep it from calling home.
@@ -57,6 +57,15 @@ def set_number(page: Page, label: str, value: float) -> None:
     box = page.get_by_label(f"number input for {label}", exact=True)
     box.fill(str(value))
     box.press("Tab")
+
+
+def choose_preset(page: Page, name: str) -> None:
+    """Choose a preset, and wait until it has filled in the controls."""
+    preset = page.locator("#preset")
+    before = preset.inner_text()
+    preset.get_by_label(name, exact=True).check()
+    # What is said of it comes with the values.
+    expect(preset).not_to_have_text(before, use_inner_text=True)
 
 
 def open_tab(page: Page, name: str) -> None:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from browser import open_tab, set_number, start_browser
+from browser import choose_preset, open_tab, set_number, start_browser
 from playwright.sync_api import Page, expect, sync_playwright
 
 from agentsd.demo import build_demo, launch_demo
@@ -35,6 +35,7 @@ def take(folder: Path) -> None:
             page.screenshot(path=folder / f"compare-{width}-{theme}.png", full_page=True)
             if (width, theme) != (1280, "light"):
                 continue
+            choose_preset(page, "paper")  # the others leave the small layers of the model alone
             open_tab(page, "Tokens")
             page.locator("#tokens-start").click()
             expect(page.locator("#tokens-drawing img")).to_be_visible(timeout=SLOW)

@@ -540,7 +540,7 @@ def test_that_a_run_is_too_short_for_feature_reuse_is_said_once(monkeypatch):
         comparison = compare(tiny_sd(), PROMPT, steps=5, configs=["paper", "balanced", "fast"], seconds=1000)
     assert comparison.rounds == 3
     said = [str(warning.message) for warning in caught if "Feature reuse" in str(warning.message)]
-    assert said == ["Feature reuse is off in runs of fewer than 8 steps; this one has 5."]
+    assert said == ["Feature reuse is off in runs of fewer than 8 steps; this one has 5."] == comparison.warnings
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

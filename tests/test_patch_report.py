@@ -48,6 +48,13 @@ def test_it_prints_as_a_table(unet):
     assert tome.split() == ["tome", "2458", "2458", "-", before, "->", after[1]]
 
 
+def test_layers_that_are_left_alone_stand_in_their_columns(unet):
+    """Also where there are no others."""
+    header, *lines = str(agentsd.report(agentsd.apply_patch(unet, min_tokens=10_000), 512, 512)).splitlines()
+    assert {line.index("4096") for line in lines} == {header.index("tokens")}
+    assert {line.index("skipped: it has 4096 tokens") for line in lines} == {header.index("phase")}
+
+
 def test_merging_elsewhere_leaves_attention_as_it_is(unet):
     row = agentsd.report(agentsd.apply_patch(unet, merge_attn=False, merge_mlp=True), 512, 512).rows[0]
     assert {phase.attention_flops for phase in row.phases.values()} == {row.attention_flops}

@@ -7,7 +7,7 @@ import gradio as gr
 from ..utils.progress import Progress
 from .engine import Engine
 from .inputs import config_of, request_of
-from .tab_parts import GenerationButtons, markdown_table, show_warnings
+from .tab_parts import GenerationButtons, markdown_table, with_warnings
 
 
 # The slider has no option for what its images are called.
@@ -55,11 +55,10 @@ def compare_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
         request = request_of(of_image_and_patch[: len(image)])
         config = config_of(of_image_and_patch[len(image) :])
         comparison = engine.compare(session, request, config, longest, progress)
-        show_warnings(comparison.warnings)
         rows = comparison.rows()
         per_step = rows[1]
         return [
-            f"Speed-up per step: {per_step[-1]}. {comparison.timing}",
+            with_warnings(f"Speed-up per step: {per_step[-1]}. {comparison.timing}", comparison.warnings),
             (comparison.baseline, comparison.agentsd),
             markdown_table(rows),
             gr.update(value=comparison.difference, label=f"Difference, {comparison.difference_scale} times as bright"),

@@ -17,6 +17,7 @@ from ..bench.rows import named, short_name
 from ..compare import Comparison, compare
 from ..config import AgentSDConfig
 from ..patch import patched
+from ..patch_report import PatchReport, report
 from ..token_maps import TokenMap, recorded_maps
 from ..utils.calls import check_call, check_draws_from_text
 from ..utils.generation import Run, draw, generate_timed
@@ -34,11 +35,10 @@ _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
 _SIDE = 512
 # What the page gives to a pipeline in any case, beside a prompt.
 _SLIDERS = ("guidance_scale", "height", "width")
-_WANTED_METHODS = (
-    *("tomesd", "agentsd", "agentsd-agent", "agentsd-tome", "todo", "deepcache"),
-    *("reuse-2", "reuse-3", "balanced", "fast"),
+SWEEP_METHODS = (
+    *("balanced", "fast", "agentsd", "agentsd-agent", "agentsd-tome"),
+    *("reuse-2", "reuse-3", "tomesd", "todo", "deepcache"),
 )
-SWEEP_METHODS = tuple(name for name in _WANTED_METHODS if name in METHODS)
 
 
 class Stopped(Exception):
@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One image of a sweep, timed once and judged against the baseline's; or why there is none."""
+    """One image of a sweep, timed once as a whole and judged against the baseline's; or why there is none."""
 
     method: str
     ratio: float | None
@@ -65,10 +65,15 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class TokensRun:
-    """One image, and what was merged on the way: a map for each layer and step (counted from 0) that merged."""
+    """
+    One image, and what was merged on the way: a map for each layer and step (counted from 0) that merged, how many
+    steps there were, and what the patch did to each layer.
+    """
 
     image: PIL.Image.Image
     maps: dict[tuple[str, int], TokenMap]
+    steps: int
+    report: PatchReport
     warnings: list[str]
 
 
@@ -148,8 +153,10 @@ class Engine:
             with patched(pipe, config=config), recorded_maps(pipe) as maps:
                 generator = torch.Generator().manual_seed(request.seed)
                 drawn = draw(pipe, request.call, request.steps, generator, end_of_step)
+                layers = report(pipe, request.height, request.width)
+            steps = getattr(pipe, "num_timesteps", request.steps)
         warnings = [*drawn.said, *image_warnings(drawn.output, "with agentsd", self.dtype)]
-        return TokensRun(to_image(drawn.values), maps, warnings)
+        return TokensRun(to_image(drawn.values), maps, steps, layers, warnings)
 
     def sweep(
         self, session: str, request: ImageRequest, methods: Sequence[str], ratios: Sequence[float], progress: Progress
@@ -170,7 +177,7 @@ class Engine:
                 except (RuntimeError, TypeError, ValueError) as error:
                     runs.append(SweepRun(method, ratio, reason=str(error)))
                     continue
-                speed_up = SpeedUp(baseline.time.seconds_per_step / run.time.seconds_per_step)
+                speed_up = SpeedUp(baseline.time.total / run.time.total)
                 runs.append(SweepRun(method, ratio, run, speed_up, *fidelity(run.values, baseline.values)))
         return runs
 

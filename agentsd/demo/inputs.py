@@ -2,17 +2,38 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
 from ..config import AgentSDConfig
+from ..presets import PRESETS, PresetName
+from ..techniques.feature_reuse import FeatureReuseConfig
 from .engine import Engine
 from .requests import SIDE_UNIT, SMALLEST_SIDE, ImageRequest
 
 
 _PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tree", "a rainbow")
 _SEEDS = 2**31
+# What the page starts with.
+_PRESET: PresetName = "balanced"
+# Values that are no preset's.
+_CUSTOM = "custom"
+_PRESET_INFO = {
+    "balanced": "Agents, later token merging, in large layers; the deep part of the UNet only at every second step",
+    "fast": "Agents at every step in large layers; the deep part of the UNet only at every third step",
+    "paper": "Agents while the image is mostly noise, later token merging",
+    "agent": "Agents at every step",
+    "tome": "Token merging at every step, no agents",
+    _CUSTOM: "What is set below",
+}
+# Fields of a configuration, in the order of their controls.
+_FIELDS = (
+    *("ratio", "agent_until", "min_tokens", "max_downsample", "k_scale2", "k_shortcut"),
+    *("use_rand", "merge_crossattn", "merge_mlp"),
+)
+# What the ends of the agent phase's slider are: one phase for all steps, whatever the scheduler's timesteps mean.
+_SINGLE_PHASES = {0: PRESETS["tome"], 1: PRESETS["agent"]}
 
 
 def prompt_inputs(engine: Engine) -> list[gr.components.Component]:
@@ -61,46 +82,93 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
 
 
 def patch_inputs() -> list[gr.components.Component]:
-    """What the patch is made of, for [`config_of`]."""
-    default = AgentSDConfig()
-    ratio = gr.Slider(
-        0,
-        0.95,
-        value=default.ratio,
-        step=0.05,
-        label="Ratio",
-        info="Share of tokens merged away",
-    )
-    until = gr.Slider(
-        0,
-        1,
-        value=default.agent_until,
-        step=0.05,
-        label="Agent phase",
-        info="Share of the noise range, from its noisy end, that uses agents; the rest only merges tokens",
-    )
-    with gr.Accordion("More", open=False):
-        levels = gr.Dropdown(
-            [1, 2, 4, 8],
-            value=default.max_downsample,
-            label="Deepest layers",
-            info="Patch layers down-sampled by at most this factor",
-        )
-        exponent = gr.Slider(
-            0,
-            1,
-            value=default.k_scale2,
-            step=0.05,
-            label="k_scale2",
-            info="Exponent on the softmax scale where queries read agents",
-        )
-        shortcut = gr.Slider(
-            0, 1, value=default.k_shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"
-        )
-        is_random = gr.Checkbox(default.use_rand, label="Choose each cell's destination at random")
-        cross = gr.Checkbox(default.merge_crossattn, label="Also merge in cross-attention")
-        mlp = gr.Checkbox(default.merge_mlp, label="Also merge in the feed-forward layers")
-    return [ratio, until, levels, exponent, shortcut, is_random, cross, mlp]
+    """What the patch is made of, for [`config_of`], under a preset that fills it in."""
+    values = values_of(AgentSDConfig.preset(_PRESET))
+    ratio, share, smallest, levels, exponent, shortcut, is_random, cross, mlp, interval, order, branch = values
+    preset = gr.Radio([*_PRESET_INFO], value=_PRESET, label="Preset", info=_PRESET_INFO[_PRESET], elem_id="preset")
+    with gr.Accordion("Token merging and agent attention", open=False):
+        attention = [
+            gr.Slider(0, 0.95, value=ratio, step=0.05, label="Ratio", info="Share of tokens merged away"),
+            gr.Slider(
+                0,
+                1,
+                value=share,
+                step=0.05,
+                label="Agent phase",
+                info="Share of the noise range, from its noisy end, that uses agents, 1 at every step; the rest only "
+                "merges tokens",
+            ),
+            gr.Slider(
+                0,
+                16384,
+                value=smallest,
+                step=256,
+                label="Smallest layer",
+                info="Leave layers of fewer tokens alone; the largest have 4,096 in an image of 512×512 pixels",
+            ),
+            gr.Dropdown(
+                [1, 2, 4, 8],
+                value=levels,
+                label="Deepest layers",
+                info="Patch layers down-sampled by at most this factor",
+            ),
+            gr.Slider(
+                0,
+                1,
+                value=exponent,
+                step=0.05,
+                label="k_scale2",
+                info="Exponent on the softmax scale where queries read agents",
+            ),
+            gr.Slider(0, 1, value=shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"),
+            gr.Checkbox(is_random, label="Choose each cell's destination at random"),
+            gr.Checkbox(cross, label="Also merge in cross-attention"),
+            gr.Checkbox(mlp, label="Also merge in the feed-forward layers"),
+        ]
+    with gr.Accordion("Feature reuse", open=False):
+        reuse = [
+            gr.Slider(
+                1,
+                10,
+                value=interval,
+                step=1,
+                label="Interval",
+                info="The deep part of the UNet runs in one step of so many; 1 is every step, without reuse",
+            ),
+            gr.Radio(
+                [("repeat", 0), ("forecast", 1)],
+                value=order,
+                label="In between",
+                info="Repeat what the deep part gave last, or forecast it from the last two",
+            ),
+            gr.Slider(
+                0,
+                11,
+                value=branch,
+                step=1,
+                label="Branch",
+                info="How many more layers near the output run in every step: closer to the baseline, and slower",
+            ),
+        ]
+    controls = [*attention, *reuse]
+    # By `input`, which is the user's: neither answers the other. Past the queue, which may be full.
+    common = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    preset.input(_filled_in, [preset, *controls], [preset, *controls], **common)
+    gr.on([control.input for control in controls], _named, controls, [preset], trigger_mode="always_last", **common)
+    return controls
+
+
+def _filled_in(name: str, *values: Any) -> list[Any]:
+    """What is said of a preset, and its values: for none of them, those that are there."""
+    chosen = values if name == _CUSTOM else values_of(AgentSDConfig.preset(cast("PresetName", name)))
+    return [gr.update(info=_PRESET_INFO[name]), *chosen]
+
+
+def _named(*values: Any) -> dict[str, Any]:
+    """The preset that has these values, if there is one."""
+    config = config_of(values)
+    name = next((name for name, fields in PRESETS.items() if AgentSDConfig(**fields) == config), _CUSTOM)
+    return gr.update(value=name, info=_PRESET_INFO[name])
 
 
 def request_of(values: Sequence[Any]) -> ImageRequest:
@@ -111,5 +179,18 @@ def request_of(values: Sequence[Any]) -> ImageRequest:
 
 def config_of(values: Sequence[Any]) -> AgentSDConfig:
     """The patch that the values of [`patch_inputs`] ask for."""
-    names = "ratio agent_until max_downsample k_scale2 k_shortcut use_rand merge_crossattn merge_mlp".split()
-    return AgentSDConfig.from_dict(dict(zip(names, values, strict=True)))
+    *of_attention, interval, order, branch = values
+    fields = dict(zip(_FIELDS, of_attention, strict=True))
+    if fields["agent_until"] in _SINGLE_PHASES:
+        fields |= _SINGLE_PHASES[fields.pop("agent_until")]
+    reuse = None if interval == 1 else FeatureReuseConfig(interval, order, branch)
+    return AgentSDConfig(**fields, reuse=reuse)
+
+
+def values_of(config: AgentSDConfig) -> list[Any]:
+    """The values with which [`config_of`] gives a preset's configuration."""
+    fields = config.to_dict()
+    if not config.is_scheduled:
+        fields["agent_until"] = next(at for at, phase in _SINGLE_PHASES.items() if phase.items() <= fields.items())
+    reuse = config.reuse if isinstance(config.reuse, FeatureReuseConfig) else FeatureReuseConfig(interval=1)
+    return [*(fields[name] for name in _FIELDS), reuse.interval, reuse.order, reuse.branch]

@@ -37,6 +37,8 @@ _CSS = """
 .results th { white-space: normal; }
 .report { overflow-x: auto; }
 .report pre { white-space: pre; }
+/* Below the buttons, which would cover what is best. */
+.plot img { padding-top: 2.2em; }
 /* Captions below the images, in full. */
 .captioned .gallery-item { height: auto; }
 .captioned .thumbnail-lg { aspect-ratio: auto; height: auto; }
@@ -57,16 +59,16 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
     """The web page, with folders of benchmark results to show; [`launch_demo`] serves it."""
     with gr.Blocks(title="agentsd", analytics_enabled=False, delete_cache=_DELETE_CACHE) as demo:
         gr.Markdown(
-            "# agentsd\nStable Diffusion with agent attention: the same image with and without it, how long each "
-            "takes, and what changes."
+            "# agentsd\nStable Diffusion with agent attention and feature reuse: the same image with and without "
+            "them, how long each takes, and what changes."
         )
         with gr.Column() as of_prompt:
             prompt = prompt_inputs(engine)
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes=["settings"]) as of_image:
-                image = [*prompt, *image_inputs(engine)]
                 with gr.Column() as of_patch:
                     patch = patch_inputs()
+                image = [*prompt, *image_inputs(engine)]
             with gr.Column(scale=2, min_width=340), gr.Tabs():
                 for name, fill, draws, patches in (
                     ("Compare", partial(compare_tab, engine, image, patch), True, True),

@@ -17,7 +17,10 @@ from ..utils.progress import Progress
 from .engine import SWEEP_METHODS, Engine, SweepRun
 from .inputs import request_of
 from .requests import ImageRequest
-from .tab_parts import GenerationButtons, markdown_table, show_warnings
+from .tab_parts import GenerationButtons, markdown_table, with_warnings
+
+
+_METHODS = ["balanced", "fast", "tomesd", "agentsd"]
 
 
 def sweep_tab(engine: Engine, image: list[Any]) -> None:
@@ -26,18 +29,16 @@ def sweep_tab(engine: Engine, image: list[Any]) -> None:
         "One image drawn with several methods. Each is timed once, so small differences mean nothing: for reliable "
         "numbers, run `agentsd bench`."
     )
-    methods = gr.CheckboxGroup(
-        list(SWEEP_METHODS), value=["tomesd", "agentsd"], label="Methods", elem_id="sweep-methods"
-    )
+    methods = gr.CheckboxGroup(list(SWEEP_METHODS), value=_METHODS, label="Methods", elem_id="sweep-methods")
     ratios = gr.Textbox(
-        "0.2, 0.4, 0.6",
+        "0.4",
         label="Ratios",
-        info="From 0 to below 1, separated by commas",
+        info="From 0 to below 1, separated by commas, for the methods that merge tokens",
         max_length=200,
         elem_id="sweep-ratios",
     )
     gr.Examples(
-        [[["tomesd", "agentsd"], "0.2, 0.4, 0.6"], [["agentsd-agent", "agentsd-tome", "agentsd"], "0.4"]],
+        [[_METHODS, "0.4"], [["tomesd", "agentsd"], "0.2, 0.4, 0.6"], [["reuse-2", "reuse-3", "deepcache"], ""]],
         [methods, ratios],
         label="Examples",
         api_visibility="private",
@@ -55,21 +56,23 @@ def sweep_tab(engine: Engine, image: list[Any]) -> None:
     )
     numbers = gr.Markdown("", elem_classes=["numbers"], elem_id="sweep-numbers")
     plot = gr.Image(
-        label="Quality against speed",
+        label="Fidelity against speed",
         show_label=False,
         interactive=False,
         elem_id="sweep-plot",
-        alt_text="A plot of each run: structural similarity to the baseline's image, against its speed-up, timed once",
+        elem_classes=["plot"],
+        alt_text="A plot of each run: PSNR to the baseline's image, against its speed-up, timed once",
     )
 
     def run(session: str, progress: Progress, *values: Any) -> list[Any]:
         *of_image, names, text = values
         request = request_of(of_image)
         runs = engine.sweep(session, request, names, _ratios_of(text), progress)
-        show_warnings(warning for each in runs if each.run is not None for warning in each.run.warnings)
         images = [(each.run.image, _caption(each)) for each in runs if each.run is not None]
         missing = [f"{each.name} did not run: {each.reason}." for each in runs if each.reason]
-        return [" ".join(missing) or f"{len(runs)} runs.", images, _numbers(runs), _plot(runs, request)]
+        warnings = [warning for each in runs if each.run is not None for warning in each.run.warnings]
+        status = with_warnings(" ".join(missing) or f"{len(runs)} runs.", warnings)
+        return [status, images, _numbers(runs), _plot(runs, request)]
 
     buttons.on_start(run, [*image, methods, ratios], [gallery, numbers, plot], gallery)
 
@@ -88,17 +91,18 @@ def _caption(each: SweepRun) -> str:
 
 
 def _numbers(runs: Sequence[SweepRun]) -> str:
-    lines: list[tuple[str, ...]] = [("method", "per step (timed once)", "speed-up", "PSNR", "SSIM")]
+    lines: list[tuple[str, ...]] = [("method", "total (timed once)", "speed-up", "PSNR", "SSIM")]
     for each in runs:
         if each.run is not None and each.speed_up is not None:
             judged = ("", "", "")
             if each.method != "baseline":
                 judged = (str(each.speed_up), decibels(each.psnr), similarity(each.ssim))
-            lines.append((each.name, f"{each.run.time.seconds_per_step:.3f} s", *judged))
+            lines.append((each.name, f"{each.run.time.total:.3f} s", *judged))
     return markdown_table(lines)
 
 
-def _plot(runs: Sequence[SweepRun], request: ImageRequest) -> PIL.Image.Image:
+def _plot(runs: Sequence[SweepRun], request: ImageRequest) -> PIL.Image.Image | None:
+    # An image that is the baseline's own has no distance from it, and none of them may be left.
     rows = [
         Row(
             request.model,
@@ -108,10 +112,12 @@ def _plot(runs: Sequence[SweepRun], request: ImageRequest) -> PIL.Image.Image:
             request.width,
             rounds=1,
             of_baseline=None if each.speed_up is None else [each.speed_up.value],
-            quality={"ssim": [each.ssim]},
+            quality={"psnr": [each.psnr]},
         )
         for each in runs
-        if each.speed_up is not None and each.ssim is not None and math.isfinite(each.ssim)
+        if each.speed_up is not None and each.psnr is not None and math.isfinite(each.psnr)
     ]
+    if not rows:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         return opened(plot_quality(rows, Path(folder) / "plot.png"))

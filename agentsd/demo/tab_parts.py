@@ -33,11 +33,11 @@ def with_messages(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def show_warnings(warnings: Iterable[str]) -> None:
-    """Show warnings on the page, each once."""
-    for warning in dict.fromkeys(warnings):
-        # They may repeat a prompt, and Gradio takes them for HTML.
-        gr.Warning(html.escape(warning, quote=False))
+def with_warnings(status: str, warnings: Iterable[str]) -> str:
+    """A status with each warning once: a message that fades would not be seen by who looks elsewhere meanwhile."""
+    # They may repeat a prompt, which must not become part of the page.
+    texts = (html.escape(text, quote=False) for text in dict.fromkeys(warnings))
+    return "\n\n".join([status, *(f"**Warning:** {text}" for text in texts)])
 
 
 def stop_on_leaving(demo: gr.Blocks, engine: Engine) -> None:

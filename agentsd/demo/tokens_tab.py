@@ -5,14 +5,14 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
+from ..techniques.feature_reuse import FeatureReuseConfig
 from ..token_maps import draw_map
 from ..utils.progress import Progress
 from .engine import Engine, TokensRun
 from .inputs import config_of, request_of
-from .tab_parts import GenerationButtons, show_warnings, with_messages
+from .tab_parts import GenerationButtons, with_messages, with_warnings
 
 
-_NO_TOKENS = "Nothing is merged at this step in this layer."
 _KEPT_SECONDS = 3600
 
 
@@ -39,17 +39,15 @@ def tokens_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
     def run(session: str, progress: Progress, *values: Any) -> list[Any]:
         request, config = request_of(values[: len(image)]), config_of(values[len(image) :])
         record = engine.tokens(session, request, config, progress)
-        show_warnings(record.warnings)
         layers = list(dict.fromkeys(name for name, _ in record.maps))
         first = layers[0] if layers else None
-        steps = 1 + max((at for _, at in record.maps), default=0)
         text, drawn = _drawn(record, 1, first)
         return [
             text,
             record,
             # A slider needs two values at least.
-            gr.update(value=1, maximum=max(steps, 2), interactive=steps > 1),
-            gr.update(choices=layers, value=first, interactive=True),
+            gr.update(value=1, maximum=max(record.steps, 2), interactive=record.steps > 1 and bool(layers)),
+            gr.update(choices=layers, value=first, interactive=bool(layers)),
             drawn,
         ]
 
@@ -70,5 +68,22 @@ def _drawn(record: TokensRun | None, step: int, layer: str | None) -> tuple[str,
         return "", None
     token_map = record.maps.get((layer or "", step - 1))
     if token_map is None:
-        return _NO_TOKENS, record.image
-    return f"Step {step}: {token_map.caption}.", draw_map(token_map, record.image)
+        return with_warnings(_why_nothing(record, step), record.warnings), record.image
+    return with_warnings(f"Step {step}: {token_map.caption}.", record.warnings), draw_map(token_map, record.image)
+
+
+def _why_nothing(record: TokensRun, step: int) -> str:
+    config, layers = record.report.config, record.report.rows
+    if record.maps:
+        text = f"Step {step}: nothing is merged in this layer."
+        if isinstance(config.reuse, FeatureReuseConfig):
+            text += f" With feature reuse, the deep part of the UNet runs in one step of {config.reuse.interval} only."
+        return text
+    most = max((row.tokens for row in layers if row.tokens is not None), default=0)
+    if most < config.min_tokens:
+        return (
+            f"Nothing is merged: no layer of this image has more than {most:,} tokens, and those of fewer than "
+            f'{config.min_tokens:,} are left alone. Draw a larger image, lower "Smallest layer", or choose the preset '
+            '"paper".'
+        )
+    return "Nothing is merged" + (": the ratio is 0." if config.ratio == 0 else " in any layer.")

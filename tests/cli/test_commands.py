@@ -108,6 +108,17 @@ def test_compare_shows_presets(model, tmp_path, options, presets):
     assert "Feature reuse" not in result.stderr
 
 
+def test_too_few_steps_for_feature_reuse_are_one_line(model, tmp_path):
+    """A newcomer tries few steps first: without a word, nothing would be faster."""
+    said = "Warning: Feature reuse is off in runs of fewer than 8 steps; this one has 2."
+    generate, compare = ["generate", "-o", tmp_path / "apple.png", "--preset", "fast"], ["compare", "-o", tmp_path]
+    for arguments in (generate, compare):
+        result = run(*arguments, PROMPT, "--model", model, "--steps", 2)
+        assert result.exit_code == 0, result.output
+        assert [line for line in result.stderr.splitlines() if "Feature reuse" in line] == [said]
+    assert json.loads((tmp_path / "comparison.json").read_text())["warnings"] == [said.removeprefix("Warning: ")]
+
+
 def test_generate_takes_a_preset_and_overrides(model, tmp_path):
     out, options = tmp_path / "apple.png", ["--preset", "fast", "--ratio", 0.2, "--reuse", 2, "--set", "min_tokens=0"]
     result = run("generate", PROMPT, "-m", model, "-o", out, "--steps", 8, "--seed", 3, *options)

@@ -136,7 +136,7 @@ def test_tokens_are_those_that_were_merged(engine, image_request):
     np.testing.assert_array_equal(
         np.asarray(drawn.image), draw(agentsd.apply_patch(tiny_sd(), ratio=0.5), image_request)
     )
-    assert drawn.warnings == []
+    assert (drawn.steps, drawn.warnings) == (3, [])
     rows = agentsd.report(agentsd.apply_patch(tiny_sd(), ratio=0.5), height=128, width=64).rows
     maps = drawn.maps
     assert {name for name, _ in maps} == {row.name for row in rows}
@@ -157,6 +157,19 @@ def test_a_black_image_is_no_result_anywhere(engine, image_request):
     assert "image with todo has values that are not finite" in todo.run.warnings[0]
 
 
+@pytest.mark.filterwarnings("error:Feature reuse")
+def test_too_few_steps_for_feature_reuse_are_a_warning_everywhere(engine, image_request):
+    """Of the page, which nobody sees who reads the terminal."""
+    said = ["Feature reuse is off in runs of fewer than 8 steps; this one has 3."]
+    config = agentsd.AgentSDConfig.preset("fast")
+    assert engine.compare("me", image_request, config, 1, ignore).warnings == said
+    assert engine.tokens("me", image_request, config, ignore).warnings == said
+    baseline, fast = engine.sweep("me", image_request, ["fast"], [0.4], ignore)
+    assert (baseline.run.warnings, fast.run.warnings) == ([], said)
+    long = replace(image_request, steps=8)
+    assert engine.compare("me", long, config, 0, ignore).warnings == []
+
+
 def test_a_sweep_draws_what_a_benchmark_draws(engine, image_request):
     """tomesd goes on with one generator: the warm-up must not change the image."""
     tome = engine.sweep("me", image_request, ["tomesd"], [0.5], ignore)[1]
@@ -172,8 +185,8 @@ def test_all_steps_of_the_scheduler_are_recorded(engine, image_request, monkeypa
         engine._pipes["tiny"], "scheduler", PNDMScheduler.from_config(tiny_sd().scheduler.config, skip_prk_steps=True)
     )
     steps = []
-    maps = engine.tokens("me", image_request, CONFIG, lambda *step: steps.append(step)).maps
-    assert {step for _, step in maps} == {0, 1, 2, 3}
+    drawn = engine.tokens("me", image_request, CONFIG, lambda *step: steps.append(step))
+    assert drawn.steps == 4 and {step for _, step in drawn.maps} == {0, 1, 2, 3}
     assert steps[-1] == ("with agentsd", 4, 4)
 
 
@@ -318,7 +331,7 @@ def test_what_suits_a_model(engine):
 def test_a_sweep_s_speed_up_is_the_baseline_s_time_over_own(engine, image_request):
     baseline, tome = engine.sweep("me", image_request, ["tomesd"], [0.5], ignore)
     assert baseline.speed_up.value == 1
-    ratio = baseline.run.time.seconds_per_step / tome.run.time.seconds_per_step
+    ratio = baseline.run.time.total / tome.run.time.total
     assert tome.speed_up.value == pytest.approx(ratio)
     assert str(tome.speed_up).endswith("×, timed once")
 

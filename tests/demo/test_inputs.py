@@ -1,8 +1,11 @@
 """What the controls of the web page ask for."""
 
-from agentsd import AgentSDConfig
-from agentsd.demo.inputs import config_of, request_of
+import pytest
+
+from agentsd import AgentSDConfig, FeatureReuseConfig
+from agentsd.demo.inputs import _PRESET_INFO, _filled_in, _named, config_of, request_of, values_of
 from agentsd.demo.requests import ImageRequest
+from agentsd.presets import PRESETS
 
 
 def test_a_request_is_made_of_the_controls():
@@ -11,16 +14,48 @@ def test_a_request_is_made_of_the_controls():
 
 
 def test_a_configuration_is_made_of_the_controls():
-    assert config_of([0.5, 0.2, 2, 0.1, 0.05, False, True, False]) == AgentSDConfig(
+    assert config_of([0.5, 0.2, 1024, 2, 0.1, 0.05, False, True, False, 3, 0, 1]) == AgentSDConfig(
         ratio=0.5,
         agent_until=0.2,
+        min_tokens=1024,
         max_downsample=2,
         k_scale2=0.1,
         k_shortcut=0.05,
         use_rand=False,
         merge_crossattn=True,
         merge_mlp=False,
+        reuse=FeatureReuseConfig(interval=3, order=0, branch=1),
     )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_it_is(name):
+    """And the controls, set to the same by hand, are called by its name."""
+    config = AgentSDConfig.preset(name)
+    _, *values = _filled_in(name, *values_of(AgentSDConfig()))
+    assert config_of(values) == config
+    assert _named(*values)["value"] == name
+    assert _filled_in(name)[0]["info"] == _named(*values)["info"] == _PRESET_INFO[name]
+
+
+def test_what_is_no_preset_is_custom():
+    ratio, *others = values_of(AgentSDConfig.preset("fast"))
+    values = [ratio / 2, *others]
+    assert _named(*values)["value"] == "custom"
+    assert config_of(values) == AgentSDConfig.preset("fast", ratio=ratio / 2)
+    assert _filled_in("custom", *values)[1:] == values, "nothing is filled in"
+
+
+def test_the_ends_of_the_agent_phase_are_one_phase_for_all_steps():
+    """So they hold with schedulers, too, whose timesteps are no positions in the noise range."""
+    ratio, _, *others = values_of(AgentSDConfig.preset("paper", ratio=0.2))
+    for end, name in ((0, "tome"), (1, "agent")):
+        assert config_of([ratio, end, *others]) == AgentSDConfig.preset(name, ratio=0.2)
+
+
+def test_an_interval_of_one_is_no_feature_reuse():
+    *others, _, order, branch = values_of(AgentSDConfig.preset("balanced"))
+    assert config_of([*others, 1, order, branch]) == AgentSDConfig.preset("balanced", reuse=None)
 
 
 def test_a_pipeline_is_called_with_the_request():

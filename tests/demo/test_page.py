@@ -19,7 +19,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from browser import open_tab, set_number, start_browser
+from browser import choose_preset, open_tab, set_number, start_browser
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
@@ -107,6 +107,7 @@ def is_running(page):
 
 def test_compare_shows_both_images_and_true_numbers(open_page):
     page = open_page()
+    choose_preset(page, "paper")
     page.get_by_label("Prompt", exact=True).fill("a red heart")
     set_number(page, "Steps", 3)
     numbers = compare(page)
@@ -216,7 +217,7 @@ def test_stopping_ends_what_runs_on_its_own_tab_only(open_page):
     [
         ("Compare", ["without agentsd", "with agentsd"]),
         ("Tokens", ["with agentsd"]),
-        ("Sweep", ["without agentsd", "with tomesd 0.4", "with agentsd 0.4"]),
+        ("Sweep", ["without agentsd", "with balanced 0.4", "with tomesd 0.4"]),
     ],
 )
 def test_a_image_that_is_none_is_a_warning_in_every_tab(open_page, engine, monkeypatch, tab, names):
@@ -225,8 +226,6 @@ def test_a_image_that_is_none_is_a_warning_in_every_tab(open_page, engine, monke
     page = open_page()
     set_number(page, "Steps", 1)
     open_tab(page, tab)
-    if tab == "Sweep":
-        page.get_by_label("Ratios").fill("0.4")
     page.locator(f"#{tab.lower()}-start").click()
     for name in names:
         expect(page.get_by_text(f"The image {name} has values that are not finite")).to_be_visible()
@@ -248,6 +247,7 @@ def test_a_prompt_that_is_too_long_is_a_warning_in_every_tab(open_page, tab):
 
 def test_tokens_shows_what_was_merged_at_each_step(open_page):
     page = open_page()
+    choose_preset(page, "paper")
     set_number(page, "Steps", 4)
     open_tab(page, "Tokens")
     page.locator("#tokens-start").click()
@@ -261,20 +261,36 @@ def test_tokens_shows_what_was_merged_at_each_step(open_page):
     expect(image).to_have_js_property("naturalWidth", 768)
 
 
+def test_tokens_says_why_there_are_none(open_page):
+    """With the preset that the page starts with, and an image that is too small for it."""
+    page = open_page()
+    set_number(page, "Steps", 8)
+    open_tab(page, "Tokens")
+    page.locator("#tokens-start").click()
+    expect(page.locator("#tokens-status")).to_contain_text("no layer of this image has more than 1,024 tokens")
+    expect(page.locator("#tokens-drawing img")).to_have_js_property("naturalWidth", 256)
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_sweep_compares_methods(open_page, width):
     page = open_page(width, height=3000)  # images are loaded where they can be seen
-    set_number(page, "Steps", 2)
+    set_number(page, "Steps", 8)
     open_tab(page, "Sweep")
+    methods = page.locator("#sweep-methods")
+    for name, is_checked in {"balanced": True, "fast": True, "tomesd": True, "agentsd": True, "todo": False}.items():
+        expect(methods.get_by_label(name, exact=True)).to_be_checked(checked=is_checked)
+    for name in ("fast", "tomesd"):
+        methods.get_by_label(name, exact=True).uncheck()
     page.get_by_label("Ratios").fill("0.3, 0.6")
     page.locator("#sweep-start").click()
     numbers = table(page, "sweep-numbers")
-    names = ["tomesd 0.3", "tomesd 0.6", "agentsd 0.3", "agentsd 0.6"]
+    names = ["balanced 0.3", "balanced 0.6", "agentsd 0.3", "agentsd 0.6"]
     assert list(numbers) == ["method", "baseline", *names]
-    assert numbers["method"][0] == "per step (timed once)"
+    assert numbers["method"][0] == "total (timed once)"
     assert numbers["baseline"][1:] == ["", "", ""]
     assert all(re.fullmatch(r"\d+\.\d\d×, timed once", numbers[name][1]) for name in names)
     assert number(numbers["agentsd 0.6"][2]) < number(numbers["agentsd 0.3"][2]) < 60
+    assert numbers["balanced 0.6"][2:] == numbers["balanced 0.3"][2:], "the layers are too small for it to merge in"
     gallery = page.locator("#sweep-gallery")
     for name in names:
         expect(gallery.get_by_text(re.compile(rf"{name}: .*×, timed once, .*dB"))).to_be_visible()
@@ -305,6 +321,7 @@ def test_sweep_compares_methods(open_page, width):
 def test_each_tab_shows_the_controls_that_it_uses(open_page, width):
     page = open_page(width)
     set_number(page, "Steps", 7)
+    page.get_by_role("button", name="Token merging").click()
     set_number(page, "Ratio", 0.7)
     page.get_by_label("Prompt", exact=True).fill("a red heart")
     image = [
@@ -324,12 +341,60 @@ def test_each_tab_shows_the_controls_that_it_uses(open_page, width):
         ("Compare", True, True),
     ):
         open_tab(page, name)
+        expect(page.locator("#preset")).to_be_visible(visible=has_patch)
         for labels, is_shown in ((image, has_image), (patch, has_patch)):
             for label in labels:
                 expect(page.get_by_label(label, exact=True)).to_be_visible(visible=is_shown)
     expect(page.get_by_label("number input for Steps", exact=True)).to_have_value("7")
     expect(page.get_by_label("number input for Ratio", exact=True)).to_have_value("0.7")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red heart")
+
+
+def test_a_preset_comes_first_and_shows_what_it_sets(open_page):
+    """What is shown is what runs; what is changed then is no preset any more."""
+    page = open_page()
+    preset = page.locator("#preset")
+    expect(preset.get_by_label("balanced", exact=True)).to_be_checked()
+    for name in ("Ratio", "Interval"):
+        expect(page.get_by_label(f"number input for {name}", exact=True)).to_be_hidden()
+    choose_preset(page, "fast")
+    for name in ("Token merging", "Feature reuse"):
+        page.get_by_role("button", name=name).click()
+    shown = {"Ratio": "0.4", "Agent phase": "1", "Smallest layer": "2048", "Interval": "3", "Branch": "0"}
+    for name, value in shown.items():
+        expect(page.get_by_label(f"number input for {name}", exact=True)).to_have_value(value)
+    expect(preset).to_contain_text("Agents at every step in large layers")
+    set_number(page, "Ratio", 0.2)
+    expect(preset.get_by_label("custom", exact=True)).to_be_checked()
+    expect(page.get_by_label("number input for Interval", exact=True)).to_have_value("3")
+    set_number(page, "Ratio", 0.4)
+    expect(preset.get_by_label("fast", exact=True)).to_be_checked()
+    page.get_by_label("Also merge in cross-attention").check()
+    expect(preset.get_by_label("custom", exact=True)).to_be_checked()
+
+
+def test_compare_runs_the_preset_that_is_chosen(open_page):
+    """Nobody has opened what is folded away."""
+    page = open_page()
+    choose_preset(page, "fast")
+    set_number(page, "Steps", 8)
+    numbers = compare(page)
+    assert 10 < number(numbers["PSNR"][1]) < 60
+    page.get_by_text("What was patched").click()
+    expect(page.locator("#compare-report")).to_contain_text("1 step of 3 runs the whole UNet")
+    expect(page.locator("#compare-report")).to_contain_text("fewer than `min_tokens=2048`")
+    expect(page.get_by_text("Feature reuse is off")).to_have_count(0)
+
+
+@pytest.mark.parametrize("tab", ["Compare", "Tokens", "Sweep"])
+def test_too_few_steps_for_feature_reuse_are_a_warning_in_every_tab(open_page, tab):
+    page = open_page()
+    set_number(page, "Steps", 2)
+    open_tab(page, tab)
+    page.locator(f"#{tab.lower()}-start").click()
+    status = page.locator(f"#{tab.lower()}-status")
+    expect(status).to_contain_text("Warning: Feature reuse is off in runs of fewer than 8 steps; this one has 2.")
+    assert status.inner_text().count("Feature reuse") == 1
 
 
 def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
@@ -385,6 +450,7 @@ def test_one_generation_runs_at_a_time(open_page):
     mine.locator("#compare-start").click()
     is_running(mine)
     set_number(yours, "Steps", 1)
+    choose_preset(yours, "paper")
     open_tab(yours, "Tokens")
     yours.locator("#tokens-start").click()
     expect(yours.get_by_text("queue: 1/1")).to_be_visible()
@@ -487,7 +553,7 @@ def test_the_queue_cannot_be_skipped(address):
 def test_programs_get_messages_too(address):
     client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
     asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
-    patch = [0.4, 0.4, 1, 0.3, 0.075, True, False, False]
+    patch = [0.4, 0.4, 0, 1, 0.3, 0.075, True, False, False, 1, 1, 0]
     status, images, *_ = client.predict(*asked, *patch, 0, api_name="/compare")
     assert "Speed-up per step" in status
     assert PIL.Image.open(images[0]).size == (256, 256)

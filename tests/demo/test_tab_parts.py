@@ -5,7 +5,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from agentsd.demo.tab_parts import markdown_table, show_warnings, with_messages
+from agentsd.demo.tab_parts import markdown_table, with_messages, with_warnings
 
 
 def test_the_page_does_not_show_paths_of_the_server():
@@ -14,12 +14,11 @@ def test_the_page_does_not_show_paths_of_the_server():
     assert "secret" not in shown.value.message
 
 
-def test_a_warning_is_shown_once_and_as_text(monkeypatch):
+def test_a_status_has_each_warning_once_and_as_text():
     """It may repeat a prompt, which must not become part of the page."""
-    shown = []
-    monkeypatch.setattr(gr, "Warning", shown.append)
-    show_warnings(['left out: "<b>red</b> & blue"', "another", "another"])
-    assert shown == ['left out: "&lt;b&gt;red&lt;/b&gt; &amp; blue"', "another"]
+    assert with_warnings("5 runs.", []) == "5 runs."
+    assert with_warnings("5 runs.", ["a", "b", "a"]) == "5 runs.\n\n**Warning:** a\n\n**Warning:** b"
+    assert with_warnings("", ['left out: "<b>red</b> & blue"']).endswith('"&lt;b&gt;red&lt;/b&gt; &amp; blue"')
 
 
 def test_tables_have_text_first_and_then_numbers():
