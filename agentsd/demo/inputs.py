@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import gradio as gr
 
-from ..config import AgentSDConfig
+from ..config import AgentSDConfig, LatePhase
 from ..presets import PRESETS, PresetName
 from ..techniques.feature_reuse import FeatureReuseConfig
 from .engine import Engine
@@ -20,7 +20,7 @@ _PRESET: PresetName = "balanced"
 # Values that are no preset's.
 _CUSTOM = "custom"
 _PRESET_INFO = {
-    "balanced": "Agents, later token merging, in large layers; the deep part of the UNet only at every second step",
+    "balanced": "Agents, later fewer keys, in large layers; the deep part of the UNet only at every second step",
     "fast": "Agents at every step in large layers; the deep part of the UNet only at every third step",
     "paper": "Agents while the image is mostly noise, later token merging",
     "agent": "Agents at every step",
@@ -29,11 +29,17 @@ _PRESET_INFO = {
 }
 # Fields of a configuration, in the order of their controls.
 _FIELDS = (
-    *("ratio", "agent_until", "min_tokens", "max_downsample", "k_scale2", "k_shortcut"),
+    *("ratio", "agent_until", "late_phase", "min_tokens", "max_downsample", "k_scale2", "k_shortcut"),
     *("use_rand", "merge_crossattn", "merge_mlp"),
 )
 # What the ends of the agent phase's slider are: one phase for all steps, whatever the scheduler's timesteps mean.
 _SINGLE_PHASES = {0: PRESETS["tome"], 1: PRESETS["agent"]}
+_LATE_PHASES: list[tuple[str, LatePhase]] = [
+    ("Token merging", "tome"),
+    ("Keys and values: means of 2×2 cells", "kv-mean"),
+    ("Keys and values: one token of each 2×2 cell (ToDo)", "kv-nearest"),
+    ("Keys and values: merged", "kv-merged"),
+]
 
 
 def prompt_inputs(engine: Engine) -> list[gr.components.Component]:
@@ -84,7 +90,7 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
 def patch_inputs() -> list[gr.components.Component]:
     """What the patch is made of, for [`config_of`], under a preset that fills it in."""
     values = values_of(AgentSDConfig.preset(_PRESET))
-    ratio, share, smallest, levels, exponent, shortcut, is_random, cross, mlp, interval, order, branch = values
+    ratio, share, late, smallest, levels, exponent, shortcut, is_random, cross, mlp, interval, order, branch = values
     preset = gr.Radio([*_PRESET_INFO], value=_PRESET, label="Preset", info=_PRESET_INFO[_PRESET], elem_id="preset")
     with gr.Accordion("Token merging and agent attention", open=False):
         attention = [
@@ -95,9 +101,9 @@ def patch_inputs() -> list[gr.components.Component]:
                 value=share,
                 step=0.05,
                 label="Agent phase",
-                info="Share of the noise range, from its noisy end, that uses agents, 1 at every step; the rest only "
-                "merges tokens",
+                info="Share of the noise range, from its noisy end, that uses agents, 1 at every step",
             ),
+            gr.Dropdown(_LATE_PHASES, value=late, label="Late phase", info="What runs in the rest of the noise range"),
             gr.Slider(
                 0,
                 16384,
@@ -181,8 +187,10 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
     """The patch that the values of [`patch_inputs`] ask for."""
     *of_attention, interval, order, branch = values
     fields = dict(zip(_FIELDS, of_attention, strict=True))
-    if fields["agent_until"] in _SINGLE_PHASES:
-        fields |= _SINGLE_PHASES[fields.pop("agent_until")]
+    end = fields["agent_until"]
+    if end == 1 or (end == 0 and fields["late_phase"] == "tome"):
+        del fields["agent_until"], fields["late_phase"]
+        fields |= _SINGLE_PHASES[end]
     reuse = None if interval == 1 else FeatureReuseConfig(interval, order, branch)
     return AgentSDConfig(**fields, reuse=reuse)
 
@@ -192,5 +200,6 @@ def values_of(config: AgentSDConfig) -> list[Any]:
     fields = config.to_dict()
     if not config.is_scheduled:
         fields["agent_until"] = next(at for at, phase in _SINGLE_PHASES.items() if phase.items() <= fields.items())
+        fields["late_phase"] = "tome"
     reuse = config.reuse if isinstance(config.reuse, FeatureReuseConfig) else FeatureReuseConfig(interval=1)
     return [*(fields[name] for name in _FIELDS), reuse.interval, reuse.order, reuse.branch]

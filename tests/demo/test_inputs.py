@@ -14,9 +14,10 @@ def test_a_request_is_made_of_the_controls():
 
 
 def test_a_configuration_is_made_of_the_controls():
-    assert config_of([0.5, 0.2, 1024, 2, 0.1, 0.05, False, True, False, 3, 0, 1]) == AgentSDConfig(
+    assert config_of([0.5, 0.2, "kv-merged", 1024, 2, 0.1, 0.05, False, True, False, 3, 0, 1]) == AgentSDConfig(
         ratio=0.5,
         agent_until=0.2,
+        late_phase="kv-merged",
         min_tokens=1024,
         max_downsample=2,
         k_scale2=0.1,
@@ -51,6 +52,9 @@ def test_the_ends_of_the_agent_phase_are_one_phase_for_all_steps():
     ratio, _, *others = values_of(AgentSDConfig.preset("paper", ratio=0.2))
     for end, name in ((0, "tome"), (1, "agent")):
         assert config_of([ratio, end, *others]) == AgentSDConfig.preset(name, ratio=0.2)
+    _, *others = others
+    assert config_of([ratio, 0, "kv-mean", *others]) == AgentSDConfig(ratio=0.2, agent_until=0, late_phase="kv-mean")
+    assert config_of([ratio, 1, "kv-mean", *others]) == AgentSDConfig.preset("agent", ratio=0.2)
 
 
 def test_an_interval_of_one_is_no_feature_reuse():
