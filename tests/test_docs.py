@@ -35,14 +35,14 @@ DOCUMENTS = {
 }
 README, BENCHMARKS = DOCUMENTS["README.md"], DOCUMENTS["docs/benchmarks.md"]
 LINKING = [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "apps/README.md", "agentsd/assets/emoji/README.md"]
-RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in ("cpu", "shapes", "quality", "paper")}
+RECORDED = ("shapes", "shapes-sdxl", "quality-ddim", "quality-dpmpp", "quality-euler-a", "cpu", "quality", "paper")
+RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in RECORDED}
 # The rows of the README's table: results, height in pixels, methods.
 SUMMARY = [
-    ("cpu", 512, ("agentsd", "tomesd", "attention-free")),
-    ("cpu", 768, ("agentsd", "tomesd", "attention-free")),
-    ("shapes", 512, ("agentsd", "todo")),
-    ("shapes", 768, ("agentsd", "todo")),
-    ("quality", 256, ("agentsd", "tomesd", "todo", "deepcache")),
+    ("shapes", 512, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
+    ("shapes", 768, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
+    ("shapes-sdxl", 512, ("balanced", "fast", "deepcache")),
+    ("quality-ddim", 256, ("balanced", "fast", "deepcache-2", "deepcache", "fewer-steps-60%", "fewer-steps-40%")),
 ]
 LONG = re.compile("--suite (cpu|shapes|paper)|--prompts 64")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
@@ -148,7 +148,7 @@ def test_the_table_of_the_readme_is_the_recorded_one():
 
 
 def summary_row(row, machine) -> str:
-    model = "SD 1.5" if row.model == "sd15" else row.model
+    model = {"sd15": "SD 1.5", "sdxl": "SDXL"}.get(row.model, row.model)
     value, low, high = row.of_baseline
     fidelity = [f"{row.quality[key][0]:{form}}" if key in row.quality else "–" for key, form in FIDELITY.items()]
     assert machine["threads"] == 2  # as the text says
