@@ -1,5 +1,6 @@
 """Patching a pipeline or model in place, and undoing it."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -7,9 +8,11 @@ from typing import Any, TypeVar
 import torch
 
 from .config import AgentSDConfig
+from .models.other_packages import HIDIFFUSION, PACKAGES, TOMESD, package_in_block
 from .models.unet import attended_models, find_layers, plain_name, unsupported_reason
 from .presets import PresetName
 from .runtime.checks import shown
+from .runtime.fallbacks import message, remedy
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
 from .runtime.state import LayerState
 from .runtime.steps import Clock
@@ -35,8 +38,8 @@ def apply_patch(
     A patch that is already there is replaced; an attention backend set on its layers stays. If the call fails, nothing
     has changed.
 
-    Only one thread at a time may run a patched model, whichever pipelines share it: the state of a call is kept on the
-    model, so two calls at once would merge by each other's tokens, without an error.
+    Pipelines that share a patched model may run in several threads. Only if it is compiled, calls at the same time are
+    an error.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`):
@@ -56,7 +59,7 @@ def apply_patch(
 
     Raises:
         TypeError: If the object cannot be patched, an option is unknown or has the wrong type.
-        ValueError: If an option is out of range, or no layer is left to patch.
+        ValueError: If an option is out of range, no layer is left to patch, or another package does the same there.
 
     Examples:
 
@@ -71,7 +74,10 @@ def apply_patch(
     ```
     """
     options |= {"preset": preset, "config": config, "filter_fn": filter_fn}
-    replace_patches(plan_patch(pipe_or_unet, ratio, **options))
+    planned = plan_patch(pipe_or_unet, ratio, **options)
+    for _, patch in planned:
+        _warn_of_other_packages(patch)
+    replace_patches(planned)
     return pipe_or_unet
 
 
@@ -280,7 +286,12 @@ def _plan_model(
             continue
         if filter_fn is not None and not filter_fn(layer.name, layer.attn):
             continue
+        package = package_in_block(layer.block)
+        if package is TOMESD and clock.merges:
+            raise ValueError(f"{package.does} ({plain_name(layer.name)}). {package.remedy}")
         reason = unsupported_reason(layer.attn, original_processor(layer.attn))
+        if package is HIDIFFUSION:
+            reason = package.does
         if reason is not None:
             patch.skipped.append((layer, reason))
             continue
@@ -292,17 +303,22 @@ def _plan_model(
     return patch
 
 
+def _warn_of_other_packages(patch: ModelPatch) -> None:
+    for package in PACKAGES:
+        names = [plain_name(layer.name) for layer, reason in patch.skipped if reason == package.does]
+        if names and patch.clock.merges:
+            warnings.warn(message(names, package.does), stacklevel=3)
+
+
 def _no_layer_message(model: torch.nn.Module, patch: ModelPatch) -> str:
     kind = type(model).__name__
     if patch.skipped:
         layer, reason = patch.skipped[0]
-        return f"No self-attention of {kind} can be patched: {plain_name(layer.name)} is left out because {reason}."
+        return (
+            f"No self-attention of {kind} can be patched: {plain_name(layer.name)} is left out because {reason}. "
+            f"{remedy(reason)}"
+        ).rstrip()
     if not find_layers(model):
-        if isinstance(model, torch.nn.DataParallel):
-            return (
-                "DataParallel runs copies of a model in several threads, whose calls a patch cannot tell apart. Use "
-                "DistributedDataParallel, with one process per GPU, and patch the model inside."
-            )
         inner = next((name for name, module in model.named_modules() if find_layers(module)), None)
         if inner is not None:
             return f"{kind} wraps the model that agentsd can patch: patch its `{inner}`, before or after wrapping."

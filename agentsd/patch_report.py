@@ -9,7 +9,8 @@ from .config import AgentSDConfig
 from .models.unet import AttentionLayer, plain_name
 from .operations import expected_speedup
 from .patch import patchable_models
-from .runtime.install import ModelPatch, patch_of
+from .runtime.fallbacks import TOO_SMALL
+from .runtime.install import ModelPatch, patch_of, replaced_reason
 from .runtime.steps import Phase
 from .techniques.feature_reuse import FeatureReuseConfig
 
@@ -58,7 +59,11 @@ class LayerReport:
         skipped (`str`, *optional*): Why the layer is left alone.
         tokens (`int`, *optional*): Tokens, if the size is known.
         attention_flops (`int`, *optional*): Operations of the unpatched attention products, for one sample.
-        phases (`dict[str, PhaseReport]`): By phase name, if the size is known and the layer is patched.
+        phases (`dict[str, PhaseReport]`):
+            By phase name, if the size is known and the layer is patched: what runs, unless `fallbacks` says otherwise.
+        fallbacks (`dict[str, str]`):
+            Why parts of the block ran without agentsd when they last ran, or will: `"attn1"` (the self-attention),
+            `"attn2"` and `"ff"`.
     """
 
     model: str
@@ -70,17 +75,19 @@ class LayerReport:
     tokens: int | None = None
     attention_flops: int | None = None
     phases: dict[str, PhaseReport] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PatchReport:
     """
-    What a patch does. Printing it gives a table.
+    What a patch does and, after a run, where it did not. Printing it gives a table.
 
     Args:
         config (`AgentSDConfig`): The configuration of the patch: the UNet's, if its ControlNets have others.
         rows (`list[LayerReport]`): One row per layer.
-        reuse (`str`, *optional*): With feature reuse, which steps are full, and what runs in the others.
+        reuse (`str`, *optional*):
+            With feature reuse, which steps are full, what runs in the others, and how many were full in the last run.
         expected_speedup (`float`, *optional*):
             By how much the UNet's matrix products and convolutions get fewer over a long run, if the size is known:
             more than what is measured, since merging and the like take time too.
@@ -124,8 +131,14 @@ class PatchReport:
             layer = [f"{row.model}.{row.name}", row.level, row.channels, row.heads, _or_dash(row.tokens)]
             if row.skipped is not None:
                 lines.append([*map(str, layer), f"skipped: {row.skipped}"])
-            for name in (row.phases or [phase.name for phase in self.config.phases]) if row.skipped is None else ():
-                lines.append([*map(str, layer), name, *_phase_cells(row, row.phases.get(name))])
+                continue
+            for name in row.phases or [phase.name for phase in self.config.phases]:
+                # All phases of self-attention give way to one line.
+                if "attn1" not in row.fallbacks:
+                    lines.append([*map(str, layer), name, *_phase_cells(row, row.phases.get(name))])
+                    layer = [""] * len(layer)
+            for part, reason in row.fallbacks.items():
+                lines.append([*map(str, layer), f"{part} runs without agentsd: {reason}"])
                 layer = [""] * len(layer)
         # The last cell of a line that is shorter reaches over all that are left.
         columns = len(lines[0])
@@ -139,7 +152,7 @@ class PatchReport:
 
 def report(pipe_or_unet: Any, height: int | None = None, width: int | None = None) -> PatchReport:
     """
-    Report what the patch of a pipeline or model does to each layer.
+    Report what the patch of a pipeline or model does to each layer and, after a run, where it did not run.
 
     Args:
         pipe_or_unet (`DiffusionPipeline` or `UNet2DConditionModel`): A patched pipeline or model.
@@ -191,8 +204,8 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
 def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
     """Height and width of the latents in the last run, if there was one."""
     for layer, state in patch.layers:
-        if state.size is not None:
-            height, width = state.size
+        if state.last_size is not None:
+            height, width = state.last_size
             return height * 2**layer.depth, width * 2**layer.depth
     return None
 
@@ -203,6 +216,8 @@ def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:
     config = patch.config.reuse
     if config.interval == 1:
         return "feature reuse: every step runs the whole UNet"
+    calls, full_calls = patch.reuse[1].last_run
+    last = f"; the whole UNet ran in {full_calls} of the {calls} calls of the last run" if calls else ""
     skipped = {inner for module in patch.reuse[0] for inner in module.modules()}
     # The largest modules of which nothing is skipped.
     running: list[str] = []
@@ -218,7 +233,7 @@ def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:
     done = "forecast" if config.order else "repeated"
     return (
         f"feature reuse: 1 step of {config.interval} runs the whole UNet, the first one included; the others run "
-        f"{', '.join(running)}, and what these read of the rest is {done}"
+        f"{', '.join(running)}, and what these read of the rest is {done}{last}"
     )
 
 
@@ -229,8 +244,13 @@ def _model_rows(model: str, patch: ModelPatch, latent_size: tuple[int, int] | No
         size = _layer_size(layer, latent_size)
         rows[layer.number] = row if size is None else _with_size(row, size)
     for layer, state in patch.layers:
-        row = _row(model, layer, None)
-        size = _layer_size(layer, latent_size) or state.size
+        # What sizes do can be told from the numbers of tokens.
+        fallbacks = {part: reason for part, reason in state.fallbacks if reason != TOO_SMALL}
+        replaced = replaced_reason(layer)
+        if replaced is not None:
+            fallbacks["attn1"] = replaced
+        row = replace(_row(model, layer, None), fallbacks=fallbacks)
+        size = _layer_size(layer, latent_size) or state.last_size
         if size is not None and size[0] * size[1] < patch.config.min_tokens:
             reason = f"it has {size[0] * size[1]} tokens, fewer than `min_tokens={patch.config.min_tokens}`"
             row = replace(_with_size(row, size), skipped=reason)

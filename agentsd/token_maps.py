@@ -98,12 +98,13 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
 
     def record(layer: AttentionLayer, state: LayerState) -> Callable[..., None]:
         def after(block: Any, args: tuple[Any, ...], output: Any) -> None:
-            if not state.parts or state.size is None:
+            call = state.call
+            if not call.parts or call.size is None:
                 return
             # The last sample's part: of samples in several phases, each phase has its own.
-            part = max(state.parts, key=lambda part: 0 if part.rows is None else int(part.rows[-1]))
+            part = max(call.parts, key=lambda part: 0 if part.rows is None else int(part.rows[-1]))
             if part.merging is not None:
-                maps[layer.name, step] = map_of(part, state.size)
+                maps[layer.name, step] = map_of(part, call.size)
 
         return after
 

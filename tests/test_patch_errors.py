@@ -35,6 +35,11 @@ def test_transformer_models_are_not_supported_yet(build):
         agentsd.apply_patch(pipe.transformer)
 
 
+def test_a_model_in_data_parallel_is_named(unet):
+    with pytest.raises(ValueError, match=r"DataParallel wraps .* patch its `module`"):
+        agentsd.apply_patch(torch.nn.DataParallel(unet))
+
+
 def test_a_wrapped_model_is_named(unet):
     wrapped = get_peft_model(unet, LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"PeftModel wraps .* patch its `base_model\.model`"):
@@ -49,11 +54,6 @@ def test_a_patch_inside_a_wrapper_is_not_overlooked(unet, call):
     with pytest.raises(ValueError, match="Sequential wraps a patched model: pass its `0` instead"):
         call(wrapped)
     assert agentsd.is_patched(unet)
-
-
-def test_a_model_that_runs_in_threads_is_refused(unet):
-    with pytest.raises(ValueError, match="Use DistributedDataParallel"):
-        agentsd.apply_patch(torch.nn.DataParallel(unet))
 
 
 def test_a_model_without_matching_layers_is_an_error():

@@ -12,6 +12,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from .other_packages import package_of_processor
+
 
 # Where `torch.compile` and AnimateDiff's split inference keep the module that they wrap.
 _WRAPPERS = re.compile(r"\.(?:_orig_mod|module)(?=\.)")
@@ -133,6 +135,9 @@ def inner_hooks(module: torch.nn.Module) -> list[Any]:
 
 def unsupported_reason(attn: Attention, processor: Any) -> str | None:
     """Why a self-attention layer with this processor has to be left alone; `None` if it can be patched."""
+    package = package_of_processor(processor)
+    if package is not None:
+        return package.does
     if type(processor).__name__ not in _STANDARD_PROCESSORS:
         return f"its processor {type(processor).__name__} does more than plain attention"
     if any(getattr(attn, part, None) is not None for part in ("group_norm", "spatial_norm", "norm_q", "norm_k")):

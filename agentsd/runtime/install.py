@@ -8,23 +8,35 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.hooks import RemovableHandle
 
-from ..models.unet import AttentionLayer, plain_name
+from ..models.unet import AttentionLayer, plain_name, unwrap
 from ..ops.merging import mix_key
+from .fallbacks import REPLACED, message, replaced_by
 from .processor import AgentAttnProcessor
 from .resets import listen_to_resets, stop_listening
 from .state import LayerState
 from .steps import Clock, StepContext
+from .threads import CallsInThreads
 from .tracing import outside_graphs, refuse_tracing
 
 
 class ModelTechnique(Protocol):
     """The role of a technique by which whole modules are skipped in some calls of a model."""
 
+    # Of the last image, how many calls there were, and in how many everything ran.
+    last_run: tuple[int, int]
+
     def install(self, modules: list[torch.nn.Module]) -> None:
         """Make modules skippable."""
 
     def uninstall(self, modules: list[torch.nn.Module]) -> None:
         """Undo it."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code has run any of them."""
+
+    def check(self, modules: list[torch.nn.Module]) -> None:
+        """Refuse what has been put into the model since and does the same."""
 
     def begin_call(self, timestep: torch.Tensor | float, values: list[float], sample: torch.Tensor) -> None:
         """A call of the model begins."""
@@ -63,40 +75,58 @@ class ModelPatch:
         self.layers = layers
         self.skipped = skipped
         self.reuse = reuse
+        self.threads = CallsInThreads()
         self.handles: list[RemovableHandle] = []
         self.warned: set[str] = set()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code has run any layer of the model."""
+        is_reuse_compiled = self.reuse is not None and self.reuse[1].is_compiled
+        return is_reuse_compiled or any(state.calls.is_compiled for _, state in self.layers)
 
     # The timestep is read on the host: a compiled model is told only the phase, so that it has one graph a phase.
     @outside_graphs
     def before_model(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the clock of the step that begins."""
         refuse_tracing(model)
+        if self.reuse is not None:
+            if getattr(model, "_is_replica", False):
+                raise RuntimeError(
+                    "Feature reuse does not run in the copies that DataParallel makes of a model. Use "
+                    "DistributedDataParallel, with one process per GPU, or leave out `reuse`."
+                )
+            self.reuse[1].check([model, *self.reuse[0]])
+        self.threads.begin(self.is_compiled)
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         timesteps = self.clock.begin_step(timestep, sample.device)
+        for _, state in self.layers:
+            state.calls.share()
         if self.reuse is not None:
             self.reuse[1].begin_call(timestep, timesteps, sample)
-        self._warn_if_replaced()
+        for layer, state in self.layers:
+            state.fallbacks.attn1 = replaced_reason(layer) or state.fallbacks.attn1
         self._warn_if_unreadable(timesteps)
 
     @torch.compiler.disable
     def after_model(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Tell what skips modules that the call has ended."""
+        """The call has ended."""
+        self.clock.end_step()
         if self.reuse is not None:
             self.reuse[1].end_call()
+        # There is no output after an exception.
+        self.threads.end(self.is_compiled and output is not None)
+        self._warn_of_fallbacks()
 
-    def _warn_if_replaced(self) -> None:
-        if "replaced" in self.warned:
-            return
-        processors = [layer.attn.processor for layer, _ in self.layers]
-        replaced = {type(processor) for processor in processors if not isinstance(processor, AgentAttnProcessor)}
-        if replaced:
-            names = ", ".join(sorted(kind.__name__ for kind in replaced))
-            self._warn_once(
-                "replaced",
-                f"The attention processors of patched layers were replaced by {names}: those layers now run without "
-                "agentsd. Undo what replaced them, or call `agentsd.apply_patch` again afterwards.",
-            )
+    def _warn_of_fallbacks(self) -> None:
+        names: dict[str, list[str]] = {}
+        for layer, state in self.layers:
+            state.fallbacks.find_causes(layer.block)
+            for part, reason in state.fallbacks:
+                names.setdefault(reason, []).append(plain_name(layer.name).removesuffix("attn1") + part)
+        for reason in names:
+            self._warn_once(reason, message(names[reason], reason))
 
     def _warn_if_unreadable(self, timesteps: list[float]) -> None:
         phases = self.clock.phases
@@ -135,39 +165,46 @@ class LayerHooks:
     def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the step, and height and width, which the blocks inside no longer see."""
         refuse_tracing(transformer)  # which may be all that is traced of the model
-        state = self.state
+        state, call = self.state, self.state.call
         height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-        state.size, state.step = (height, width), state.clock.step
+        call.size, call.step = (height, width), state.clock.step
+        state.last_size = call.size
         # Here and not in the block, for blocks that differ in a number would each be compiled on their own.
-        state.key = None if state.step.key is None else mix_key(state.step.key, state.seed)
+        call.key = None if call.step.key is None else mix_key(call.step.key, state.seed)
+        if not (torch.compiler.is_compiling() or state.clock.is_running):
+            state.clock.warn_outside_call()
         if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
             return None
         # Those of the transformer's other blocks are in it already, and empty but for their steps.
         given = kwargs.get("cross_attention_kwargs")
         carried = StepKwargs({} if given is None else given)
-        carried.steps = {**getattr(given, "steps", {}), state: (state.size, state.step, state.key)}
+        carried.steps = {**getattr(given, "steps", {}), state: (call.size, call.step, call.key)}
         return args, {**kwargs, "cross_attention_kwargs": carried}
 
     def before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the metric: the block's input before its normalisation."""
-        state = self.state
-        state.leave_block()
+        state, call = self.state, self.state.call
+        call.leave_block()
         # Checkpointing passes them by position.
         carried = args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")
         if isinstance(carried, StepKwargs):
-            state.size, state.step, state.key = carried.steps[state]
+            call.size, call.step, call.key = carried.steps[state]
+        elif not torch.compiler.is_compiling() and state.clock.is_elsewhere:
+            last = state.calls.shared
+            call.size, call.step, call.key = last.size, last.step, last.key
         # Where something has replaced the processor, the whole block is as without agentsd.
         if not isinstance(block.attn1.processor, AgentAttnProcessor):
+            call.is_replaced = True
             return None
         x = args[0] if args else kwargs["hidden_states"]
         # Behind a convolution the tokens are a transposed view, which each use in the block would copy once more. A
         # compiled block reads it in place, and would need one more graph for another layout.
-        state.metric = x if torch.compiler.is_compiling() else x.contiguous()
-        return ((state.metric, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state.metric})
+        call.metric = x if torch.compiler.is_compiling() else x.contiguous()
+        return ((call.metric, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": call.metric})
 
     def after_block(self, block: torch.nn.Module, args: tuple, output: Any) -> None:
         """Let go of the activations."""
-        self.state.leave_block()
+        self.state.call.leave_block()
 
 
 def patch_of(model: torch.nn.Module) -> ModelPatch | None:
@@ -182,6 +219,14 @@ def original_processor(attn: Any) -> Any:
         # Without its state, it is one that somebody kept and put back after the patch was removed.
         return AttnProcessor2_0() if state is None else state.original
     return attn.processor
+
+
+def replaced_reason(layer: AttentionLayer) -> str | None:
+    """Why a patched layer runs without agentsd if its processor, or the whole of it, is another's by now."""
+    attn = unwrap(layer.block.attn1)
+    if attn is not layer.attn:
+        return REPLACED
+    return None if isinstance(attn.processor, AgentAttnProcessor) else replaced_by(attn.processor)
 
 
 def replace_patches(wanted: list[tuple[torch.nn.Module, ModelPatch]]) -> None:
@@ -204,8 +249,8 @@ def install(model: torch.nn.Module, patch: ModelPatch, processors: list[Any]) ->
     """Hook a patch into its model, and give its layers their processors."""
     model.agentsd_patch = patch  # type: ignore[assignment]
     patch.handles.append(model.register_forward_pre_hook(patch.before_model, with_kwargs=True))
+    patch.handles.append(model.register_forward_hook(patch.after_model, always_call=True))
     if patch.reuse is not None:
-        patch.handles.append(model.register_forward_hook(patch.after_model, always_call=True))
         modules, technique = patch.reuse
         technique.install(modules)
         listen_to_resets(model, technique.reset)

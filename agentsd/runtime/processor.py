@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from ..models.unet import inner_hooks
 from ..ops.agent_attention import Attend
 from ..ops.merging import merge_tokens, unmerge_tokens
+from .fallbacks import MASK, OTHER_KEYS, PERTURBED
 from .state import LayerState, Part, join
 
 
@@ -64,9 +65,10 @@ class AgentAttnProcessor:
         """
         state: LayerState | None = getattr(attn, "agentsd_layer", None)
         original = AttnProcessor2_0() if state is None else state.original
-        is_plain = encoder_hidden_states is None and attention_mask is None and not _is_perturbed(attn)
-        parts = state.parts_of(hidden_states) if state is not None and is_plain else None
-        if state is None or parts is None or not any(part.phase.reduces_attention for part in parts):
+        parts = None
+        if state is not None:
+            parts, state.fallbacks.attn1 = _parts(attn, state, hidden_states, encoder_hidden_states, attention_mask)
+        if state is None or parts is None:
             # Sliced attention knows no `temb`, which no transformer block passes to its self-attention.
             more = () if temb is None else (temb,)
             return original(attn, hidden_states, encoder_hidden_states, attention_mask, *more)
@@ -92,6 +94,25 @@ class AgentAttnProcessor:
                 *operands, scale=scale, backend=self._attention_backend, parallel_config=self._parallel_config
             )
         return out.transpose(1, 2).to(dtype)
+
+
+def _parts(
+    attn: Attention,
+    state: LayerState,
+    x: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> tuple[list[Part] | None, str | None]:
+    """What to merge in a layer's input; if nothing, the reason, unless that is as configured."""
+    if not state.reduces_attention:
+        return None, None
+    if attention_mask is not None:
+        return None, MASK
+    if encoder_hidden_states is not None:
+        return None, OTHER_KEYS
+    if _is_perturbed(attn):
+        return None, PERTURBED
+    return state.parts_of(x)
 
 
 def _attend(attn: Attention, x: torch.Tensor, part: Part, softmax: Attend) -> torch.Tensor:

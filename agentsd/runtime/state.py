@@ -1,6 +1,6 @@
 """The state of a patched layer: what was there before and, while its block runs, what is merged there."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from ..ops.merging import (
     plan_merging,
     random_members,
 )
-from .steps import Clock, Keys, Match, Phase
+from .fallbacks import CHANGED_TOKENS, OUTSIDE_BLOCK, OUTSIDE_MODEL, REPLACED, TOO_SMALL, Fallbacks
+from .steps import Clock, Keys, Match, Phase, StepContext
+from .threads import PerThread
 
 
 @dataclass
@@ -56,6 +58,35 @@ def join(outputs: list[torch.Tensor], parts: list[Part]) -> torch.Tensor:
     return torch.cat(outputs)[order.argsort()]
 
 
+@dataclass
+class LayerCall:
+    """
+    What a layer knows of the call that runs in one thread.
+
+    Args:
+        step (`StepContext`): While the model runs: the step.
+        size (`tuple[int, int]`, *optional*): Height and width in tokens.
+        key (`torch.Tensor`, *optional*): The layer's own key, for its random choices.
+        metric (`torch.Tensor` of shape `(batch, tokens, channels)`, *optional*): While the block runs: its input.
+        parts (`list[Part]`, *optional*): What is merged in it.
+        is_replaced (`bool`): Whether it runs without agentsd, since its attention is another's.
+        entered (`list[Part]`, *optional*): While cross-attention or feed-forward runs: what was merged before it.
+    """
+
+    step: StepContext = StepContext(())
+    size: tuple[int, int] | None = None
+    key: torch.Tensor | None = None
+    metric: torch.Tensor | None = None
+    parts: list[Part] | None = None
+    is_replaced: bool = False
+    entered: list[Part] | None = None
+
+    def leave_block(self) -> None:
+        """Let go of the activations."""
+        self.metric = self.parts = None
+        self.is_replaced = False
+
+
 class LayerState:
     """
     The one object of a patched self-attention layer.
@@ -79,23 +110,22 @@ class LayerState:
         self.min_tokens = min_tokens
         self.in_fp32 = in_fp32
         self.handles: list[RemovableHandle] = []
-        # While the model runs: the step, the height and width, and the mixed key.
-        self.step = clock.step
-        self.size: tuple[int, int] | None = None
-        self.key: torch.Tensor | None = None
-        # While the block runs: its input, and what is merged in it.
-        self.metric: torch.Tensor | None = None
-        self.parts: list[Part] | None = None
+        self.calls = PerThread(LayerCall)
+        # For reports: of the last call in any thread, the height and width, and why the layer ran without agentsd.
+        self.last_size: tuple[int, int] | None = None
+        self.fallbacks = Fallbacks()
 
-    def __getstate__(self) -> dict[str, Any]:
-        step = replace(self.step, key=None)
-        return {**self.__dict__, "step": step, "key": None, "metric": None, "parts": None}
+    @property
+    def call(self) -> LayerCall:
+        """The call that this thread runs."""
+        return self.calls.get()
 
-    def leave_block(self) -> None:
-        """Let go of the activations."""
-        self.metric = self.parts = None
+    @property
+    def reduces_attention(self) -> bool:
+        """Whether self-attention is to be on fewer tokens, and not only the layers after it."""
+        return any(phase.reduces_attention for phase in self.clock.phases)
 
-    def parts_of(self, x: torch.Tensor) -> list[Part] | None:
+    def parts_of(self, x: torch.Tensor) -> tuple[list[Part] | None, str | None]:
         """
         What to do with the tokens of `x`, decided once a block.
 
@@ -103,20 +133,31 @@ class LayerState:
             x (`torch.Tensor` of shape `(batch, tokens, channels)`): The input of a layer in the block.
 
         Returns:
-            `list[Part]`, *optional*: One part for each phase in the batch, or `None` if all are left alone.
+            `tuple[list[Part] | None, str | None]`: One part for each phase in the batch, or `None` if all are left
+            alone; then the reason, unless that is as configured.
         """
-        if self.metric is None or self.size is None or self.key is None or x.shape[:2] != self.metric.shape[:2]:
-            return None
-        if x.shape[1] != self.size[0] * self.size[1] or x.shape[1] < self.min_tokens:
-            return None
-        if self.parts is None:
-            self.parts = self._split(self.metric, self.key.to(self.metric.device))
-        return None if all(part.is_plain for part in self.parts) else self.parts
+        call = self.call
+        if call.metric is None:
+            return None, REPLACED if call.is_replaced else OUTSIDE_BLOCK
+        if call.size is None or call.key is None:
+            return None, OUTSIDE_MODEL
+        tokens = call.size[0] * call.size[1]
+        if tokens < self.min_tokens:
+            return None, None
+        if x.shape[:2] != call.metric.shape[:2] or x.shape[1] != tokens:
+            return None, CHANGED_TOKENS
+        if call.parts is None:
+            call.parts = self._split(call.metric, call.key.to(call.metric.device), call.size, call.step.phases)
+        if not all(part.is_plain for part in call.parts):
+            return call.parts, None
+        return None, TOO_SMALL if any(part.phase.reduces for part in call.parts) else None
 
-    def _split(self, metric: torch.Tensor, key: torch.Tensor) -> list[Part]:
-        phases, numbers = self.clock.phases, self.step.phases
+    def _split(
+        self, metric: torch.Tensor, key: torch.Tensor, size: tuple[int, int], numbers: tuple[int, ...]
+    ) -> list[Part]:
+        phases = self.clock.phases
         if len(numbers) == 1:
-            return [self._part(metric, key, phases[numbers[0]], None)]
+            return [_part(metric, key, phases[numbers[0]], size, None)]
         # A video model has several frames a sample, one after another.
         frames = metric.shape[0] // len(numbers)
         of_row = [number for number in numbers for _ in range(frames)]
@@ -124,22 +165,25 @@ class LayerState:
         parts = []
         for number in dict.fromkeys(numbers):
             rows = torch.tensor([row for row, other in enumerate(of_row) if other == number], device=metric.device)
-            parts.append(self._part(metric[rows], key[rows], phases[number], rows))
+            parts.append(_part(metric[rows], key[rows], phases[number], size, rows))
         return parts
 
-    def _part(self, metric: torch.Tensor, key: torch.Tensor, phase: Phase, rows: torch.Tensor | None) -> Part:
-        height, width = size = self.size or (0, 0)
-        cells = phase.cells
-        destinations = cells.destinations(height, width)
-        tokens = height * width
-        sources = tokens - destinations if destinations > 0 else 0  # in no cells, nothing can be matched
-        removed = 0 if phase.tokens is None else phase.tokens.removed(tokens, sources)
-        keys = phase.keys if phase.keys is not None and phase.keys.count(size, sources) < tokens else None
-        if removed == 0 and (keys is None or keys.removed(tokens, sources) == 0):
-            return Part(phase, rows, size, keys=keys)
-        grid, leftover = cell_grid(height, width, cells.sx, cells.sy, metric.device)
-        member = random_members(destinations, cells.sx * cells.sy, key) if cells.use_rand else None
-        partition = partition_tokens(grid, leftover, member)
-        match = Match(partition, match_tokens(metric, partition))
-        merging = plan_merging(match.partition, match.matches, removed) if removed > 0 else None
-        return Part(phase, rows, size, match, merging, keys)
+
+def _part(
+    metric: torch.Tensor, key: torch.Tensor, phase: Phase, size: tuple[int, int], rows: torch.Tensor | None
+) -> Part:
+    height, width = size
+    cells = phase.cells
+    destinations = cells.destinations(height, width)
+    tokens = height * width
+    sources = tokens - destinations if destinations > 0 else 0  # in no cells, nothing can be matched
+    removed = 0 if phase.tokens is None else phase.tokens.removed(tokens, sources)
+    keys = phase.keys if phase.keys is not None and phase.keys.count(size, sources) < tokens else None
+    if removed == 0 and (keys is None or keys.removed(tokens, sources) == 0):
+        return Part(phase, rows, size, keys=keys)
+    grid, leftover = cell_grid(height, width, cells.sx, cells.sy, metric.device)
+    member = random_members(destinations, cells.sx * cells.sy, key) if cells.use_rand else None
+    partition = partition_tokens(grid, leftover, member)
+    match = Match(partition, match_tokens(metric, partition))
+    merging = plan_merging(match.partition, match.matches, removed) if removed > 0 else None
+    return Part(phase, rows, size, match, merging, keys)

@@ -2,7 +2,9 @@
 
 import math
 import threading
+import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.unet import AttentionLayer
 from ..ops.merging import Matches, Partition
+from .threads import PerThread
 
 
 class Cells(NamedTuple):
@@ -40,6 +43,10 @@ class Match(NamedTuple):
 
 class Tokens(Protocol):
     """The role of a technique by which a block's layers run on fewer tokens."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether it merges anything at all."""
 
     @property
     def merge_attn(self) -> bool:
@@ -102,9 +109,14 @@ class Phase:
     operator: Operator | None = None
 
     @property
+    def reduces(self) -> bool:
+        """Whether any layer of a block is to run on fewer tokens or keys."""
+        return self.keys is not None or (self.tokens is not None and self.tokens.merges)
+
+    @property
     def reduces_attention(self) -> bool:
-        """Whether anything is different in self-attention, and not only in the layers after it."""
-        return self.keys is not None or (self.tokens is not None and self.tokens.merge_attn)
+        """Whether self-attention is, and not only the layers after it."""
+        return self.keys is not None or (self.tokens is not None and self.tokens.merges and self.tokens.merge_attn)
 
     def with_role(self, role: str, technique: Any) -> "Phase":
         """The phase with a technique in a role that is still free."""
@@ -156,9 +168,18 @@ def phase_at(timestep: float, num_train_timesteps: int, phases: tuple[Phase, ...
     return len(phases) - 1
 
 
+class ModelCall:
+    """The last call of a model in one thread: its step, and whether it still runs."""
+
+    def __init__(self, step: StepContext):
+        self.step = step
+        self.is_running = False
+        self.reader = TimestepReader()
+
+
 class Clock:
     """
-    Where in the denoising run a model is; its layers know nothing else of the model.
+    Where in the denoising run a model is, in each thread; its layers know nothing else of the model.
 
     Args:
         phases (`tuple[Phase, ...]`): What runs when, from the noisy end of the noise range on.
@@ -168,21 +189,55 @@ class Clock:
     def __init__(self, phases: tuple[Phase, ...], num_train_timesteps: int):
         self.phases = phases
         self.num_train_timesteps = num_train_timesteps
-        self.reader = TimestepReader()
-        self.step = StepContext((len(phases) - 1,))
+        self.has_warned = False
+        self.calls = PerThread(partial(ModelCall, StepContext((len(phases) - 1,))))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "step": replace(self.step, key=None)}
+    @property
+    def merges(self) -> bool:
+        """Whether tokens are merged in any phase."""
+        return any(phase.tokens is not None and phase.tokens.merges for phase in self.phases)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this thread has called no model, and only computes anew for autograd what another one's call has."""
+        return self.calls.get().step.key is None
+
+    @property
+    def step(self) -> StepContext:
+        """The step that the model is in."""
+        return self.calls.shared.step if self.is_elsewhere else self.calls.get().step
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model is in a call."""
+        return self.calls.get().is_running
 
     def begin_step(self, timestep: torch.Tensor | float, device: torch.device) -> list[float]:
         """Note the step that begins, and return its timesteps: one, or one a sample."""
-        values = self.reader.read(timestep)
+        call = self.calls.get()
+        values = call.reader.read(timestep)
         key = timestep_key(timestep, device)
         if len(set(values)) == 1:
             values, key = values[:1], key[:1]
         phases = tuple(phase_at(value, self.num_train_timesteps, self.phases) for value in values)
-        self.step = StepContext(phases, key)
+        call.step, call.is_running = StepContext(phases, key), True
+        self.calls.share()
         return values
+
+    def end_step(self) -> None:
+        """The model's call has ended. What its layers may still run by themselves is in the same step."""
+        self.calls.get().is_running = False
+
+    def warn_outside_call(self) -> None:
+        """A layer runs by itself, so that nothing tells its step."""
+        if not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                "A layer with an agentsd patch ran outside a call of its model: in a backward pass, which computes it "
+                "anew, or because `model.forward` was called and not the model, which passes over hooks. It runs as "
+                "in the last step that is known, or without agentsd if none is.",
+                stacklevel=2,
+            )
 
 
 class StepCounter(threading.local):
@@ -241,12 +296,6 @@ class TimestepReader:
         self._source: torch.Tensor | None = None
         self._version: int | None = None
         self._values: list[float] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
 
     def read(self, timestep: torch.Tensor | float) -> list[float]:
         """

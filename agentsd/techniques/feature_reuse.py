@@ -4,7 +4,6 @@ is forecast from the last steps in which it ran. With order 0 it is repeated, as
 CVPR 2024, arXiv:2312.00858).
 """
 
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..models.other_packages import is_deepcached
 from ..models.unet import block_layers, inner_hooks, layer_modules
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
 from ..runtime.resets import ResetHook
 from ..runtime.steps import StepCounter
+from ..runtime.threads import PerThread
 
 
 # With fewer steps, each is too far from the next for anything to be reused.
@@ -112,8 +113,7 @@ def cut_unet(unet: Any, branch: int) -> Cut:
 def refuse_other_caches(modules: Sequence[torch.nn.Module]) -> None:
     """Something else that skips the same modules would skip on its own schedule."""
     for module in modules:
-        forward = module.__dict__.get("forward")
-        if "DeepCache" in getattr(forward, "__qualname__", ""):
+        if is_deepcached(module):
             raise ValueError("The DeepCache package is enabled on this model: call its `disable()` first.")
         for hook in inner_hooks(module):
             if hook._is_stateful and not isinstance(hook, ResetHook):
@@ -151,14 +151,15 @@ class Call:
     kept: Any = None
 
 
-class ThreadState(threading.local):
-    """Where a thread is: servers run pipelines that share a model in several threads."""
+class ReuseState:
+    """Where a thread is, and what is kept of its calls."""
 
     def __init__(self) -> None:
-        self.call = Call()
         self.image, self.step, self.slot = -1, -1, 0
         self.slots: dict[int, Slot] = {}
         self.scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        # Calls of this image: all of them, and those in which everything ran.
+        self.calls, self.full_calls = 0, 0
 
 
 class ReuseClock:
@@ -191,8 +192,14 @@ class ReuseClock:
                 f"Feature reuse is off in runs of fewer than {_FEWEST_STEPS} steps; this one has {counter.steps}.",
             )
             return True
-        # Samples at timesteps of their own are in different steps.
-        return len(values) > 1 or self.config.is_full(counter.step)
+        if len(values) > 1:
+            self._warn_once(
+                "samples",
+                "Feature reuse is off while the samples of a batch are at different timesteps, and so in different "
+                "steps.",
+            )
+            return True
+        return self.config.is_full(counter.step)
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self.warned and self.config.interval > 1:
@@ -214,7 +221,7 @@ class SkippableForward:
         # Something put around this later, such as offloading, may keep it here after the patch is gone.
         if not self.reuse.is_installed:
             return self.original(*args, **kwargs)
-        call = self.reuse.current_call
+        call = self.reuse.calls.get()
         if call.is_skipped:
             return call.outputs[self.number]
         output = self.original(*args, **kwargs)
@@ -234,7 +241,7 @@ class ModelReuse(ABC):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("state", "compiled_call")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("states", "calls")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -242,19 +249,25 @@ class ModelReuse(ABC):
 
     def forget(self) -> None:
         """Keep nothing of what ran."""
-        self.state = ThreadState()
-        # Compiled code cannot look up what is a thread's own.
-        self.compiled_call = self.state.call
+        self.states = PerThread(ReuseState)
+        self.calls = PerThread(Call)
+        # For reports: of the last image in any thread, how many calls there were, and in how many everything ran.
+        self.last_run = (0, 0)
 
     def reset(self) -> None:
         """Begin a new image with the next call."""
-        self.forget()
+        self.states = PerThread(ReuseState)
         self.clock.counter.restart()
 
     @property
-    def current_call(self) -> Call:
-        """The call that this thread runs."""
-        return self.compiled_call if torch.compiler.is_compiling() else self.state.call
+    def state(self) -> ReuseState:
+        """Where this thread is."""
+        return self.states.get()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code has run any of the modules."""
+        return self.calls.is_compiled
 
     def install(self, modules: Sequence[torch.nn.Module]) -> None:
         """Make modules skippable; the last of them is the one whose output matters."""
@@ -276,12 +289,17 @@ class ModelReuse(ABC):
                 module.forward = owner.original
         self.forget()
 
+    def check(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Refuse another cache that was put in since."""
+        refuse_other_caches(modules)
+
     def begin_call(self, timestep: Any, values: list[float], sample: torch.Tensor) -> None:
         """Decide, on the host, whether the call that begins is skipped, and make what the modules return then."""
         is_full = self.clock.is_full(timestep, values)
         state, counter = self.state, self.clock.counter
         if state.image != counter.image:
             state.image, state.step, state.slots = counter.image, -1, {}
+            state.calls = state.full_calls = 0
         # A second call in the same step is the other half of split guidance.
         state.slot = state.slot + 1 if state.step == counter.step else 0
         state.step = counter.step
@@ -289,7 +307,7 @@ class ModelReuse(ABC):
         slot = state.slots.get(state.slot)
         if slot is None or slot.signature != signature:
             slot = state.slots[state.slot] = Slot(signature)
-        call = state.call
+        call = self.calls.get()
         call.is_skipped = not is_full and bool(slot.history)
         if call.is_skipped:
             self._reserve_scratch(slot.shapes.values())
@@ -299,16 +317,19 @@ class ModelReuse(ABC):
             slot.history = slot.history[max(0, len(slot.history) - self.clock.config.order) :]
             call.outputs = {}
         call.shapes, call.kept = {}, None
-        self.compiled_call = call
+        self.calls.share()
+        state.calls += 1
+        state.full_calls += not call.is_skipped
+        self.last_run = (state.calls, state.full_calls)
 
     def end_call(self) -> None:
         """Keep what a call that was not skipped gave."""
-        state = self.state
-        call, slot = state.call, state.slots.get(state.slot)
+        state, call = self.state, self.calls.get()
+        slot = state.slots.get(state.slot)
         if slot is not None and call.kept is not None:
             slot.shapes = call.shapes
             slot.history.append((state.step, call.kept))
-        state.call = self.compiled_call = Call()
+        call.is_skipped, call.outputs, call.shapes, call.kept = False, {}, {}, None
         # Full steps need the most memory: they do not need this.
         state.scratch = {}
 

@@ -492,7 +492,7 @@ def test_removed_below_an_offload_that_came_later():
     agentsd.remove_patch(pipe)
     torch.testing.assert_close(run_of(pipe)(), expected)
     assert reuse.state.slots == {}
-    assert reuse.state.call.kept is None
+    assert reuse.calls.get().kept is None
 
 
 class Graphs:

@@ -98,7 +98,7 @@ def test_gradient_checkpointing_holds_nothing_afterwards():
     gradients(unet)
     states = [module.agentsd_layer for module in unet.modules() if hasattr(module, "agentsd_layer")]
     assert states
-    assert all(state.metric is None and state.parts is None for state in states)
+    assert all(state.call.metric is None and state.call.parts is None for state in states)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

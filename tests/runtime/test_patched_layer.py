@@ -214,7 +214,7 @@ def recorded_partitions(unet):
     found, handles = [], []
     for layer in find_layers(unet):
         if hasattr(layer.attn, "agentsd_layer"):
-            note = lambda attn, *_: found.append(attn.agentsd_layer.parts[0].match.partition)  # noqa: E731
+            note = lambda attn, *_: found.append(attn.agentsd_layer.call.parts[0].match.partition)  # noqa: E731
             handles.append(layer.attn.register_forward_hook(note))
     yield found
     for handle in handles:
@@ -350,7 +350,7 @@ def test_activations_are_let_go(unet):
     gc.collect()
     for layer in find_layers(unet):
         state = getattr(layer.attn, "agentsd_layer", None)
-        assert state is None or (state.metric is None and state.parts is None)
+        assert state is None or (state.call.metric is None and state.call.parts is None)
 
 
 @pytest.mark.parametrize("moment", ["register_forward_pre_hook", "register_forward_hook"])
@@ -368,9 +368,6 @@ def test_activations_are_let_go_after_an_exception(unet, part, moment):
         run(unet)
     handle.remove()
     state = layer.attn.agentsd_layer
-    assert (state.metric, state.parts) == (None, None)
-    merged = [hook.__self__ for layer in (layer.block.attn2, layer.block.ff) for hook in layer._forward_hooks.values()]
-    assert len(merged) == 2
-    assert {layer.parts for layer in merged} == {None}
+    assert (state.call.metric, state.call.parts, state.call.entered) == (None, None, None)
     x = torch.randn(2, 256, 32)
     assert torch.equal(layer.attn(x), state.original(layer.attn, x))
