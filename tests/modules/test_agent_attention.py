@@ -417,3 +417,15 @@ def test_a_vision_transformer_learns_with_it():
         loss.backward()
         optimizer.step()
     assert (vit.eval()(images).logits.argmax(-1) == labels).all()
+
+
+def test_replaces_the_attention_of_timm():
+    """Called as `timm` calls it, it takes over the projections of the attention that it replaces."""
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=5)
+    for block in vit.blocks:
+        attn = AgentAttention(192, 3, class_token=True, qkv_bias=True)
+        assert not attn.load_state_dict(block.attn.state_dict(), strict=False).unexpected_keys
+        block.attn = attn
+    vit(torch.randn(1, 3, 224, 224)).sum().backward()
+    assert vit.blocks[0].attn.an_bias.grad.any()

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ TAUGHT = ("blue-book", "red-heart", "star")
 PLAIN = Background("plain", ("teal",), 0.0, 0.1)
 
 
-def write_archives(folder: Path) -> None:
+def write_archives(folder: Path, drawings: Mapping[str, str] = DRAWINGS) -> None:
     """Small icon archives of all styles, in the form `npm pack` leaves."""
     folder.mkdir()
-    table = {"width": 128, "height": 128, "icons": {name: {"body": body} for name, body in DRAWINGS.items()}}
+    table = {"width": 128, "height": 128, "icons": {name: {"body": body} for name, body in drawings.items()}}
     raw = json.dumps(table).encode()
     for package in PACKAGES.values():
         with tarfile.open(folder / f"{package[1:].replace('/', '-')}-1.0.0.tgz", "w:gz") as tar:
