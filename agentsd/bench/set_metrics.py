@@ -176,12 +176,18 @@ class ReferenceSet:
             `float`: At least 0.
         """
         self.check_width(features.shape[1])
-        other = ReferenceSet.of(features)
-        shift = other.mean - self.mean
+        features = np.asarray(features, dtype=np.float64)
+        mean, freedom = features.mean(axis=0), len(features) - 1
+        centred = features - mean
         # The trace of the root of a matrix is the sum of the roots of its eigenvalues, real and not negative here.
-        roots = np.sqrt(np.clip(np.linalg.eigvals(other.covariance @ self.covariance).real, 0, None))
-        distance = shift @ shift + np.trace(other.covariance) + np.trace(self.covariance) - 2 * roots.sum()
-        return max(0.0, float(distance))
+        if len(features) <= len(mean):
+            # Those of `XᵀX Σ` are those of `X Σ Xᵀ`, which is small and symmetric, and zeros.
+            values = np.linalg.eigvalsh(centred @ self.covariance @ centred.T / freedom)
+        else:
+            values = np.linalg.eigvals(centred.T @ centred / freedom @ self.covariance).real
+        roots = np.sqrt(np.clip(values, 0, None))
+        shift, spread = mean - self.mean, (centred**2).sum() / freedom
+        return max(0.0, float(shift @ shift + spread + np.trace(self.covariance) - 2 * roots.sum()))
 
     def kernel_distance(self, features: np.ndarray) -> float:
         """
