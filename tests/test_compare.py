@@ -643,7 +643,7 @@ def test_embeddings_of_sdxl_and_a_second_prompt():
         (tiny_unclip, {"image": image()}),
         (tiny_unclip, {"prompt": "a", "image_embeds": torch.ones(1, TEXT_WIDTH)}),
         (tiny_sd, {"prompt": "a", "latents": torch.ones(1, 4, 16, 16)}),
-        (tiny_sd, {"prompt": "a", "eta": 0.5, "clip_skip": 1, "guidance_rescale": 0.5}),
+        (tiny_sd, {"prompt": "a", "eta": 0.5, "guidance_rescale": 0.5}),
     ],
 )
 def test_whatever_a_pipeline_takes(build, options, tmp_path):
