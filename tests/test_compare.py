@@ -636,7 +636,10 @@ def test_embeddings_of_sdxl_and_a_second_prompt():
 @pytest.mark.parametrize(
     ("build", "options"),
     [
-        (lambda: with_unet(StableDiffusionInpaintPipeline), {"prompt": "a", "image": image(), "mask_image": half_mask()}),
+        (
+            lambda: with_unet(StableDiffusionInpaintPipeline),
+            {"prompt": "a", "image": image(), "mask_image": half_mask()},
+        ),
         (tiny_instruct_pix2pix, {"prompt": "a", "image": image(), "image_guidance_scale": 2.0}),
         (tiny_upscaler, {"prompt": "a", "image": image(size=32), "noise_level": 5}),
         (tiny_image_variation, {"image": image()}),
