@@ -636,14 +636,17 @@ def test_embeddings_of_sdxl_and_a_second_prompt():
 @pytest.mark.parametrize(
     ("build", "options"),
     [
-        (lambda: with_unet(StableDiffusionInpaintPipeline), {"prompt": "a", "image": image(), "mask_image": half_mask()}),
+        (
+            lambda: with_unet(StableDiffusionInpaintPipeline),
+            {"prompt": "a", "image": image(), "mask_image": half_mask()},
+        ),
         (tiny_instruct_pix2pix, {"prompt": "a", "image": image(), "image_guidance_scale": 2.0}),
         (tiny_upscaler, {"prompt": "a", "image": image(size=32), "noise_level": 5}),
         (tiny_image_variation, {"image": image()}),
         (tiny_unclip, {"image": image()}),
         (tiny_unclip, {"prompt": "a", "image_embeds": torch.ones(1, TEXT_WIDTH)}),
         (tiny_sd, {"prompt": "a", "latents": torch.ones(1, 4, 16, 16)}),
-        (tiny_sd, {"prompt": "a", "eta": 0.5, "clip_skip": 1, "guidance_rescale": 0.5}),
+        (tiny_sd, {"prompt": "a", "eta": 0.5, "guidance_rescale": 0.5}),
     ],
 )
 def test_whatever_a_pipeline_takes(build, options, tmp_path):

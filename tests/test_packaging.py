@@ -87,7 +87,8 @@ def test_every_text_file_has_an_encoding():
     lacking = []
     for file in (path for folder in ("agentsd", "apps") for path in (ROOT / folder).rglob("*.py")):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and _is_text(call) and "encoding" not in {each.arg for each in call.keywords}:
+            is_text = isinstance(call, ast.Call) and _is_text(call)
+            if is_text and "encoding" not in {each.arg for each in call.keywords}:
                 lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert lacking == []
 
@@ -96,7 +97,8 @@ def _is_text(call):
     """Whether a call reads or writes text: by its name or, of `open` and processes, by how they are called."""
     name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
     if name == "open":
-        values = [each.value for each in (*call.args, *(k.value for k in call.keywords)) if isinstance(each, ast.Constant)]
+        given = [*call.args, *(each.value for each in call.keywords)]
+        values = [each.value for each in given if isinstance(each, ast.Constant)]
         mode = next((value for value in values if isinstance(value, str) and set(value) <= set("rwaxbt+")), None)
         is_file = isinstance(call.func, ast.Name) or mode is not None  # rather than an image or an archive
         return is_file and "b" not in (mode or "")

@@ -109,7 +109,7 @@ def draw(
 
     callback = {} if end_of_step is None else step_callback(pipe, step_done)
     with user_warnings(said) as said:
-        said += [text for text in _cut_negative_prompts(pipe, call) if text not in said]
+        said += [text for text in dict.fromkeys(_cut_negative_prompts(pipe, call)) if text not in said]
         try:
             output = pipe(**call, num_inference_steps=steps, generator=generator, output_type="np", **callback)
         except (TypeError, ValueError) as error:

@@ -61,7 +61,8 @@ def fetch_archive(style: str, cache_dir: Path) -> Path:
             f"npm is not installed: install it, or give --data-dir a folder with `npm pack {package}` output"
         )
     cache_dir.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([npm, "pack", package], cwd=cache_dir, capture_output=True, text=True, check=False)
+    command = [npm, "pack", package]
+    done = subprocess.run(command, cwd=cache_dir, capture_output=True, encoding="utf-8", errors="replace", check=False)
     found = sorted(cache_dir.glob(archive_glob(style)))
     if done.returncode or not found:
         reason = (done.stderr or done.stdout).strip().splitlines()

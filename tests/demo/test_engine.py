@@ -300,7 +300,8 @@ def test_a_prompt_that_is_too_long_is_named_in_every_tab(engine, image_request):
         for _ in range(2):
             assert [each[: len(text)] for each in engine.tokens("me", request, CONFIG, ignore).warnings] == [text]
             assert [each[: len(text)] for each in engine.compare("me", request, CONFIG, 0, ignore).warnings] == [text]
-        assert {each.run.warnings[0][: len(text)] for each in engine.sweep("me", request, ["todo"], [], ignore)} == {text}
+        sweep = engine.sweep("me", request, ["todo"], [], ignore)
+        assert {each.run.warnings[0][: len(text)] for each in sweep} == {text}
 
 
 def test_a_model_that_does_not_say_its_size(tmp_path):

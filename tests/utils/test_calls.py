@@ -53,7 +53,10 @@ def nothing_runs(monkeypatch, request):
 
 @pytest.mark.parametrize(
     ("build", "gives"),
-    [(tiny_audio, "AudioLDMPipeline gives `audios`"), (lambda: tiny_audio(MusicLDMPipeline), "MusicLDMPipeline gives")],
+    [
+        (tiny_audio, "AudioLDMPipeline gives `audios`"),
+        (lambda: tiny_audio(MusicLDMPipeline), "MusicLDMPipeline gives `audios`"),
+    ],
 )
 def test_a_pipeline_that_gives_no_images_is_named(build, gives):
     for check in (check_call, check_draws_from_text):

@@ -26,7 +26,7 @@ def said_of(pipe, **call):
 def test_a_prompt_whose_end_is_left_out():
     """And what of it: 75 letters are read beside the two tokens around them."""
     (warning,) = said_of(tiny_sd(), prompt=LONG)
-    assert warning.startswith("The prompt is longer than the 77 tokens that the model reads. This end was left out: \"")
+    assert warning.startswith('The prompt is longer than the 77 tokens that the model reads. This end was left out: "')
     assert warning.count("apple") == 15
 
 
@@ -89,8 +89,8 @@ def test_listening_leaves_nothing_behind():
             'the 256 tokens that the model reads. This end was left out: "the end"',
         ),
         (
-            "The config attributes {'frob': 1} were passed to DDIMScheduler, but are not expected and will be ignored. "
-            "Please verify your scheduler_config.json configuration file.",
+            "The config attributes {'frob': 1} were passed to DDIMScheduler, but are not expected and will be ignored."
+            " Please verify your scheduler_config.json configuration file.",
             "{'frob': 1} were passed to DDIMScheduler, but are not expected and will be ignored",
         ),
         (
