@@ -96,8 +96,9 @@ class AgentAttention:
             `torch.Tensor` of shape `(batch, heads, merged, head_dim)`: The output, before the output projection.
         """
         agents = split_heads(attn.to_q(merge_tokens(x, self.agents(match))), attn.heads)
-        constants = {"k_scale2": self.config.k_scale2, "k_shortcut": self.config.k_shortcut}
-        return agent_attention(q, k, v, agents, attend=softmax, **constants)
+        return agent_attention(
+            q, k, v, agents, k_scale2=self.config.k_scale2, k_shortcut=self.config.k_shortcut, attend=softmax
+        )
 
 
 def apply_agent_attention(phase: Phase, config: AgentAttentionConfig) -> Phase:
