@@ -19,6 +19,9 @@ from .steps import Clock, Keys, Match, Phase, StepContext
 from .threads import PerThread
 
 
+_NO_STEP = StepContext(())
+
+
 @dataclass
 class Part:
     """
@@ -73,7 +76,7 @@ class LayerCall:
         entered (`list[Part]`, *optional*): While cross-attention or feed-forward runs: what was merged before it.
     """
 
-    step: StepContext = StepContext(())
+    step: StepContext = _NO_STEP
     size: tuple[int, int] | None = None
     key: torch.Tensor | None = None
     metric: torch.Tensor | None = None

@@ -97,9 +97,7 @@ class AgentAttention:
         """
         agents = split_heads(attn.to_q(merge_tokens(x, self.agents(match))), attn.heads)
         config = self.config
-        return agent_attention(
-            q, k, v, agents, k_scale2=config.k_scale2, k_shortcut=config.k_shortcut, attend=softmax
-        )
+        return agent_attention(q, k, v, agents, k_scale2=config.k_scale2, k_shortcut=config.k_shortcut, attend=softmax)
 
 
 def apply_agent_attention(phase: Phase, config: AgentAttentionConfig) -> Phase:

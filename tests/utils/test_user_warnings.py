@@ -94,7 +94,7 @@ def test_listening_leaves_nothing_behind():
             "{'frob': 1} were passed to DDIMScheduler, but are not expected and will be ignored",
         ),
         (
-            "The configuration file of this scheduler: PNDMScheduler {\n  \"beta_end\": 0.1\n}\n is outdated. "
+            'The configuration file of this scheduler: PNDMScheduler {\n  "beta_end": 0.1\n}\n is outdated. '
             "`steps_offset` should be set to 1 instead of 0. Please make sure to update",
             "The scheduler's configuration is outdated: `steps_offset` was set to 1.",
         ),
