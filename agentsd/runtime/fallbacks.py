@@ -27,7 +27,7 @@ _REMEDIES = {
     CHUNKED: "Switch that off (`set_chunk_feed_forward(None)`), or call `agentsd.apply_patch` with `merge_mlp=False`.",
     REPLACED: "Call `agentsd.apply_patch` again.",
     CACHED: "Remove the cache, or call `agentsd.apply_patch` with `merge_crossattn=False` and `merge_mlp=False`.",
-    MIXED: "Lower `ratio`, or use a preset of one phase, such as `\"tome\"`.",
+    MIXED: 'Lower `ratio`, or use a preset of one phase, such as `"tome"`.',
     TOO_SMALL: "Use a larger image or ratio, or smaller cells.",
     **{package.does: package.remedy for package in PACKAGES},
 }

@@ -64,7 +64,7 @@ class CallsInThreads:
         self.__init__()  # type: ignore[misc]
 
     def begin(self, is_compiled: bool) -> None:
-        """A call begins in this thread; an error if another runs, and compiled code would mistake one for the other."""
+        """A call begins in this thread; an error if another runs that compiled code would mistake it for."""
         thread = threading.get_ident()
         # One that was interrupted has not ended.
         self._overlapping.discard(thread)

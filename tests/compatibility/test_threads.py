@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
 from compat_models import image, with_unet
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
 from models import tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
 from turns import Turns
 
@@ -228,7 +228,7 @@ def compile_blocks(unet):
     ids=["whole", "in_place", "regional", "whole-reuse"],
 )
 def test_calls_of_a_compiled_model_at_once_are_refused(compiled, options, has_run):
-    """Compiled code cannot look up what is a thread's own: an error, never a wrong image. One after another may run."""
+    """Compiled code cannot look up what is a thread's own: an error, never a wrong image. One at a time may run."""
     torch.compiler.reset()
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     small = {**blocks, "block_out_channels": (32, 32), "mid_block_type": None}
@@ -284,7 +284,9 @@ def test_copies_that_data_parallel_makes():
     alone = [call_in(unet, *each) for each in inputs]
     turns = Turns()
     turns.at_layers_of(unet)
-    together = turns.run(*(partial(call_in, twin, *each) for twin, each in zip(replicas(unet, 2), inputs, strict=True)))
+    together = turns.run(
+        *(partial(call_in, twin, *each) for twin, each in zip(replicas(unet, 2), inputs, strict=True))
+    )
     assert turns.switches > 20
     for one, other in zip(together, alone, strict=True):
         assert isinstance(one, torch.Tensor), one
