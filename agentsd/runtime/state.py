@@ -1,6 +1,6 @@
 """The state of a patched layer: what was there before and, while its block runs, what is merged there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,7 +76,11 @@ class LayerCall:
         entered (`list[Part]`, *optional*): While cross-attention or feed-forward runs: what was merged before it.
     """
 
+<<<<<<< HEAD
     step: StepContext = _NO_STEP
+=======
+    step: StepContext = field(default_factory=lambda: StepContext(()))
+>>>>>>> h20b
     size: tuple[int, int] | None = None
     key: torch.Tensor | None = None
     metric: torch.Tensor | None = None

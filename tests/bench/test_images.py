@@ -49,9 +49,9 @@ def test_fewer_steps_are_timed_and_drawn_with_fewer_steps(model, tmp_path, monke
     monkeypatch.setattr(CaseTimer, "_fitting_steps", lambda *_: 2)
     taken, draw = set(), PipelineSubject.draw
 
-    def watched(self, pipe, case, steps, *arguments, **options):
-        taken.add((case.method, "timed" if options else "drawn", steps))
-        return draw(self, pipe, case, steps, *arguments, **options)
+    def watched(self, pipe, case, steps, prompts, seeds, end_of_step=None):
+        taken.add((case.method, "drawn" if end_of_step is None else "timed", steps))
+        return draw(self, pipe, case, steps, prompts, seeds, end_of_step)
 
     monkeypatch.setattr(PipelineSubject, "draw", watched)
     run_bench(quality(model, methods=("baseline", "fewer-steps"), steps=4), out=tmp_path)
@@ -106,8 +106,8 @@ def test_blank_images_are_counted_and_left_out(model, tmp_path, monkeypatch, row
     """A few values that are not finite are as bad as nothing else; a resumed run knows it from the file."""
     draw = PipelineSubject.draw
 
-    def spoil(self, model, case, steps, prompts, seeds, **options):
-        output = draw(self, model, case, steps, prompts, seeds, **options)
+    def spoil(self, model, case, steps, prompts, seeds, end_of_step=None):
+        output = draw(self, model, case, steps, prompts, seeds, end_of_step)
         if case.method == "agentsd" and seeds[0] == 1:
             output.images[0, :rows] = np.nan
         return output
@@ -158,11 +158,11 @@ from pathlib import Path
 from agentsd.bench.models import PipelineSubject
 from agentsd.cli import main
 
-def draw(self, model, case, steps, prompts, seeds, **options):
-    if not options:  # otherwise it is timed
+def draw(self, model, case, steps, prompts, seeds, end_of_step=None):
+    if end_of_step is None:  # otherwise it is timed
         for seed in seeds:
             Path(__file__).with_name(f"process-{os.environ['RANK']}-{case.method}-{seed}").touch()
-    return original(self, model, case, steps, prompts, seeds, **options)
+    return original(self, model, case, steps, prompts, seeds, end_of_step)
 
 original = PipelineSubject.draw
 PipelineSubject.draw = draw

@@ -228,7 +228,7 @@ def compile_blocks(unet):
     ids=["whole", "in_place", "regional", "whole-reuse"],
 )
 def test_calls_of_a_compiled_model_at_once_are_refused(compiled, options, has_run):
-    """Compiled code cannot look up what is a thread's own: an error, never a wrong image. In turn they may run."""
+    """Compiled code cannot look up what is a thread's own: an error, never a wrong image. One at a time may run."""
     torch.compiler.reset()
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     small = {**blocks, "block_out_channels": (32, 32), "mid_block_type": None}
