@@ -19,9 +19,6 @@ from .steps import Clock, Keys, Match, Phase, StepContext
 from .threads import PerThread
 
 
-_NO_STEP = StepContext(())
-
-
 @dataclass
 class Part:
     """
@@ -76,11 +73,7 @@ class LayerCall:
         entered (`list[Part]`, *optional*): While cross-attention or feed-forward runs: what was merged before it.
     """
 
-<<<<<<< HEAD
-    step: StepContext = _NO_STEP
-=======
     step: StepContext = field(default_factory=lambda: StepContext(()))
->>>>>>> h20b
     size: tuple[int, int] | None = None
     key: torch.Tensor | None = None
     metric: torch.Tensor | None = None

@@ -64,11 +64,7 @@ class CallsInThreads:
         self.__init__()  # type: ignore[misc]
 
     def begin(self, is_compiled: bool) -> None:
-<<<<<<< HEAD
-        """A call begins in this thread; an error if another runs, and compiled code would mistake it for that."""
-=======
         """A call begins in this thread; an error if another runs that compiled code would mistake it for."""
->>>>>>> h20b
         thread = threading.get_ident()
         # One that was interrupted has not ended.
         self._overlapping.discard(thread)

@@ -368,13 +368,6 @@ def test_the_report_says_how_often_everything_ran():
 
 def test_samples_at_different_steps_run_everything_and_it_is_said():
     unet = agentsd.apply_patch(tiny_unet(), ratio=0, reuse=2)
-<<<<<<< HEAD
-    with torch.no_grad():
-        with pytest.warns(UserWarning, match="samples of a batch are at different timesteps"):
-            predict(unet, torch.tensor([900, 850]))
-        predict(unet, torch.tensor([800, 750]))
-=======
     with torch.no_grad(), pytest.warns(UserWarning, match="samples of a batch are at different timesteps"):
         _ = [predict(unet, torch.tensor([timestep, timestep - 50])) for timestep in (900, 800)]
->>>>>>> h20b
     assert agentsd.report(unet).reuse.endswith("the whole UNet ran in 2 of the 2 calls of the last run")
