@@ -140,10 +140,12 @@ def user_warnings(said: list[str] | None = None) -> Iterator[list[str]]:
     loggers = [logging.getLogger(name) for name in _LIBRARIES]
     for logger in loggers:
         logger.addHandler(listener)
-    warnings.showwarning = show
     try:
-        yield said
+        with warnings.catch_warnings():
+            # Python shows a warning once a process; who asks a second time must hear of it, too.
+            warnings.filterwarnings("always", category=UserWarning, module=_PACKAGE.name)
+            warnings.showwarning = show
+            yield said
     finally:
         for logger in loggers:
             logger.removeHandler(listener)
-        warnings.showwarning = show_before

@@ -220,8 +220,8 @@ def compile_blocks(unet):
 @pytest.mark.parametrize(
     ("compiled", "options"),
     [
-        (compile_whole, {}),
-        (compile_in_place, {"merge_mlp": True}),
+        pytest.param(compile_whole, {}, marks=pytest.mark.slow),
+        pytest.param(compile_in_place, {"merge_mlp": True}, marks=pytest.mark.slow),
         (compile_blocks, {}),
         (compile_whole, {"ratio": 0, "reuse": 2}),
     ],
