@@ -29,12 +29,12 @@ HIDIFFUSION = OtherPackage(
     "For agentsd in these layers, too, call `remove_hidiffusion`, and then `apply_hidiffusion` with "
     "`apply_window_attn=False`.",
 )
-TODO = OtherPackage(
+TOKEN_DOWNSAMPLING = OtherPackage(
     "ToDo",
     "ToDo attends there to fewer tokens (TokenMergeAttentionProcessor)",
     "Use one of the two: call ToDo's `remove_patch`, and then `agentsd.apply_patch` again.",
 )
-PACKAGES = (TOMESD, HIDIFFUSION, TODO)
+PACKAGES = (TOMESD, HIDIFFUSION, TOKEN_DOWNSAMPLING)
 
 
 def package_in_block(block: Any) -> OtherPackage | None:
@@ -49,7 +49,7 @@ def package_in_block(block: Any) -> OtherPackage | None:
 
 def package_of_processor(processor: Any) -> OtherPackage | None:
     """The package that an attention processor comes from."""
-    return TODO if type(processor).__name__ == "TokenMergeAttentionProcessor" else None
+    return TOKEN_DOWNSAMPLING if type(processor).__name__ == "TokenMergeAttentionProcessor" else None
 
 
 def is_deepcached(module: Any) -> bool:
