@@ -255,8 +255,8 @@ class ModelReuse(ABC):
         self.last_run = (0, 0)
 
     def reset(self) -> None:
-        """Begin a new image with the next call."""
-        self.states = PerThread(ReuseState)
+        """Begin a new image with the next call of this thread; what others are in the middle of goes on."""
+        self.state.slots = {}
         self.clock.counter.restart()
 
     @property

@@ -602,19 +602,37 @@ def test_memory(interval):
     assert forecast < reuse - plain <= 3 * forecast + 256
 
 
+def full_steps(unet, reset) -> list[int]:
+    """Which of six steps run everything, with a reset before the fourth."""
+    steps = []
+    timesteps = torch.arange(999, 0, -50)
+    with torch.no_grad():
+        for number, timestep in enumerate(timesteps[:6]):
+            if number == 3:
+                reset()
+            handle = unet.mid_block.resnets[0].register_forward_hook(lambda *_, step=number: steps.append(step))
+            predict(unet, timestep)
+            handle.remove()
+    return steps
+
+
 def test_diffusers_resets_what_is_kept():
     """In the middle of a run, the next step is full; in a copy, a reset is the copy's own."""
-    pipe = agentsd.apply_patch(tiny_sd(), ratio=0, reuse=2)
-    for unet in (pipe.unet, copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
-        runs = []
-        unet.mid_block.resnets[0].register_forward_hook(lambda *_, runs=runs: runs.append(True))
-        timesteps = torch.arange(999, 0, -50)
-        with torch.no_grad():
-            for number, timestep in enumerate(timesteps[:6]):
-                if number == 3:
-                    unet._diffusers_hook.reset_stateful_hooks()
-                predict(unet, timestep)
-        assert len(runs) == 4, "steps 0, 2, 3 and 5"
+    unet = agentsd.apply_patch(tiny_sd(), ratio=0, reuse=2).unet
+    for each in (unet, copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert full_steps(each, each._diffusers_hook.reset_stateful_hooks) == [0, 2, 3, 5]
+
+
+def test_a_reset_is_the_threads_own():
+    """Another thread's run goes on as if nothing was."""
+    unet = agentsd.apply_patch(tiny_sd(), ratio=0, reuse=2).unet
+
+    def reset():
+        thread = threading.Thread(target=unet._diffusers_hook.reset_stateful_hooks)
+        thread.start()
+        thread.join()
+
+    assert full_steps(unet, reset) == [0, 2, 4]
 
 
 def test_the_listener_leaves_nothing_behind():
