@@ -13,7 +13,7 @@ from .utils.loading import load_pipeline
 
 
 if TYPE_CHECKING:
-    from .compare import Comparison
+    from .comparison import Comparison
 
 
 class AgentSDPipeline:

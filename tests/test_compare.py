@@ -35,9 +35,9 @@ from other_pipelines import (
 from rich.console import Console
 from transformers import CLIPConfig, CLIPImageProcessor
 
-import agentsd
-from agentsd.compare import RunTime
+import agentsd.compare
 from agentsd.models.unet import find_layers
+from agentsd.utils.generation import RunTime
 from agentsd.utils.images import difference_map, image_warnings, side_by_side
 from agentsd.utils.timing import time_rounds
 
@@ -457,7 +457,7 @@ def test_presets_share_one_table(presets):
 
 def test_presets_share_one_row_of_images(presets, monkeypatch):
     seen = []
-    monkeypatch.setattr("agentsd.compare.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
+    monkeypatch.setattr("agentsd.comparison.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
     assert replace(presets).side_by_side.width > 4 * 320
     (images, labels), *_ = seen
     assert images == [presets.baseline, *(variant.run.image for variant in presets.variants.values())]
@@ -750,7 +750,7 @@ def shown(comparison):
 
 def test_the_sheet_has_each_image_under_its_name(monkeypatch):
     seen = []
-    monkeypatch.setattr("agentsd.compare.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
+    monkeypatch.setattr("agentsd.comparison.side_by_side", lambda *given: seen.append(given) or side_by_side(*given))
     comparison = compare(tiny_sd(), PROMPT, steps=1)
     assert comparison.side_by_side is comparison.side_by_side
     (images, labels), *_ = seen

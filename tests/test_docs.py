@@ -25,7 +25,7 @@ import agentsd.bench
 from agentsd.bench import load_result
 from agentsd.bench.tables import fill_tables
 from agentsd.cli import app
-from agentsd.compare import Comparison
+from agentsd.comparison import Comparison
 
 
 ROOT = Path(__file__).parents[1]

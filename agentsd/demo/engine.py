@@ -14,7 +14,8 @@ import torch
 from ..bench.methods import METHODS, reseed
 from ..bench.models import twin_pipeline
 from ..bench.rows import named, short_name
-from ..compare import Comparison, compare
+from ..compare import compare
+from ..comparison import Comparison
 from ..config import AgentSDConfig
 from ..patch import patched
 from ..patch_report import PatchReport, report
