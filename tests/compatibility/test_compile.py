@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+from graphs import Graphs
 from models import tiny_sd, tiny_sdxl, tiny_unet
 from torch._dynamo.utils import counters
 
@@ -19,17 +20,6 @@ TIMESTEPS = torch.tensor([900, 880, 120, 100])
 ONE_A_PHASE = [0, 2]
 EVERYTHING = AgentSDConfig(merge_mlp=True, merge_crossattn=True)
 IS_TORCH_2_6 = torch.__version__.startswith("2.6.")
-
-
-class Graphs:
-    """A backend that runs what was captured as it is, and counts the graphs."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return graph.forward
 
 
 def small_unet(**overrides):

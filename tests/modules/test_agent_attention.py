@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from graphs import Graphs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
@@ -279,17 +280,6 @@ def test_in_bfloat16_as_a_whole():
     out = attn(tokens_of(attn, 4, 4))
     out.square().sum().backward()
     assert out.dtype == torch.bfloat16 and torch.isfinite(attn.an_bias.grad).all()
-
-
-class Graphs:
-    """A backend that runs what was captured as it is, and counts the graphs."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return graph.forward
 
 
 @pytest.fixture
