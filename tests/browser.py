@@ -1,6 +1,7 @@
 """The browser that the tests of the web page drive. `python tests/browser.py` installs one where there is none."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,32 @@ def open_tab(page: Page, name: str) -> None:
         page.locator(".overflow-menu > button").click()
         tab = page.locator(".overflow-dropdown").get_by_text(name)
     tab.click()
+
+
+def table(page: Page, name: str) -> dict[str, list[str]]:
+    """The cells of a table of numbers, by the first cell of each row."""
+    lines = page.locator(f"#{name} tr")
+    expect(lines.first).to_be_visible()
+    cells = lines.evaluate_all("lines => lines.map(line => [...line.cells].map(cell => cell.innerText.trim()))")
+    return {line[0]: line[1:] for line in cells}
+
+
+def compare(page: Page) -> dict[str, list[str]]:
+    """Compare in one round, and return the numbers."""
+    set_number(page, "Seconds of timing", 0)
+    page.locator("#compare-start").click()
+    expect(page.locator("#compare-status")).to_contain_text("Speed-up per step")
+    return table(page, "compare-numbers")
+
+
+def number(text: str) -> float:
+    """The number that a cell begins with."""
+    return float(re.match(r"[\d.]+", text)[0])
+
+
+def is_running(page: Page) -> None:
+    """Wait until the long run of a test has begun."""
+    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 somewhere.
 
 Benchmarks that take half an hour are among the slow tests. `agentsd demo`, which runs until it is interrupted, is run
-in `demo/test_page.py`.
+in `demo/test_serving.py`.
 """
 
 import doctest

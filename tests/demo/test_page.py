@@ -1,108 +1,21 @@
-"""The web page in a real browser: every tab, its numbers, stopping, errors, and what it must not give away."""
+"""The web page in a real browser: every tab, its numbers, stopping, and errors."""
 
-import json
-import os
 import re
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-import PIL.Image
 import pytest
 import torch
-from browser import choose_preset, open_tab, set_number, start_browser
-from gradio_client import Client
-from gradio_client.exceptions import AppError
-from huggingface_hub import SpaceCard
-from playwright.sync_api import expect, sync_playwright
-from typer.testing import CliRunner
+from browser import choose_preset, compare, is_running, number, open_tab, set_number, table
+from playwright.sync_api import expect
 
-import agentsd
 from agentsd.bench import load_result
-from agentsd.cli import app
-from agentsd.demo import build_demo, launch_demo
-from agentsd.demo.engine import Engine
-from agentsd.demo.requests import Limits
 from agentsd.utils.generation import RunTime
 
 
 ROOT = Path(__file__).parents[2]
 RECORDED = sorted(file.parent for file in (ROOT / "notebooks" / "results").glob("*/cases.jsonl"))
 RESULTS = ROOT / "notebooks" / "results" / "cpu"
-# An image or a text comes when it comes: it is waited for, never read at once.
-SLOW = 120_000
-expect.set_options(timeout=SLOW)
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6, waiting=1, seconds=4))
-
-
-@pytest.fixture(scope="module")
-def address(engine):
-    demo = build_demo(engine, RECORDED)
-    _, address, _ = launch_demo(demo, prevent_thread_lock=True, quiet=True)
-    yield address
-    demo.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        yield start_browser(playwright)
-
-
-@pytest.fixture
-def open_page(browser, address):
-    contexts = []
-
-    def open_page(width=1280, height=900, query=""):
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(SLOW)
-        page.seen = []
-        page.on("request", lambda request: page.seen.append(request.url))
-        page.goto(address + query)
-        expect(page.get_by_role("button", name="Compare", exact=True)).to_be_visible()
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-def table(page, name):
-    """The cells of a table of numbers, by the first cell of each row."""
-    lines = page.locator(f"#{name} tr")
-    expect(lines.first).to_be_visible()
-    cells = lines.evaluate_all("lines => lines.map(line => [...line.cells].map(cell => cell.innerText.trim()))")
-    return {line[0]: line[1:] for line in cells}
-
-
-def compare(page):
-    """Compare in one round, and return the numbers."""
-    set_number(page, "Seconds of timing", 0)
-    page.locator("#compare-start").click()
-    expect(page.locator("#compare-status")).to_contain_text("Speed-up per step")
-    return table(page, "compare-numbers")
-
-
-def number(text):
-    return float(re.match(r"[\d.]+", text)[0])
-
-
-def is_running(page):
-    return expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
 
 
 def test_compare_shows_both_images_and_true_numbers(open_page):
@@ -400,9 +313,9 @@ def test_too_few_steps_for_feature_reuse_are_a_warning_in_every_tab(open_page, t
 def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
     page = open_page()
     open_tab(page, "Benchmark")
-    for number, folder in enumerate(RECORDED):
+    for place, folder in enumerate(RECORDED):
         page.get_by_label("Recorded results").click()
-        page.get_by_role("option").nth(number).click()
+        page.get_by_role("option").nth(place).click()
         expect(page.locator("#benchmark-table")).to_contain_text(load_result(folder).title)
         expect(page.locator("#benchmark-table tr")).to_have_count(len(load_result(folder).rows) + 1)
         # Nothing is cut off.
@@ -442,178 +355,3 @@ def test_nothing_comes_from_elsewhere_and_all_fits(open_page, address, width, th
         open_tab(page, name)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
     assert [url for url in page.seen if not url.startswith((address, "data:", "blob:"))] == []
-
-
-def test_one_generation_runs_at_a_time(open_page):
-    mine, yours = open_page(), open_page()
-    set_number(mine, "Steps", 200)
-    mine.locator("#compare-start").click()
-    is_running(mine)
-    set_number(yours, "Steps", 1)
-    choose_preset(yours, "paper")
-    open_tab(yours, "Tokens")
-    yours.locator("#tokens-start").click()
-    expect(yours.get_by_text("queue: 1/1")).to_be_visible()
-    mine.locator("#compare-stop").click()
-    expect(yours.locator("#tokens-status")).to_contain_text("tokens merged")
-    expect(mine.locator("#compare-status")).to_contain_text("Stopped")
-    expect(mine.locator("#compare-slider img")).to_have_count(0)
-
-
-def test_what_waits_can_be_stopped(open_page):
-    mine, yours = open_page(), open_page()
-    for page in (mine, yours):
-        set_number(page, "Steps", 200)
-    mine.locator("#compare-start").click()
-    is_running(mine)
-    yours.locator("#compare-start").click()
-    expect(yours.get_by_text("queue: 1/1")).to_be_visible()
-    yours.locator("#compare-stop").click()
-    expect(yours.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
-    expect(yours.locator("#compare-stop")).to_be_disabled()
-    expect(yours.locator("#compare-slider")).not_to_contain_text(re.compile("queue|Error"))
-    is_running(mine)
-    # What was stopped is out of the queue: the same page can ask again.
-    set_number(yours, "Steps", 1)
-    yours.locator("#compare-start").click()
-    expect(yours.get_by_text("queue: 1/1")).to_be_visible()
-    mine.locator("#compare-stop").click()
-    expect(yours.locator("#compare-status")).to_contain_text("Speed-up per step")
-
-
-def test_the_queue_has_an_end(open_page):
-    running, waiting, refused = open_page(), open_page(), open_page()
-    for page in (running, waiting, refused):
-        set_number(page, "Steps", 200)
-    running.locator("#compare-start").click()
-    is_running(running)
-    waiting.locator("#compare-start").click()
-    expect(waiting.get_by_text("queue: 1/1")).to_be_visible()
-    refused.locator("#compare-start").click()
-    expect(refused.get_by_text("currently busy")).to_be_visible()
-    expect(refused.locator("#compare-stop")).to_be_disabled()
-    # Whoever leaves makes room.
-    waiting.close()
-    running.close()
-    set_number(refused, "Steps", 1)
-    compare(refused)
-
-
-def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
-    page = open_page()
-    set_number(page, "Steps", 200)
-    page.locator("#compare-start").click()
-    is_running(page)
-    assert engine._stops
-    page.close()
-    deadline = time.monotonic() + 8  # the run itself would take more than twenty
-    while engine._stops and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not engine._stops
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/etc/passwd", str(ROOT / "README.md"), str(RESULTS / "cases.jsonl"), "agentsd/demo.py", "../../etc/passwd"],
-)
-def test_no_file_can_be_read_through_the_page(address, path):
-    with pytest.raises(urllib.error.HTTPError) as refusal:
-        urllib.request.urlopen(f"{address}gradio_api/file={path}")
-    assert refusal.value.code in (403, 404)
-
-
-def test_an_uploaded_result_cannot_name_files_of_the_server(open_page, tmp_path):
-    secret = tmp_path / "secret"
-    secret.mkdir()
-    PIL.Image.new("RGB", (64, 64), "red").save(secret / "image.png")
-    upload = tmp_path / "upload"
-    upload.mkdir()
-    for name in ("settings.json", "environment.json", "cases.jsonl"):
-        shutil.copy(RESULTS / name, upload)
-    row = json.loads((upload / "cases.jsonl").read_text().splitlines()[0])
-    page = open_page()
-    open_tab(page, "Benchmark")
-    field = page.locator("#benchmark-upload input[type=file]")
-    with (upload / "cases.jsonl").open("a") as file:
-        file.write(json.dumps({**row, "method": str(secret)}) + "\n")
-    field.set_input_files(upload)
-    expect(page.get_by_text("there is no method")).to_be_visible()
-    assert page.locator("#benchmark-plots img").count() == 0
-
-
-def test_the_queue_cannot_be_skipped(address):
-    request = urllib.request.Request(
-        f"{address}gradio_api/run/compare", data=b'{"data": []}', headers={"Content-Type": "application/json"}
-    )
-    with pytest.raises(urllib.error.HTTPError) as refusal:
-        urllib.request.urlopen(request)
-    assert refusal.value.code in (401, 403, 404)
-
-
-def test_programs_get_messages_too(address):
-    client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
-    asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
-    patch = [0.4, 0.4, "tome", 0, 1, 0.3, 0.075, True, False, False, 1, 1, 0]
-    status, images, *_ = client.predict(*asked, *patch, 0, api_name="/compare")
-    assert "Speed-up per step" in status
-    assert PIL.Image.open(images[0]).size == (256, 256)
-    for values, message in (
-        ([*asked[:4], 201, *asked[5:], *patch, 0], "201 is greater"),
-        ([*asked, 1.5, *patch[1:], 0], "1.5 is greater"),
-        ([*asked[:2], "/etc", *asked[3:], *patch, 0], "/etc"),
-        ([*asked, *patch, 31], "31 is greater"),
-    ):
-        with pytest.raises(AppError, match=message):
-            client.predict(*values, api_name="/compare")
-
-
-def test_the_page_listens_to_this_machine_only(address):
-    assert address.startswith("http://127.0.0.1:")
-
-
-def test_a_space_can_be_made_of_the_folder():
-    card = SpaceCard.load(ROOT / "apps" / "README.md").data.to_dict()
-    assert (ROOT / "apps" / card["app_file"]).is_file()
-    assert f"gradio=={card['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
-    wheel = f"./agentsd-{agentsd.__version__}-py3-none-any.whl[demo]"
-    assert wheel in (ROOT / "apps" / "requirements.txt").read_text().splitlines()
-
-
-def test_the_command_of_the_readme_serves_the_page_until_it_is_interrupted():
-    (line,) = re.findall(r"(?m)^agentsd (demo .*)$", (ROOT / "README.md").read_text(encoding="utf-8"))
-    command = [sys.executable, "-c", "from agentsd.cli import main; main()", *shlex.split(line)]
-    # A port that is free, beside others that test this just now.
-    command[-1] = str(free_port())
-    assert command[-2] == "--port"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            lines = iter(process.stdout.readline, "")
-            address = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-            assert address.endswith(command[-1])
-            assert b"agentsd" in urllib.request.urlopen(address).read()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) in (0, 130)
-        finally:
-            process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--results", "nowhere"], "nowhere is not a results folder"),
-        (["--model", "nowhere"], "There is no model 'nowhere'"),
-        (["--max-side", "8"], "limit on side must be at least 64"),
-        (["--model", "emoji", "--model", "emoji"], "same name"),
-    ],
-)
-def test_bad_options_of_the_command(options, message):
-    result = CliRunner().invoke(app, ["demo", *options])
-    assert result.exit_code == 2
-    assert message in result.stderr
