@@ -18,10 +18,13 @@ CONSTRAINTS ?= constraints.txt
 
 PACKAGING := pyproject.toml setup.cfg $(CONSTRAINTS)
 
+# What a developer needs.
+EXTRAS ?= bench,demo,train,dev
+
 # What the web page shows beside images.
 RESULTS ?= $(wildcard notebooks/results/*/cases.jsonl notebooks/results/machines/*/cases.jsonl)
 
-.PHONY: help quickstart demo test lowest lint format tables notebooks wheel space clean
+.PHONY: help quickstart demo test lowest newest lint format tables notebooks wheel space clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +40,9 @@ test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left o
 
 lowest: build/constraints-lowest.txt ## Run the tests with the oldest torch and diffusers allowed, in .venv-lowest.
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=$<
+
+newest: build/constraints-newest.txt ## Run the tests with the newest torch and diffusers, and with timm, in .venv-newest.
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=$< EXTRAS=bench,demo,train,dev,timm
 
 lint: $(VENV)/.dev ## Check style, formatting, types and which way imports go.
 	$(BIN)/ruff check .
@@ -88,12 +94,17 @@ build/constraints-lowest.txt: constraints.txt pyproject.toml Makefile
 	grep -vE '^(torch|diffusers|sympy|huggingface_hub)==' constraints.txt > $@
 	sed -nE 's/^ *"(torch|diffusers)>=([0-9.]+).*/\1==\2/p' pyproject.toml >> $@
 
+# The pinned versions, but of torch and diffusers, and of what those want, the newest.
+build/constraints-newest.txt: constraints.txt Makefile
+	mkdir -p $(@D)
+	grep -vE '^(torch|diffusers|sympy|huggingface_hub)==' constraints.txt > $@
+
 $(VENV)/.core: $(VENV)/.torch $(PACKAGING)
 	$(PIP) install -c $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(PACKAGING)
-	$(PIP) install -c $(CONSTRAINTS) -e '.[bench,demo,train,dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(PACKAGING)

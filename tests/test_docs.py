@@ -6,7 +6,7 @@ in `demo/test_serving.py`.
 """
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -91,7 +91,10 @@ def blocks(document: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if blocks(text, "python")])
 def test_python_snippets_run(name, tmp_path):
-    script = "\n".join(blocks(DOCUMENTS[name], "python"))
+    snippets = blocks(DOCUMENTS[name], "python")
+    if importlib.util.find_spec("timm") is None:  # which is not among what developers need
+        snippets = [snippet for snippet in snippets if "import timm" not in snippet]
+    script = "\n".join(snippets)
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment(), timeout=300)
     if name == "README.md":
         assert "apply_patch" in script
