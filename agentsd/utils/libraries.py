@@ -1,7 +1,6 @@
 """The libraries around agentsd: how to get the optional ones, and how to keep them quiet."""
 
 import logging
-import warnings
 from typing import Any
 
 
@@ -23,8 +22,6 @@ def quiet_libraries() -> None:
     import diffusers
 
     _print_errors_only(diffusers.utils.logging)
-    # Each generation has its own; Python would show one of the same words only once in a process.
-    warnings.filterwarnings("always", module=r"agentsd\.|diffusers\.", category=UserWarning)
 
 
 def _print_errors_only(library_logging: Any) -> None:

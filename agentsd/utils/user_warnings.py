@@ -143,7 +143,7 @@ def user_warnings(said: list[str] | None = None) -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings():
             # Python shows a warning once a process; who asks a second time must hear of it, too.
-            warnings.filterwarnings("always", category=UserWarning, module=_PACKAGE.name)
+            warnings.filterwarnings("always", category=UserWarning, module=r"agentsd\.|diffusers\.")
             warnings.showwarning = show
             yield said
     finally:
