@@ -35,14 +35,14 @@ DOCUMENTS = {
 }
 README, BENCHMARKS = DOCUMENTS["README.md"], DOCUMENTS["docs/benchmarks.md"]
 LINKING = [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "apps/README.md", "agentsd/assets/emoji/README.md"]
-RECORDED = ("shapes", "shapes-sdxl", "cpu", "quality", "paper")
+RECORDED = ("shapes", "shapes-sdxl", "quality-ddim", "quality-dpmpp", "quality-euler-a", "cpu", "paper")
 RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in RECORDED}
 # The rows of the README's table: results, height in pixels, methods.
 SUMMARY = [
     ("shapes", 512, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
     ("shapes", 768, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
     ("shapes-sdxl", 512, ("balanced", "fast", "deepcache")),
-    ("quality", 256, ("agentsd", "tomesd", "todo", "deepcache")),
+    ("quality-ddim", 256, ("balanced", "fast", "deepcache-2", "deepcache", "agentsd", "fewer-steps-60%", "fewer-steps-40%")),
 ]
 LONG = re.compile("--suite (cpu|shapes|paper)|--prompts 64")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
