@@ -123,8 +123,8 @@ class ModelPatch:
         if self.reuse is not None:
             self.reuse[1].end_call()
         if self.matching is not None:
-            self.matching.end_call(output is None, [state for _, state in self.layers])
-        # There is no output after an exception.
+            # There is no output after an exception.
+            self.matching.end_call([state for _, state in self.layers], keep=output is not None)
         self.threads.end(self.is_compiled and output is not None)
         self._warn_of_fallbacks()
 

@@ -1,6 +1,6 @@
 """Which steps match tokens anew, and which merge as an earlier one did: decided on the host, once a call."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class Matching:
         state.counter.restart()
 
     def begin_call(
-        self, timestep: Any, values: list[float], signature: Any, is_skipped: bool, layers: Iterable[LayerState]
+        self, timestep: Any, values: list[float], signature: Any, is_skipped: bool, layers: Sequence[LayerState]
     ) -> None:
         """
         Hand to each layer what it has matched before, or where to note what it matches.
@@ -67,13 +67,13 @@ class Matching:
             values (`list[float]`): Its values: one, or one a sample.
             signature (`Any`): What tells calls of other shapes, dtypes, devices and phases apart.
             is_skipped (`bool`): Whether only some layers run, for which what was matched last will do.
-            layers (`Iterable[LayerState]`): The layers.
+            layers (`Sequence[LayerState]`): The layers.
         """
         state = self.states.get()
         state.counter.count(timestep, values)
         # A backward pass may compute a block anew, after other steps. Samples in several steps are in several phases.
         if torch.is_grad_enabled() or len(values) > 1:
-            state.slots.clear()
+            self.end_call(layers, keep=False)
             return
         slot = state.slots.enter(state.counter, signature)
         if not is_skipped and slot.steps_left == 0:
@@ -83,9 +83,9 @@ class Matching:
         for number, layer in enumerate(layers):
             layer.call.kept = slot.of_layer.setdefault(number, KeptMatch())
 
-    def end_call(self, has_failed: bool, layers: Iterable[LayerState]) -> None:
-        """Take it back."""
+    def end_call(self, layers: Sequence[LayerState], keep: bool) -> None:
+        """Take it back, to keep it or not: after an exception only some layers have matched."""
         for layer in layers:
             layer.call.kept = None
-        if has_failed:
+        if not keep:
             self.states.get().slots.clear()
