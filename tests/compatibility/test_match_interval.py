@@ -372,7 +372,7 @@ def test_compiled_at_other_sizes():
     unet = agentsd.apply_patch(small_unet(), match_interval=2)
     unet.compile_repeated_blocks(backend=Graphs(), fullgraph=True)
     timesteps = torch.tensor([900, 880, 120, 100])
-    for size in (16, 18, 20):
+    for size in (16, 18):
         expected = walk(agentsd.apply_patch(small_unet(), match_interval=2), timesteps, size=size)
         torch.testing.assert_close(walk(unet, timesteps, size=size), expected, rtol=1e-4, atol=1e-4)
 
