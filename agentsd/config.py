@@ -67,6 +67,11 @@ class AgentSDConfig:
         merge_mlp (`bool`, defaults to `False`): Merge tokens in the feed-forward layer as well.
         min_tokens (`int`, defaults to `0`):
             Leave layers of fewer tokens alone: their attention costs less than merging would.
+        match_interval (`int`, *optional*):
+            Match tokens in one of so many of the steps that run the whole UNet, and merge in those between as they
+            were matched last. With a number, even 1, the steps that `reuse` skips match nothing either. Without one,
+            every layer matches its tokens in every step, as it does in any case while gradients are enabled or the
+            samples of a batch are at different timesteps.
         reuse (`FeatureReuseConfig` or `int`, *optional*):
             Skip the deep part of the UNet in all but some steps; a number is the interval, `2` for every second step.
 
@@ -101,11 +106,12 @@ class AgentSDConfig:
     merge_crossattn: bool = False
     merge_mlp: bool = False
     min_tokens: int = 0
+    match_interval: int | None = None
     reuse: FeatureReuseConfig | int | None = None
 
     def __post_init__(self) -> None:
         keep_number(self, "ratio", low=0, high=1, high_open=True)
-        for name in ("sx", "sy"):
+        for name in ("sx", "sy", "match_interval"):
             if getattr(self, name) is not None:
                 keep_integer(self, name, low=1)
         for name in ("agent_ratio", "agent_until"):

@@ -14,6 +14,7 @@ from .presets import PresetName
 from .runtime.checks import shown
 from .runtime.fallbacks import message, remedy
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
+from .runtime.matching import Matching
 from .runtime.state import LayerState
 from .runtime.steps import Clock
 from .techniques.feature_reuse import FeatureReuseConfig, apply_feature_reuse
@@ -280,7 +281,8 @@ def _plan_model(
 ) -> ModelPatch:
     # Where nothing is merged, phases would only be compiled one by one.
     clock = Clock(config.phases if config.ratio > 0 else config.phases[-1:], num_train_timesteps)
-    patch = ModelPatch(config, clock, layers=[], skipped=[])
+    matching = None if config.match_interval is None else Matching(config.match_interval)
+    patch = ModelPatch(config, clock, layers=[], skipped=[], matching=matching)
     for layer in find_layers(model):
         if 2**layer.level > config.max_downsample:
             continue

@@ -36,7 +36,8 @@ class PhaseReport:
         keys (`int`): Keys and values.
         agents (`int`, *optional*): Agent tokens, or `None` for softmax attention.
         attention_flops (`int`):
-            Floating-point operations of the attention products and of the matching, for one sample.
+            Floating-point operations of the attention products and of the matching, for one sample, in a step that
+            matches.
     """
 
     merged_tokens: int
@@ -91,6 +92,7 @@ class PatchReport:
         expected_speedup (`float`, *optional*):
             By how much the UNet's matrix products and convolutions get fewer over a long run, if the size is known:
             more than what is measured, since merging and the like take time too.
+        matching (`str`, *optional*): Where matches are kept, in which steps tokens are matched.
 
     Examples:
 
@@ -106,13 +108,14 @@ class PatchReport:
     rows: list[LayerReport]
     reuse: str | None = None
     expected_speedup: float | None = None
+    matching: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """
         The report as plain values.
 
         Returns:
-            `dict`: `config`, `rows`, `reuse` and `expected_speedup`.
+            `dict`: `config`, `rows`, `reuse`, `expected_speedup` and `matching`.
 
         Examples:
 
@@ -144,7 +147,7 @@ class PatchReport:
         columns = len(lines[0])
         widths = [max(len(line[i]) for line in lines if i < len(line) - (len(line) < columns)) for i in range(columns)]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
-        notes = [self.reuse] if self.reuse is not None else []
+        notes = [note for note in (self.matching, self.reuse) if note is not None]
         if self.expected_speedup is not None:
             notes.append(f"expected speed-up of a step by operations: {self.expected_speedup:.2f}x at most")
         return "\n".join([*(line.rstrip() for line in text), *notes])
@@ -198,7 +201,7 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
     unet = models[0][1]
     size = latent_size or _last_size(patch)
     expected = None if size is None else expected_speedup(unet, patch, *size)
-    return PatchReport(patch.config, rows, _reuse_text(unet, patch), expected)
+    return PatchReport(patch.config, rows, _reuse_text(unet, patch), expected, _matching_text(patch.config))
 
 
 def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
@@ -208,6 +211,18 @@ def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
             height, width = state.last_size
             return height * 2**layer.depth, width * 2**layer.depth
     return None
+
+
+def _matching_text(config: AgentSDConfig) -> str | None:
+    interval, reuse = config.match_interval, config.reuse
+    if interval is None:
+        return None
+    steps = "every step" if interval == 1 else f"1 step of {interval}"
+    if isinstance(reuse, FeatureReuseConfig) and reuse.interval > 1:
+        steps += " that runs the whole UNet" if interval == 1 else " that run the whole UNet"
+    elif interval == 1:
+        return f"matching: in {steps}"
+    return f"matching: in {steps}; the others merge as it did"
 
 
 def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:

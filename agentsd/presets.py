@@ -16,8 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Its second phase at every step: no agents are formed when as many tokens are left for them as are merged.
     "tome": {"sx": 2, "sy": 2, "agent_ratio": 0.5},
     # In large layers the paper's agents, and then down-sampled keys and values, which cost less than ToMe there; and
-    # the deep part of the UNet in every second step only.
-    "balanced": {"late_phase": "kv-mean", "min_tokens": _MIN_TOKENS, "reuse": 2},
+    # the deep part of the UNet in every second step only. The other steps merge as the last whole one did.
+    "balanced": {"late_phase": "kv-mean", "min_tokens": _MIN_TOKENS, "reuse": 2, "match_interval": 1},
     # Agents at every step in large layers, and the deep part of the UNet in every third step only.
-    "fast": {"sx": 4, "sy": 4, "agent_ratio": 0.95, "min_tokens": _MIN_TOKENS, "reuse": 3},
+    "fast": {"sx": 4, "sy": 4, "agent_ratio": 0.95, "min_tokens": _MIN_TOKENS, "reuse": 3, "match_interval": 1},
 }

@@ -49,7 +49,7 @@ def map_of(part: Part, size: tuple[int, int]) -> TokenMap:
     """The map of what a block merges in the last sample of a part; with guidance, that is the one with the prompt."""
     assert part.match is not None and part.merging is not None
     groups = part.merging.position[-1].reshape(size).int().cpu().numpy()
-    operator, sources = part.phase.operator, part.match.partition.src.shape[1]
+    operator, sources = part.phase.operator, part.match.sources
     merged = part.merging.members.shape[1]
     if not isinstance(operator, AgentAttention) or not operator.pays(groups.size, sources, merged):
         return TokenMap(groups)

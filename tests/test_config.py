@@ -85,7 +85,9 @@ def test_presets_with_feature_reuse():
     assert (balanced.reuse.interval, balanced.min_tokens, balanced.is_scheduled) == (2, 2048, True)
     assert (fast.reuse.interval, fast.min_tokens, len(fast.phases)) == (3, 2048, 1)
     assert fast.phases[0].operator is not None
-    assert AgentSDConfig.preset("balanced", reuse=None, min_tokens=0) == AgentSDConfig(late_phase="kv-mean")
+    assert (balanced.match_interval, fast.match_interval) == (1, 1)
+    alone = AgentSDConfig.preset("balanced", reuse=None, min_tokens=0, match_interval=None)
+    assert alone == AgentSDConfig(late_phase="kv-mean")
     assert AgentSDConfig.preset("balanced", reuse=FeatureReuseConfig(4)).reuse.interval == 4
     assert AgentSDConfig.from_dict(json.loads(json.dumps(fast.to_dict()))) == fast
 
@@ -132,6 +134,9 @@ def test_numbers_of_numpy_become_plain_ones():
         ("max_downsample", 1.0, TypeError),
         ("sx", 0, ValueError),
         ("sy", 2.0, TypeError),
+        ("match_interval", 0, ValueError),
+        ("match_interval", True, TypeError),
+        ("match_interval", 2.0, TypeError),
         ("agent_ratio", 1.1, ValueError),
         ("agent_until", 2, ValueError),
         ("k_scale2", None, TypeError),

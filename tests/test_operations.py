@@ -33,6 +33,18 @@ def test_techniques_multiply():
     assert both > max(alone, reuse)
 
 
+def test_matching_counts_for_the_steps_that_match():
+    """Of the share of the operations that never matching saves, matching in every `n`-th step saves all but `1/n`."""
+    options = {"preset": "tome", "ratio": 0.4}
+    off, one, two, four = (
+        1 / expected(tiny_unet(), (64, 64), **options, match_interval=interval) for interval in (None, 1, 2, 4)
+    )
+    assert off == one
+    assert off - four == pytest.approx(3 / 2 * (off - two)) and off > two
+    reuse, kept = (1 / expected(tiny_unet(), (64, 64), **options, reuse=2, match_interval=n) for n in (None, 1))
+    assert kept < reuse
+
+
 def test_the_late_phase_counts_for_its_share_of_the_steps():
     whole, half, none = (
         1 / expected(tiny_unet(), (64, 64), agent_until=until, late_phase="kv-mean") for until in (0.0, 0.5, 1.0)

@@ -48,6 +48,21 @@ def test_it_prints_as_a_table(unet):
     assert tome.split() == ["tome", "2458", "2458", "-", before, "->", after[1]]
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, None),
+        ({"match_interval": 1}, "matching: in every step"),
+        ({"match_interval": 3}, "matching: in 1 step of 3; the others merge as it did"),
+        ({"match_interval": 1, "reuse": 2}, "matching: in every step that runs the whole UNet; the others"),
+        ({"match_interval": 2, "reuse": 3}, "matching: in 1 step of 2 that run the whole UNet; the others"),
+    ],
+)
+def test_it_says_which_steps_match_tokens(unet, options, said):
+    text = str(agentsd.report(agentsd.apply_patch(unet, **options)))
+    assert said in text if said else "matching" not in text
+
+
 def test_layers_that_are_left_alone_stand_in_their_columns(unet):
     """Also where there are no others."""
     header, *lines, _ = str(agentsd.report(agentsd.apply_patch(unet, min_tokens=10_000), 512, 512)).splitlines()

@@ -230,7 +230,7 @@ class CaseTimer:
 
 def is_computed(case: Case, settings: BenchSettings) -> bool:
     """Whether times follow from those of the schedule's phases: of `agentsd` where single calls are measured."""
-    is_phases = agent_share(settings.options) is not None and not settings.options.get("reuse")
+    is_phases = agent_share(settings.options) is not None and not _keep_something(settings)
     return settings.kind == "call" and case.method == _COMPUTED and is_phases
 
 
@@ -245,8 +245,12 @@ def call_steps(case: Case, settings: BenchSettings) -> int:
     """How many calls of a UNet are timed at once: those of a whole run, for what shows only over several of them."""
     if is_computed(case, settings):
         return 1
-    needs_steps = METHODS[case.method].needs_steps or settings.options.get("reuse")
-    return CALL_STEPS if needs_steps else 1
+    return CALL_STEPS if METHODS[case.method].needs_steps or _keep_something(settings) else 1
+
+
+def _keep_something(settings: BenchSettings) -> bool:
+    """Whether by the options something is kept from step to step, which shows only over several."""
+    return any(settings.options.get(name) for name in ("reuse", "match_interval"))
 
 
 def whole_schedule(samples: Mapping[str, Sample], case: Case, settings: BenchSettings) -> Sample:

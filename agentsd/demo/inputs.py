@@ -30,7 +30,7 @@ _PRESET_INFO = {
 # Fields of a configuration, in the order of their controls.
 _FIELDS = (
     *("ratio", "agent_until", "late_phase", "min_tokens", "max_downsample", "k_scale2", "k_shortcut"),
-    *("use_rand", "merge_crossattn", "merge_mlp"),
+    *("match_interval", "use_rand", "merge_crossattn", "merge_mlp"),
 )
 # What the ends of the agent phase's slider are: one phase for all steps, whatever the scheduler's timesteps mean.
 _SINGLE_PHASES = {0: PRESETS["tome"], 1: PRESETS["agent"]}
@@ -90,7 +90,8 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
 def patch_inputs() -> list[gr.components.Component]:
     """What the patch is made of, for [`config_of`], under a preset that fills it in."""
     values = values_of(AgentSDConfig.preset(_PRESET))
-    ratio, share, late, smallest, levels, exponent, shortcut, is_random, cross, mlp, interval, order, branch = values
+    ratio, share, late, smallest, levels, exponent, shortcut, matching, is_random, cross, mlp, *of_reuse = values
+    interval, order, branch = of_reuse
     preset = gr.Radio([*_PRESET_INFO], value=_PRESET, label="Preset", info=_PRESET_INFO[_PRESET], elem_id="preset")
     with gr.Accordion("Token merging and agent attention", open=False):
         attention = [
@@ -127,6 +128,14 @@ def patch_inputs() -> list[gr.components.Component]:
                 info="Exponent on the softmax scale where queries read agents",
             ),
             gr.Slider(0, 1, value=shortcut, step=0.025, label="k_shortcut", info="Weight of the value shortcut"),
+            gr.Slider(
+                0,
+                10,
+                value=matching,
+                step=1,
+                label="Matching",
+                info="Tokens are matched in one of so many steps that run the whole UNet, 0 in every step of all",
+            ),
             gr.Checkbox(is_random, label="Choose each cell's destination at random"),
             gr.Checkbox(cross, label="Also merge in cross-attention"),
             gr.Checkbox(mlp, label="Also merge in the feed-forward layers"),
@@ -187,6 +196,7 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
     """The patch that the values of [`patch_inputs`] ask for."""
     *of_attention, interval, order, branch = values
     fields = dict(zip(_FIELDS, of_attention, strict=True))
+    fields["match_interval"] = fields["match_interval"] or None
     end = fields["agent_until"]
     if end == 1 or (end == 0 and fields["late_phase"] == "tome"):
         del fields["agent_until"], fields["late_phase"]
@@ -197,7 +207,7 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
 
 def values_of(config: AgentSDConfig) -> list[Any]:
     """The values with which [`config_of`] gives a preset's configuration."""
-    fields = config.to_dict()
+    fields = {**config.to_dict(), "match_interval": config.match_interval or 0}
     if not config.is_scheduled:
         fields["agent_until"] = next(at for at, phase in _SINGLE_PHASES.items() if phase.items() <= fields.items())
         fields["late_phase"] = "tome"

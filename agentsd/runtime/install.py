@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.unet import AttentionLayer, plain_name, unwrap
 from ..ops.merging import mix_key
 from .fallbacks import REPLACED, message, replaced_by
+from .matching import Matching
 from .processor import AgentAttnProcessor
 from .resets import listen_to_resets, stop_listening
 from .state import LayerState
@@ -38,8 +39,8 @@ class ModelTechnique(Protocol):
     def check(self, modules: list[torch.nn.Module]) -> None:
         """Refuse what has been put into the model since and does the same."""
 
-    def begin_call(self, timestep: torch.Tensor | float, values: list[float], sample: torch.Tensor) -> None:
-        """A call of the model begins."""
+    def begin_call(self, timestep: torch.Tensor | float, values: list[float], sample: torch.Tensor) -> bool:
+        """A call of the model begins; whether they are skipped in it."""
 
     def end_call(self) -> None:
         """It has ended."""
@@ -59,6 +60,7 @@ class ModelPatch:
         clock (`Clock`): Where in the denoising run the model is.
         layers (`list[tuple[AttentionLayer, LayerState]]`): The layers that it patches.
         skipped (`list[tuple[AttentionLayer, str]]`): Those that it had to leave alone, and why.
+        matching (`Matching`, *optional*): What keeps their matches from step to step.
         reuse (`tuple[list[torch.nn.Module], ModelTechnique]`, *optional*): What skips modules, and which.
     """
 
@@ -68,12 +70,14 @@ class ModelPatch:
         clock: Clock,
         layers: list[tuple[AttentionLayer, LayerState]],
         skipped: list[tuple[AttentionLayer, str]],
+        matching: Matching | None = None,
         reuse: tuple[list[torch.nn.Module], ModelTechnique] | None = None,
     ):
         self.config = config
         self.clock = clock
         self.layers = layers
         self.skipped = skipped
+        self.matching = matching
         self.reuse = reuse
         self.threads = CallsInThreads()
         self.handles: list[RemovableHandle] = []
@@ -103,8 +107,11 @@ class ModelPatch:
         timesteps = self.clock.begin_step(timestep, sample.device)
         for _, state in self.layers:
             state.calls.share()
-        if self.reuse is not None:
-            self.reuse[1].begin_call(timestep, timesteps, sample)
+        is_skipped = self.reuse is not None and self.reuse[1].begin_call(timestep, timesteps, sample)
+        if self.matching is not None:
+            signature = (sample.shape, sample.dtype, sample.device, self.clock.step.phases)
+            states = [state for _, state in self.layers]
+            self.matching.begin_call(timestep, timesteps, signature, is_skipped, states)
         for layer, state in self.layers:
             state.fallbacks.attn1 = replaced_reason(layer) or state.fallbacks.attn1
         self._warn_if_unreadable(timesteps)
@@ -115,9 +122,18 @@ class ModelPatch:
         self.clock.end_step()
         if self.reuse is not None:
             self.reuse[1].end_call()
-        # There is no output after an exception.
+        if self.matching is not None:
+            # There is no output after an exception.
+            self.matching.end_call([state for _, state in self.layers], keep=output is not None)
         self.threads.end(self.is_compiled and output is not None)
         self._warn_of_fallbacks()
+
+    def reset(self) -> None:
+        """Begin a new image with the next call of this thread."""
+        if self.reuse is not None:
+            self.reuse[1].reset()
+        if self.matching is not None:
+            self.matching.reset()
 
     def _warn_of_fallbacks(self) -> None:
         names: dict[str, list[str]] = {}
@@ -253,7 +269,8 @@ def install(model: torch.nn.Module, patch: ModelPatch, processors: list[Any]) ->
     if patch.reuse is not None:
         modules, technique = patch.reuse
         technique.install(modules)
-        listen_to_resets(model, technique.reset)
+    if patch.reuse is not None or patch.matching is not None:
+        listen_to_resets(model, patch.reset)
     mergings = {phase.tokens for phase in patch.clock.phases if phase.tokens is not None}
     for (layer, state), processor in zip(patch.layers, processors, strict=True):
         if state.original is None:
@@ -295,7 +312,9 @@ def uninstall(model: torch.nn.Module) -> None:
     if patch.reuse is not None:
         modules, technique = patch.reuse
         technique.uninstall(modules)
-        stop_listening(model)
+    if patch.matching is not None:
+        patch.matching.forget()
+    stop_listening(model)
     del model.agentsd_patch
     for handle in patch.handles:
         handle.remove()

@@ -122,7 +122,7 @@ def _attend(attn: Attention, x: torch.Tensor, part: Part, softmax: Attend) -> to
     source = merged if keys is None else keys.reduce(x, part.size, part.match)
     q = split_heads(attn.to_q(merged), attn.heads)
     k, v = (split_heads(to(source), attn.heads) for to in (attn.to_k, attn.to_v))
-    sources = 0 if part.match is None else part.match.partition.src.shape[1]
+    sources = 0 if part.match is None else part.match.sources
     if operator is not None and part.match is not None and operator.pays(x.shape[1], sources, merged.shape[1]):
         out = operator.attend(attn, x, q, k, v, part.match, softmax)
     else:

@@ -11,12 +11,18 @@ from ..ops.merging import (
     cell_grid,
     match_tokens,
     partition_tokens,
-    plan_merging,
     random_members,
 )
 from .fallbacks import CHANGED_TOKENS, OUTSIDE_BLOCK, OUTSIDE_MODEL, REPLACED, TOO_SMALL, Fallbacks
 from .steps import Clock, Keys, Match, Phase, StepContext
 from .threads import PerThread
+
+
+@dataclass
+class KeptMatch:
+    """What a layer has matched last, for the steps in which it does not match anew."""
+
+    match: Match | None = None
 
 
 @dataclass
@@ -69,6 +75,7 @@ class LayerCall:
         key (`torch.Tensor`, *optional*): The layer's own key, for its random choices.
         metric (`torch.Tensor` of shape `(batch, tokens, channels)`, *optional*): While the block runs: its input.
         parts (`list[Part]`, *optional*): What is merged in it.
+        kept (`KeptMatch`, *optional*): Where matches are kept: what was matched before, or is to be kept.
         is_replaced (`bool`): Whether it runs without agentsd, since its attention is another's.
         entered (`list[Part]`, *optional*): While cross-attention or feed-forward runs: what was merged before it.
     """
@@ -78,6 +85,7 @@ class LayerCall:
     key: torch.Tensor | None = None
     metric: torch.Tensor | None = None
     parts: list[Part] | None = None
+    kept: KeptMatch | None = None
     is_replaced: bool = False
     entered: list[Part] | None = None
 
@@ -157,7 +165,7 @@ class LayerState:
     ) -> list[Part]:
         phases = self.clock.phases
         if len(numbers) == 1:
-            return [_part(metric, key, phases[numbers[0]], size, None)]
+            return [_part(metric, key, phases[numbers[0]], size, None, self.call.kept)]
         # A video model has several frames a sample, one after another.
         frames = metric.shape[0] // len(numbers)
         of_row = [number for number in numbers for _ in range(frames)]
@@ -165,12 +173,17 @@ class LayerState:
         parts = []
         for number in dict.fromkeys(numbers):
             rows = torch.tensor([row for row, other in enumerate(of_row) if other == number], device=metric.device)
-            parts.append(_part(metric[rows], key[rows], phases[number], size, rows))
+            parts.append(_part(metric[rows], key[rows], phases[number], size, rows, None))
         return parts
 
 
 def _part(
-    metric: torch.Tensor, key: torch.Tensor, phase: Phase, size: tuple[int, int], rows: torch.Tensor | None
+    metric: torch.Tensor,
+    key: torch.Tensor,
+    phase: Phase,
+    size: tuple[int, int],
+    rows: torch.Tensor | None,
+    kept: KeptMatch | None,
 ) -> Part:
     height, width = size
     cells = phase.cells
@@ -181,9 +194,13 @@ def _part(
     keys = phase.keys if phase.keys is not None and phase.keys.count(size, sources) < tokens else None
     if removed == 0 and (keys is None or keys.removed(tokens, sources) == 0):
         return Part(phase, rows, size, keys=keys)
-    grid, leftover = cell_grid(height, width, cells.sx, cells.sy, metric.device)
-    member = random_members(destinations, cells.sx * cells.sy, key) if cells.use_rand else None
-    partition = partition_tokens(grid, leftover, member)
-    match = Match(partition, match_tokens(metric, partition))
-    merging = plan_merging(match.partition, match.matches, removed) if removed > 0 else None
+    match = None if kept is None else kept.match
+    if match is None or not match.fits(metric):
+        grid, leftover = cell_grid(height, width, cells.sx, cells.sy, metric.device)
+        member = random_members(destinations, cells.sx * cells.sy, key) if cells.use_rand else None
+        partition = partition_tokens(grid, leftover, member)
+        match = Match(partition, match_tokens(metric, partition))
+        if kept is not None:
+            kept.match = match
+    merging = match.merging("tokens", removed) if removed > 0 else None
     return Part(phase, rows, size, match, merging, keys)

@@ -3,7 +3,7 @@
 import math
 import threading
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..models.unet import AttentionLayer
-from ..ops.merging import Matches, Partition
+from ..ops.merging import Matches, Merging, Partition, plan_merging
 from .threads import PerThread
 
 
@@ -34,11 +34,40 @@ class Cells(NamedTuple):
         return (height // self.sy) * (width // self.sx)
 
 
-class Match(NamedTuple):
-    """The matching of a block's tokens, which the techniques in all roles share."""
+@dataclass
+class Match:
+    """
+    The matching of a block's tokens, which the techniques in all roles share, and the mergings planned by it.
+
+    Args:
+        partition (`Partition`): The sources and destinations.
+        matches (`Matches`): The nearest destination of every source.
+        mergings (`dict[str, Merging]`): By the role of the technique that planned them.
+    """
 
     partition: Partition
     matches: Matches
+    mergings: dict[str, Merging] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.sources + self.partition.dst.shape[1]
+
+    @property
+    def sources(self) -> int:
+        """How many of them are sources."""
+        return self.partition.src.shape[1]
+
+    def merging(self, role: str, count: int) -> Merging:
+        """How the technique in a role merges so many sources away: planned once, however long the match is kept."""
+        if role not in self.mergings:
+            self.mergings[role] = plan_merging(self.partition, self.matches, count)
+        return self.mergings[role]
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether it can be that of the tokens `x`, by their number."""
+        return (self.matches.cell.shape[0], self.tokens) == x.shape[:2]
 
 
 class Tokens(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ops.agent_attention import Attend, agent_attention
-from ..ops.merging import Merging, merge_tokens, plan_merging
+from ..ops.merging import Merging, merge_tokens
 from ..runtime.checks import keep_number
 from ..runtime.processor import split_heads
 from ..runtime.steps import Match, Phase
@@ -66,9 +66,7 @@ class AgentAttention:
 
     def agents(self, match: Match) -> Merging:
         """The merging that leaves the agents."""
-        sources = match.partition.src.shape[1]
-        tokens = sources + match.partition.dst.shape[1]
-        return plan_merging(match.partition, match.matches, self.removed(tokens, sources))
+        return match.merging("operator", self.removed(match.tokens, match.sources))
 
     def attend(
         self,

@@ -17,6 +17,7 @@ from ..models.unet import block_layers, inner_hooks, layer_modules
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
 from ..runtime.resets import ResetHook
+from ..runtime.slots import Slots
 from ..runtime.steps import StepCounter
 from ..runtime.threads import PerThread
 
@@ -125,9 +126,8 @@ def refuse_other_caches(modules: Sequence[torch.nn.Module]) -> None:
 
 @dataclass
 class Slot:
-    """What is kept of the calls at one place in each step: with split guidance, each half has its own."""
+    """What is kept of the calls at one place in the step."""
 
-    signature: Any = None
     shapes: dict[int, Any] = field(default_factory=dict)
     # The last full steps, by their number, and what they gave.
     history: list[tuple[int, Any]] = field(default_factory=list)
@@ -155,8 +155,7 @@ class ReuseState:
     """Where a thread is, and what is kept of its calls."""
 
     def __init__(self) -> None:
-        self.image, self.step, self.slot = -1, -1, 0
-        self.slots: dict[int, Slot] = {}
+        self.slots: Slots[Slot] = Slots(Slot)
         self.scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         # Calls of this image: all of them, and those in which everything ran.
         self.calls, self.full_calls = 0, 0
@@ -256,7 +255,7 @@ class ModelReuse(ABC):
 
     def reset(self) -> None:
         """Begin a new image with the next call of this thread; what others are in the middle of goes on."""
-        self.state.slots = {}
+        self.state.slots.clear()
         self.clock.counter.restart()
 
     @property
@@ -293,20 +292,13 @@ class ModelReuse(ABC):
         """Refuse another cache that was put in since."""
         refuse_other_caches(modules)
 
-    def begin_call(self, timestep: Any, values: list[float], sample: torch.Tensor) -> None:
+    def begin_call(self, timestep: Any, values: list[float], sample: torch.Tensor) -> bool:
         """Decide, on the host, whether the call that begins is skipped, and make what the modules return then."""
         is_full = self.clock.is_full(timestep, values)
         state, counter = self.state, self.clock.counter
-        if state.image != counter.image:
-            state.image, state.step, state.slots = counter.image, -1, {}
+        if state.slots.image != counter.image:
             state.calls = state.full_calls = 0
-        # A second call in the same step is the other half of split guidance.
-        state.slot = state.slot + 1 if state.step == counter.step else 0
-        state.step = counter.step
-        signature = (sample.shape, sample.dtype, sample.device)
-        slot = state.slots.get(state.slot)
-        if slot is None or slot.signature != signature:
-            slot = state.slots[state.slot] = Slot(signature)
+        slot = state.slots.enter(counter, (sample.shape, sample.dtype, sample.device))
         call = self.calls.get()
         call.is_skipped = not is_full and bool(slot.history)
         if call.is_skipped:
@@ -321,14 +313,15 @@ class ModelReuse(ABC):
         state.calls += 1
         state.full_calls += not call.is_skipped
         self.last_run = (state.calls, state.full_calls)
+        return call.is_skipped
 
     def end_call(self) -> None:
         """Keep what a call that was not skipped gave."""
         state, call = self.state, self.calls.get()
-        slot = state.slots.get(state.slot)
+        slot = state.slots.get(state.slots.place)
         if slot is not None and call.kept is not None:
             slot.shapes = call.shapes
-            slot.history.append((state.step, call.kept))
+            slot.history.append((state.slots.step, call.kept))
         call.is_skipped, call.outputs, call.shapes, call.kept = False, {}, {}, None
         # Full steps need the most memory: they do not need this.
         state.scratch = {}
@@ -396,7 +389,7 @@ class UNetReuse(ModelReuse):
     def outputs(self, slot: Slot) -> dict[int, Any]:
         """Scratch, and the forecast."""
         outputs = {number: self.scratch(shapes) for number, shapes in slot.shapes.items()}
-        (last, newer), step = slot.history[-1], self.state.step
+        (last, newer), step = slot.history[-1], self.state.slots.step
         if len(slot.history) == 1:
             value = newer.clone()
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.merging import merge_tokens, plan_merging
+from ..ops.merging import merge_tokens
 from ..runtime.checks import keep_number
 from ..runtime.steps import Match, Phase
 
@@ -59,9 +59,7 @@ class KVMerging:
     def reduce(self, x: torch.Tensor, size: tuple[int, int], match: Match | None) -> torch.Tensor:
         """What keys and values come from: `(batch, tokens, channels)` to `(batch, keys, channels)`."""
         assert match is not None
-        sources = match.partition.src.shape[1]
-        merging = plan_merging(match.partition, match.matches, self.removed(x.shape[1], sources))
-        return merge_tokens(x, merging)
+        return merge_tokens(x, match.merging("keys", self.removed(match.tokens, match.sources)))
 
 
 def apply_kv_merging(phase: Phase, config: KVMergingConfig) -> Phase:

@@ -225,10 +225,11 @@ def test_what_needs_steps_is_the_mean_of_the_calls_of_a_run(shape, monkeypatch, 
     assert one["samples"]["agentsd+reuse-2 0.4"] == {"seconds": 1.0, "step_seconds": None}
 
 
-def test_feature_reuse_as_an_option_takes_steps(shape):
-    """A single call would be timed as if nothing were reused."""
+@pytest.mark.parametrize("options", [{"reuse": 2}, {"match_interval": 2}], ids=str)
+def test_an_option_that_keeps_something_takes_steps(shape, options):
+    """A single call would be timed as if nothing were."""
     methods = ("baseline", "agentsd-agent", "agentsd")
-    rows = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1, options={"reuse": 2})).rows
+    rows = run_bench(calls(methods=methods, sizes=((64, 64),), repeats=1, options=options)).rows
     assert [(row.method, row.steps, row.is_computed) for row in rows] == [
         (name, CALL_STEPS, False) for name in methods
     ]

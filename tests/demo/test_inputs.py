@@ -14,7 +14,7 @@ def test_a_request_is_made_of_the_controls():
 
 
 def test_a_configuration_is_made_of_the_controls():
-    assert config_of([0.5, 0.2, "kv-merged", 1024, 2, 0.1, 0.05, False, True, False, 3, 0, 1]) == AgentSDConfig(
+    assert config_of([0.5, 0.2, "kv-merged", 1024, 2, 0.1, 0.05, 2, False, True, False, 3, 0, 1]) == AgentSDConfig(
         ratio=0.5,
         agent_until=0.2,
         late_phase="kv-merged",
@@ -22,6 +22,7 @@ def test_a_configuration_is_made_of_the_controls():
         max_downsample=2,
         k_scale2=0.1,
         k_shortcut=0.05,
+        match_interval=2,
         use_rand=False,
         merge_crossattn=True,
         merge_mlp=False,
@@ -55,6 +56,12 @@ def test_the_ends_of_the_agent_phase_are_one_phase_for_all_steps():
     _, *others = others
     assert config_of([ratio, 0, "kv-mean", *others]) == AgentSDConfig(ratio=0.2, agent_until=0, late_phase="kv-mean")
     assert config_of([ratio, 1, "kv-mean", *others]) == AgentSDConfig.preset("agent", ratio=0.2)
+
+
+def test_no_interval_of_matching_is_none():
+    *others, _, use_rand, cross, mlp, interval, order, branch = values_of(AgentSDConfig.preset("fast"))
+    config = config_of([*others, 0, use_rand, cross, mlp, interval, order, branch])
+    assert config == AgentSDConfig.preset("fast", match_interval=None)
 
 
 def test_an_interval_of_one_is_no_feature_reuse():

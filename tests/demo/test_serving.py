@@ -141,7 +141,7 @@ def test_the_queue_cannot_be_skipped(address):
 def test_programs_get_messages_too(address):
     client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
     asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
-    patch = [0.4, 0.4, "tome", 0, 1, 0.3, 0.075, True, False, False, 1, 1, 0]
+    patch = [0.4, 0.4, "tome", 0, 1, 0.3, 0.075, 0, True, False, False, 1, 1, 0]
     status, images, *_ = client.predict(*asked, *patch, 0, api_name="/compare")
     assert "Speed-up per step" in status
     assert PIL.Image.open(images[0]).size == (256, 256)
