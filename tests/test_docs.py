@@ -42,7 +42,11 @@ SUMMARY = [
     ("shapes", 512, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
     ("shapes", 768, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
     ("shapes-sdxl", 512, ("balanced", "fast", "deepcache")),
-    ("quality-ddim", 256, ("balanced", "fast", "deepcache-2", "deepcache", "agentsd", "fewer-steps-60%", "fewer-steps-40%")),
+    (
+        "quality-ddim",
+        256,
+        ("balanced", "fast", "deepcache-2", "deepcache", "agentsd", "fewer-steps-60%", "fewer-steps-40%"),
+    ),
 ]
 LONG = re.compile("--suite (cpu|shapes|paper)|--prompts 64")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
