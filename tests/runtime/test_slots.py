@@ -2,8 +2,7 @@
 
 import torch
 
-from agentsd.runtime.slots import Slots
-from agentsd.runtime.steps import StepCounter
+from agentsd.runtime.steps import Slots, StepCounter
 
 
 class Calls:
