@@ -14,7 +14,8 @@ from .presets import PresetName
 from .runtime.checks import shown
 from .runtime.fallbacks import message, remedy
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
-from .runtime.state import LayerState, Matching
+from .runtime.matching import Matching
+from .runtime.state import LayerState
 from .runtime.steps import Clock
 from .techniques.feature_reuse import FeatureReuseConfig, apply_feature_reuse
 

@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from ..models.unet import AttentionLayer, plain_name, unwrap
 from ..ops.merging import mix_key
 from .fallbacks import REPLACED, message, replaced_by
+from .matching import Matching
 from .processor import AgentAttnProcessor
 from .resets import listen_to_resets, stop_listening
-from .state import LayerState, Matching
+from .state import LayerState
 from .steps import Clock, StepContext
 from .threads import CallsInThreads
 from .tracing import outside_graphs, refuse_tracing

@@ -17,7 +17,8 @@ from ..models.unet import block_layers, inner_hooks, layer_modules
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
 from ..runtime.resets import ResetHook
-from ..runtime.steps import Slots, StepCounter
+from ..runtime.slots import Slots
+from ..runtime.steps import StepCounter
 from ..runtime.threads import PerThread
 
 

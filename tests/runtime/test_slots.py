@@ -2,7 +2,8 @@
 
 import torch
 
-from agentsd.runtime.steps import Slots, StepCounter
+from agentsd.runtime.slots import Slots
+from agentsd.runtime.steps import StepCounter
 
 
 class Calls:
