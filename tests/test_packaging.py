@@ -77,7 +77,7 @@ def test_the_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     core = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {"typer", "rich", "torch>=2.6", "diffusers<1,>=0.40"} <= core
-    assert {"bench", "demo", "quality", "train", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"bench", "demo", "quality", "timm", "train", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "agentsd = agentsd.cli:main" in entry_points
 
 
