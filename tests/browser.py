@@ -104,6 +104,13 @@ def is_running(page: Page) -> None:
     expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
 
 
+def start_long(page: Page) -> None:
+    """Start a comparison of many steps, and wait until it runs."""
+    set_number(page, "Steps", 200)
+    page.locator("#compare-start").click()
+    is_running(page)
+
+
 if __name__ == "__main__":
     if find_browser() is None:
         install_browser()

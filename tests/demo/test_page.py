@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import choose_preset, compare, is_running, number, open_tab, set_number, table
+from browser import choose_preset, compare, is_running, number, open_tab, set_number, start_long, table
 from playwright.sync_api import expect
 
 from agentsd.bench import load_result
@@ -97,9 +97,7 @@ def test_every_image_and_field_has_a_name(open_page):
 def test_a_click_stops_a_run(open_page):
     page = open_page()
     expect(page.locator("#compare-stop")).to_be_disabled()  # nothing runs
-    set_number(page, "Steps", 200)
-    page.locator("#compare-start").click()
-    is_running(page)
+    start_long(page)
     page.locator("#compare-stop").click()
     expect(page.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
     expect(page.locator("#compare-stop")).to_be_disabled()
@@ -110,9 +108,7 @@ def test_a_click_stops_a_run(open_page):
 
 def test_stopping_ends_what_runs_on_its_own_tab_only(open_page):
     page = open_page()
-    set_number(page, "Steps", 200)
-    page.locator("#compare-start").click()
-    is_running(page)
+    start_long(page)
     open_tab(page, "Tokens")
     page.locator("#tokens-start").click()
     expect(page.get_by_text("queue: 1/1")).to_be_visible()

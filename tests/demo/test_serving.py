@@ -17,7 +17,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from browser import choose_preset, compare, is_running, open_tab, set_number
+from browser import choose_preset, compare, is_running, open_tab, set_number, start_long
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
@@ -34,9 +34,7 @@ RESULTS = ROOT / "notebooks" / "results" / "cpu"
 
 def test_one_generation_runs_at_a_time(open_page):
     mine, yours = open_page(), open_page()
-    set_number(mine, "Steps", 200)
-    mine.locator("#compare-start").click()
-    is_running(mine)
+    start_long(mine)
     set_number(yours, "Steps", 1)
     choose_preset(yours, "paper")
     open_tab(yours, "Tokens")
@@ -50,10 +48,8 @@ def test_one_generation_runs_at_a_time(open_page):
 
 def test_what_waits_can_be_stopped(open_page):
     mine, yours = open_page(), open_page()
-    for page in (mine, yours):
-        set_number(page, "Steps", 200)
-    mine.locator("#compare-start").click()
-    is_running(mine)
+    set_number(yours, "Steps", 200)
+    start_long(mine)
     yours.locator("#compare-start").click()
     expect(yours.get_by_text("queue: 1/1")).to_be_visible()
     yours.locator("#compare-stop").click()
@@ -71,10 +67,9 @@ def test_what_waits_can_be_stopped(open_page):
 
 def test_the_queue_has_an_end(open_page):
     running, waiting, refused = open_page(), open_page(), open_page()
-    for page in (running, waiting, refused):
+    for page in (waiting, refused):
         set_number(page, "Steps", 200)
-    running.locator("#compare-start").click()
-    is_running(running)
+    start_long(running)
     waiting.locator("#compare-start").click()
     expect(waiting.get_by_text("queue: 1/1")).to_be_visible()
     refused.locator("#compare-start").click()
@@ -89,9 +84,7 @@ def test_the_queue_has_an_end(open_page):
 
 def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
     page = open_page()
-    set_number(page, "Steps", 200)
-    page.locator("#compare-start").click()
-    is_running(page)
+    start_long(page)
     assert engine._stops
     page.close()
     deadline = time.monotonic() + 8  # the run itself would take more than twenty
