@@ -56,6 +56,8 @@ def start_browser(playwright: Playwright) -> Browser:
 def set_number(page: Page, label: str, value: float) -> None:
     """Set one of Gradio's sliders by its number."""
     box = page.get_by_label(f"number input for {label}", exact=True)
+    # A click waits until the box stands still: what is filled in as an accordion opens, Gradio sets back.
+    box.click()
     box.fill(str(value))
     box.press("Tab")
 
