@@ -322,11 +322,19 @@ def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
     ```
     """
     batch, cells = merging.size.shape
-    kept = merging.members.shape[1] - cells
+    channels, kept = x.shape[2], merging.members.shape[1] - cells
     wide = _wide(x.dtype)
     sums = take_tokens(x, merging.members[:, kept:]).to(wide)
-    rows = torch.arange(batch, device=x.device).unsqueeze(1)
-    sums.index_put_((rows, merging.target - kept), take_tokens(x, merging.merged).to(wide), accumulate=True)
+    rows = sums.view(-1, channels)
+    addends = take_tokens(x, merging.merged).to(wide).view(-1, channels)
+    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * cells
+    index = (merging.target - kept + offsets).flatten()
+    # Of the two that do the same, the one that always adds in the same order, so that a seed has one image: the other
+    # adds from several threads at once, `index_put_` on a CPU (much slower, too), `scatter_add_` on a GPU.
+    if x.device.type == "cpu":
+        rows.scatter_add_(0, index.unsqueeze(1).expand(-1, channels), addends)
+    else:
+        rows.index_put_((index,), addends, accumulate=True)
     means = (sums / merging.size.unsqueeze(2)).to(x.dtype)
     return torch.cat([take_tokens(x, merging.members[:, :kept]), means], dim=1)
 

@@ -230,6 +230,21 @@ def test_means_of_many_half_precision_tokens_are_exact_to_rounding(dtype):
     assert torch.equal(merge_tokens(x, merging), torch.ones(1, 1, 2, dtype=dtype))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_as_many_threads_as_there_are_add_in_one_order(batch):
+    """Another order rounds otherwise, and the same seed would give another image now and then."""
+    x = torch.randn(batch, 64 * 64, 64, generator=torch.Generator().manual_seed(0))
+    merging = make_merging(x, make_partition(64, 64, 4, 4), 3000)
+    expected = merge_tokens(x, merging)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        merged = [merge_tokens(x, merging) for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, expected) for one in merged)
+
+
 def test_gradients_pass_through_merge_and_unmerge():
     x = torch.randn(2, 16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     merging = make_merging(x, make_partition(4, 4, 2, 2), 5)
