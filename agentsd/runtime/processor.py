@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -82,18 +83,22 @@ class AgentAttnProcessor:
     def _softmax_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_fp32: bool, scale: float | None = None
     ) -> torch.Tensor:
-        """Softmax attention on `(batch, heads, tokens, head_dim)` by the attention backend that was chosen."""
+        """Softmax attention on `(batch, heads, tokens, head_dim)` by the attention backend chosen for this layer."""
         dtype, device = v.dtype, v.device.type
-        operands = [x.transpose(1, 2) for x in (q, k, v)]
         if in_fp32:
-            operands = [x.float() for x in operands]
+            q, k, v = q.float(), k.float(), v.float()
         # Without this, an outer autocast, which not every kind of device has, would take them back to half precision.
         has_autocast = in_fp32 and torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            if self._attention_backend is None and self._parallel_config is None:
+                # As in a UNet without a patch. What diffusers has for a default is the backend set last for any model;
+                # some switch the kernels of the whole process and back, which threads get mixed up.
+                return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
+            operands = [x.transpose(1, 2) for x in (q, k, v)]
             out = dispatch_attention_fn(
                 *operands, scale=scale, backend=self._attention_backend, parallel_config=self._parallel_config
             )
-        return out.transpose(1, 2).to(dtype)
+            return out.transpose(1, 2).to(dtype)
 
 
 def _parts(

@@ -202,6 +202,13 @@ def test_weights_can_change_while_fused_projections_are_kept():
     assert_differs(generate(pipe), before)
 
 
+@pytest.fixture
+def default_backend(monkeypatch):
+    """What `set_attention_backend` makes the default of all models is put back after the test."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+
+
+@pytest.mark.usefixtures("default_backend")
 @in_both_phases
 def test_attention_backend(config):
     """`set_attention_backend` works on patched layers; the patch is removed without a trace."""
@@ -223,13 +230,14 @@ def test_attention_backend(config):
     assert_no_trace(unet)
 
 
+@pytest.mark.usefixtures("default_backend")
 @in_both_phases
-def test_attention_backend_is_called(config, monkeypatch):
-    """The backend set on a patched model is the one that computes there, both products of agent attention."""
-    unet = agentsd.apply_patch(tiny_unet(), config=config)
+def test_the_backend_of_a_model_is_called_for_it_and_no_other(config, monkeypatch):
+    """Both products of agent attention. A model without one attends as if not patched, whatever diffusers' default."""
+    unet, other = (agentsd.apply_patch(tiny_unet(), config=config) for _ in range(2))
     unet.set_attention_backend("_native_math")
-    tiny_unet().set_attention_backend("native")  # which diffusers also makes the default, for layers that have none
     backend = next(p._attention_backend for p in unet.attn_processors.values() if hasattr(p, "_attention_backend"))
+    assert _AttentionBackendRegistry._active_backend == backend
     compute, calls = _AttentionBackendRegistry._backends[backend], []
 
     def counting(*args, **kwargs):
@@ -237,6 +245,8 @@ def test_attention_backend_is_called(config, monkeypatch):
         return compute(*args, **kwargs)
 
     monkeypatch.setitem(_AttentionBackendRegistry._backends, backend, counting)
+    predict(other, 500)
+    assert not calls
     predict(unet, 500)
     layers = len(agentsd.report(unet).rows)
     assert len(calls) == (2 * layers if config.agent_until else layers)
@@ -342,6 +352,7 @@ def set_weighted_processor(pipe):
     pipe.unet.get_submodule("up_blocks.2.attentions.0.transformer_blocks.0.attn1").set_processor(ScaledAttention())
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("inside", [lambda pipe: None, agentsd.remove_patch], ids=["patched", "removed"])
 @pytest.mark.parametrize("change", [slice_attention, fuse_projections, choose_backend, set_weighted_processor])
 def test_patched_for_a_while_gives_back_what_was_there(change, inside):

@@ -3,10 +3,11 @@
 import gc
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+import torch.nn.functional as F
 from models import tiny_sd, tiny_sdxl, tiny_unet
 from runs import EARLY, LATE, hook_count, image, inputs, run
 
@@ -263,11 +264,11 @@ def test_fp32_attention_holds_inside_an_autocast(unet, monkeypatch, timestep, pr
     seen = set()
 
     def look(q, k, v, **options):
-        output = dispatch_attention_fn(q, k, v, **options)
+        output = F.scaled_dot_product_attention(q, k, v, **options)
         seen.add(output.dtype)
         return output
 
-    monkeypatch.setattr("agentsd.runtime.processor.dispatch_attention_fn", look)
+    monkeypatch.setattr("agentsd.runtime.processor.F", SimpleNamespace(scaled_dot_product_attention=look))
     agentsd.apply_patch(unet, attn_precision=precision)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         run(unet, timestep)
