@@ -19,7 +19,7 @@ _SEEDS = 2**31
 _PRESET: PresetName = "balanced"
 # Values that are no preset's.
 _CUSTOM = "custom"
-_PRESET_INFO = {
+PRESET_INFO = {
     "balanced": "Agents, later fewer keys, in large layers; the deep part of the UNet only at every second step",
     "fast": "Agents at every step in large layers; the deep part of the UNet only at every third step",
     "paper": "Agents while the image is mostly noise, later token merging",
@@ -92,7 +92,7 @@ def patch_inputs() -> list[gr.components.Component]:
     values = values_of(AgentSDConfig.preset(_PRESET))
     ratio, share, late, smallest, levels, exponent, shortcut, matching, is_random, cross, mlp, *of_reuse = values
     interval, order, branch = of_reuse
-    preset = gr.Radio([*_PRESET_INFO], value=_PRESET, label="Preset", info=_PRESET_INFO[_PRESET], elem_id="preset")
+    preset = gr.Radio([*PRESET_INFO], value=_PRESET, label="Preset", info=PRESET_INFO[_PRESET], elem_id="preset")
     with gr.Accordion("Token merging and agent attention", open=False):
         attention = [
             gr.Slider(0, 0.95, value=ratio, step=0.05, label="Ratio", info="Share of tokens merged away"),
@@ -176,14 +176,14 @@ def patch_inputs() -> list[gr.components.Component]:
 def _filled_in(name: str, *values: Any) -> list[Any]:
     """What is said of a preset, and its values: for none of them, those that are there."""
     chosen = values if name == _CUSTOM else values_of(AgentSDConfig.preset(cast("PresetName", name)))
-    return [gr.update(info=_PRESET_INFO[name]), *chosen]
+    return [gr.update(info=PRESET_INFO[name]), *chosen]
 
 
 def _named(*values: Any) -> dict[str, Any]:
     """The preset that has these values, if there is one."""
     config = config_of(values)
     name = next((name for name, fields in PRESETS.items() if AgentSDConfig(**fields) == config), _CUSTOM)
-    return gr.update(value=name, info=_PRESET_INFO[name])
+    return gr.update(value=name, info=PRESET_INFO[name])
 
 
 def request_of(values: Sequence[Any]) -> ImageRequest:

@@ -3,7 +3,7 @@
 import pytest
 
 from agentsd import AgentSDConfig, FeatureReuseConfig
-from agentsd.demo.inputs import _PRESET_INFO, _filled_in, _named, config_of, request_of, values_of
+from agentsd.demo.inputs import PRESET_INFO, _filled_in, _named, config_of, request_of, values_of
 from agentsd.demo.requests import ImageRequest
 from agentsd.presets import PRESETS
 
@@ -37,7 +37,7 @@ def test_a_preset_fills_in_what_it_is(name):
     _, *values = _filled_in(name, *values_of(AgentSDConfig()))
     assert config_of(values) == config
     assert _named(*values)["value"] == name
-    assert _filled_in(name)[0]["info"] == _named(*values)["info"] == _PRESET_INFO[name]
+    assert _filled_in(name)[0]["info"] == _named(*values)["info"] == PRESET_INFO[name]
 
 
 def test_what_is_no_preset_is_custom():
