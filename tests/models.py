@@ -82,6 +82,15 @@ def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKL:
         return AutoencoderKL(**settings).eval()
 
 
+# One level with one block of attention: to capture a graph takes seconds, most of it for what is not patched.
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+}
+
+
 def tiny_unet(seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
     """A UNet laid out like SD 1.5's: self-attention at every level but the lowest, and in the middle block."""
     settings: dict[str, Any] = {

@@ -10,7 +10,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from models import tiny_sd
+from models import ONE_LEVEL, tiny_sd
 
 import agentsd
 from agentsd.utils.timing import time_rounds
@@ -98,7 +98,7 @@ def test_where_one_round_takes_all_the_time_there_is_one(monkeypatch):
 
 def test_a_compiled_model_is_warm_when_it_is_timed():
     """Each time it is patched anew it is compiled anew, which takes a thousand times as long as a step."""
-    pipe = tiny_sd()
+    pipe = tiny_sd(**ONE_LEVEL)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     seen = []
 

@@ -111,7 +111,10 @@ def test_compare_shows_presets(model, tmp_path, options, presets):
 def test_too_few_steps_for_feature_reuse_are_one_line(model, tmp_path):
     """A newcomer tries few steps first: without a word, nothing would be faster."""
     said = "Warning: Feature reuse is off in runs of fewer than 8 steps; this one has 2."
-    generate, compare = ["generate", "-o", tmp_path / "apple.png", "--preset", "fast"], ["compare", "-o", tmp_path]
+    generate, compare = (
+        ["generate", "-o", tmp_path / "apple.png", "--preset", "fast"],
+        ["compare", "-o", tmp_path, "--seconds", 0],
+    )
     for arguments in (generate, compare):
         result = run(*arguments, PROMPT, "--model", model, "--steps", 2)
         assert result.exit_code == 0, result.output

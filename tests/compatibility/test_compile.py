@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from graphs import Graphs
-from models import tiny_sd, tiny_sdxl, tiny_unet
+from models import ONE_LEVEL, tiny_sd, tiny_sdxl, tiny_unet
 from torch._dynamo.utils import counters
 
 import agentsd
@@ -23,9 +23,7 @@ IS_TORCH_2_6 = torch.__version__.startswith("2.6.")
 
 
 def small_unet(**overrides):
-    """One level with one block of attention: to capture a graph takes seconds, most of it for what is not patched."""
-    one_level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    return tiny_unet(**{**one_level, "block_out_channels": (32,), "mid_block_type": None, **overrides})
+    return tiny_unet(**{**ONE_LEVEL, **overrides})
 
 
 @pytest.fixture(autouse=True)
