@@ -167,7 +167,7 @@ def _plot_sizes(rows: list[Row], model: str, folder: Path) -> Path:
         )
     axes.set_xlabel("side of the image in pixels")
     axes.set_ylabel("speed-up over the baseline")
-    axes.legend(title=short_name(model))
+    figure.legend(title=short_name(model), loc="outside right upper")
     return _save(figure, folder / f"speed-size-{short_name(model)}.png")
 
 
