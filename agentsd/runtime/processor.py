@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,8 @@ class AgentAttnProcessor:
     """
 
     # Set by `ModelMixin.set_attention_backend` and `enable_parallelism` on processors that have them.
-    _attention_backend = None
-    _parallel_config = None
+    _attention_backend: Any = None
+    _parallel_config: Any = None
 
     def __call__(
         self,
