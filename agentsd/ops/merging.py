@@ -321,14 +321,13 @@ def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
              [2.]]])
     ```
     """
-    batch, cells = merging.size.shape
-    channels, kept = x.shape[2], merging.members.shape[1] - cells
+    channels, cells = x.shape[2], merging.size.shape[1]
+    kept = merging.members.shape[1] - cells
     wide = _wide(x.dtype)
     sums = take_tokens(x, merging.members[:, kept:]).to(wide)
     rows = sums.view(-1, channels)
     addends = take_tokens(x, merging.merged).to(wide).view(-1, channels)
-    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * cells
-    index = (merging.target - kept + offsets).flatten()
+    index = _in_flat_view(merging.target - kept, cells)
     # Of the two that do the same, the one that always adds in the same order, so that a seed has one image: the other
     # adds from several threads at once, `index_put_` on a CPU (much slower, too), `scatter_add_` on a GPU.
     if x.device.type == "cpu":
@@ -387,5 +386,10 @@ def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return x.index_select(1, index[0])
     # Whole rows of a flat view: on the CPU several times faster than `gather` with an expanded index.
     batch, tokens, channels = x.shape
-    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * tokens
-    return x.reshape(-1, channels).index_select(0, (index + offsets).flatten()).view(batch, -1, channels)
+    return x.reshape(-1, channels).index_select(0, _in_flat_view(index, tokens)).view(batch, -1, channels)
+
+
+def _in_flat_view(index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Token indices `(B, K)` as places in a view of all samples' tokens, one sample after the other."""
+    offsets = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * tokens
+    return (index + offsets).flatten()
