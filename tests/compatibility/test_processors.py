@@ -202,12 +202,6 @@ def test_weights_can_change_while_fused_projections_are_kept():
     assert_differs(generate(pipe), before)
 
 
-@pytest.fixture
-def default_backend(monkeypatch):
-    """What `set_attention_backend` makes the default of all models is put back after the test."""
-    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
-
-
 @pytest.mark.usefixtures("default_backend")
 @in_both_phases
 def test_attention_backend(config):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from compat_models import image, with_unet
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from models import tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
 from transformers import PreTrainedTokenizerBase
 from turns import Turns
@@ -102,14 +101,14 @@ def test_pipelines_that_share_an_offloaded_unet(offload):
     assert_as_alone(pipe, pipe.unet)
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("backend", [None, "_native_math"])
-def test_threads_that_nothing_holds_up(backend, monkeypatch):
+def test_threads_that_nothing_holds_up(backend):
     """
     Not in turn, but whenever the interpreter switches between them, which it is made to do often.
 
     Also where another model has an attention backend that switches the kernels of the whole process and back.
     """
-    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     if backend:
         tiny_unet().set_attention_backend(backend)
     pipe = agentsd.apply_patch(tiny_sd(), config=EVERYTHING)
