@@ -328,7 +328,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-# Each meets each of the others once: captured graphs take seconds.
+# Each of two options meets each of another at least once: captured graphs take seconds.
 @pytest.mark.parametrize(
     "way, order, options",
     [
