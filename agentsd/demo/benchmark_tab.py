@@ -1,8 +1,13 @@
 """The tab that shows recorded benchmarks."""
 
+import functools
+import html
 import shutil
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import PIL.Image
@@ -22,6 +27,8 @@ _LEFT_OUT = (
 _MOST_BYTES = 2**20
 _MOST_ROWS = 500
 _MOST_MODELS = 8
+# One at a time, since plots take time that somebody else's run would miss.
+_drawing = threading.Lock()
 
 
 def benchmark_tab(recorded: dict[str, Path]) -> None:
@@ -50,12 +57,12 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
         elem_classes=["captioned", "plots"],
     )
 
-    @with_messages
+    @_or_message
     def show_recorded(name: str | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
         # A name, never a path: what a page sends cannot lead anywhere else.
         return _result_shown(recorded[name], recorded[name] / "images") if name in recorded else ("", [])
 
-    @with_messages
+    @_or_message
     def show_uploaded(files: list[str] | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
         if not files:
             return "", []
@@ -68,10 +75,25 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
             # Their images are not looked for: an upload must not name files of this machine.
             return _result_shown(Path(folder), None)
 
-    # One at a time, since plots take time that somebody else's run would miss.
-    common = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "benchmark"}
+    # Past Gradio's queue: a choice made in the very moment in which the one before ends would be dropped there.
+    common = {"queue": False, "api_visibility": "private"}
     choice.input(show_recorded, [choice], [table, plots], **common)
     upload.change(show_uploaded, [upload], [table, plots], **common)
+
+
+def _or_message(show: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of a table, what went wrong: of events past its queue Gradio shows no error."""
+    show = with_messages(show)
+
+    @functools.wraps(show)
+    def call(*args: Any) -> Any:
+        try:
+            return show(*args)
+        except gr.Error as error:
+            # It may repeat a name from the file, which must not become part of the page.
+            return f"**Error:** {html.escape(error.message, quote=False)}", []
+
+    return call
 
 
 def _result_shown(folder: Path, images: Path | None) -> tuple[str, list[tuple[PIL.Image.Image, str]]]:
@@ -83,7 +105,7 @@ def _result_shown(folder: Path, images: Path | None) -> tuple[str, list[tuple[PI
         raise ValueError(str(error).replace(f"{folder}/", "").replace(str(folder), "This")) from error
     if len(result.rows) > _MOST_ROWS or len({row.model for row in result.rows}) > _MOST_MODELS:
         raise ValueError(f"Results of at most {_MOST_ROWS} rows and {_MOST_MODELS} models can be shown here.")
-    with tempfile.TemporaryDirectory() as scratch:
+    with _drawing, tempfile.TemporaryDirectory() as scratch:
         files = save_plots(result.rows, Path(scratch), images)
         return _broken_lines(result.to_markdown(without=_LEFT_OUT)), [(opened(file), file.stem) for file in files]
 
