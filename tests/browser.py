@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, Request, expect, sync_playwright
 
 from agentsd.demo.inputs import PRESET_INFO
 
@@ -100,6 +100,28 @@ def compare(page: Page) -> dict[str, list[str]]:
 def number(text: str) -> float:
     """The number that a cell begins with."""
     return float(re.match(r"[\d.]+", text)[0])
+
+
+def watch_runs(page: Page) -> None:
+    """Keep the streams by which Gradio's page hears of its runs, for `wait_for_end`."""
+    page.streams = set()
+
+    def begin(request: Request) -> None:
+        if "/queue/data" in request.url:
+            page.streams.add(request)
+
+    def end(request: Request) -> None:
+        page.streams.discard(request)
+
+    page.on("request", begin)
+    page.on("requestfinished", end)
+    page.on("requestfailed", end)
+
+
+def wait_for_end(page: Page) -> None:
+    """Wait until the page has closed the stream of its last run: what it asks in that very moment, Gradio drops."""
+    while page.streams:
+        page.wait_for_timeout(20)
 
 
 def is_running(page: Page) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from browser import start_browser
+from browser import start_browser, watch_runs
 from playwright.sync_api import expect, sync_playwright
 
 from agentsd.demo import build_demo, launch_demo
@@ -16,17 +16,6 @@ RECORDED = sorted(file.parent for file in (ROOT / "notebooks" / "results").glob(
 # An image or a text comes when it comes: it is waited for, never read at once.
 SLOW = 120_000
 expect.set_options(timeout=SLOW)
-
-
-def pytest_collection_modifyitems(items):
-    """
-    What waits in vain in the browser is tried once more: where processors are busy, Gradio's page now and then misses
-    a message of its server, and waits for ever. What is broken fails twice.
-    """
-    once_more = pytest.mark.flaky(reruns=1, only_rerun=["Locator expected", "Timeout"])
-    for item in items:
-        if "open_page" in item.fixturenames:
-            item.add_marker(once_more)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +47,7 @@ def open_page(browser, address):
         page.set_default_timeout(SLOW)
         page.seen = []
         page.on("request", lambda request: page.seen.append(request.url))
+        watch_runs(page)
         page.goto(address + query)
         expect(page.get_by_role("button", name="Compare", exact=True)).to_be_visible()
         return page

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import choose_preset, compare, is_running, number, open_tab, set_number, start_long, table
+from browser import choose_preset, compare, is_running, number, open_tab, set_number, start_long, table, wait_for_end
 from playwright.sync_api import expect
 
 from agentsd.bench import load_result
@@ -102,6 +102,7 @@ def test_a_click_stops_a_run(open_page):
     page.locator("#compare-stop").click()
     expect(page.locator("#compare-status")).to_contain_text("Stopped", timeout=10_000)
     expect(page.locator("#compare-stop")).to_be_disabled()
+    wait_for_end(page)
     set_number(page, "Steps", 1)
     compare(page)
     expect(page.locator("#compare-stop")).to_be_disabled()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from browser import choose_preset, compare, is_running, open_tab, set_number, start_long
+from browser import choose_preset, compare, is_running, open_tab, set_number, start_long, wait_for_end
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
@@ -57,6 +57,7 @@ def test_what_waits_can_be_stopped(open_page):
     expect(yours.locator("#compare-stop")).to_be_disabled()
     expect(yours.locator("#compare-slider")).not_to_contain_text(re.compile("queue|Error"))
     is_running(mine)
+    wait_for_end(yours)
     # What was stopped is out of the queue: the same page can ask again.
     set_number(yours, "Steps", 1)
     yours.locator("#compare-start").click()
