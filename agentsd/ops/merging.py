@@ -4,12 +4,18 @@ Fast Stable Diffusion* (arXiv:2303.17604).
 
 Shapes: `B` batch, `N = height * width` tokens, `C` channels, `D` destination tokens (one a cell), `S = N - D` source
 tokens, `M` tokens after merging. Token indices are int64. `P` is `B`, or 1 where the whole batch shares one partition.
+
+In half precision on an NVIDIA GPU, and without derivatives, `match_tokens`, `merge_tokens` and `unmerge_tokens` are
+kernels of `kernels.py`, if Triton works there.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -17,6 +23,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 # elsewhere enough to keep many cores busy with few launches.
 _CPU_SIMILARITY_BYTES = 16 * 2**20
 _SIMILARITY_BYTES = 256 * 2**20
+
+# The oldest GPUs that Triton supports.
+_KERNEL_CAPABILITY = (8, 0)
 
 _Integers = TypeVar("_Integers", int, torch.Tensor)
 
@@ -226,6 +235,8 @@ def match_tokens(metric: torch.Tensor, partition: Partition) -> Matches:
     Matches(cell=tensor([[1]]), score=tensor([[1.]]))
     ```
     """
+    if _has_kernels(metric):
+        return Matches(*torch.ops.agentsd.match_tokens(metric, partition.dst, partition.src))
     # The nearest destination does not depend on the length of the source, so that only the destinations are
     # normalised, and of the sources only the scores.
     dst = take_tokens(metric, partition.dst)
@@ -321,6 +332,8 @@ def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
              [2.]]])
     ```
     """
+    if _has_kernels(x):
+        return torch.ops.agentsd.merge_tokens(x, merging.members, merging.merged, merging.target, merging.size)
     channels, cells = x.shape[2], merging.size.shape[1]
     kept = merging.members.shape[1] - cells
     wide = _wide(x.dtype)
@@ -360,6 +373,8 @@ def unmerge_tokens(y: torch.Tensor, merging: Merging) -> torch.Tensor:
     tensor([2., 5., 2.])
     ```
     """
+    if _has_kernels(y):
+        return torch.ops.agentsd.unmerge_tokens(y, merging.position)
     return take_tokens(y, merging.position)
 
 
@@ -393,3 +408,43 @@ def _in_flat_view(index: torch.Tensor, tokens: int) -> torch.Tensor:
     """Token indices `(B, K)` as places in a view of all samples' tokens, one sample after the other."""
     offsets = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * tokens
     return (index + offsets).flatten()
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether there are kernels for a tensor; they know no derivatives and no `vmap`."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and forward_ad._current_level < 0
+        # A compiler of the transforms takes care of them itself, and cannot trace the question.
+        and (torch.compiler.is_compiling() or peek_interpreter_stack() is None)
+        and _runs_kernels(x.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _runs_kernels(device: torch.device) -> bool:
+    return _register_kernels(device)
+
+
+@cache
+def _register_kernels(device: torch.device) -> bool:
+    """Whether Triton works on a device; if so, the kernels are operators of torch from then on."""
+    # Fake tensors may be on a GPU that is not there.
+    if find_spec("triton") is None or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability(device) < _KERNEL_CAPABILITY:
+        return False
+    from triton.runtime import driver
+
+    try:
+        # Builds what Triton talks to the GPU with: that needs a C compiler and Python's headers, which not all have.
+        backend = driver.active.get_current_target().backend
+    except Exception:
+        return False
+    if backend != "cuda":
+        return False
+    from . import kernels  # noqa: F401
+
+    return True

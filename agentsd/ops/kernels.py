@@ -1,0 +1,297 @@
+"""
+Matching, merging and unmerging of tokens on a GPU, a kernel or two each, in Triton. For half precision and without
+derivatives; `merging.py` says what they compute, and calls them.
+
+They are operators of torch, `agentsd::match_tokens` and so on, so that `torch.compile` keeps each as one step of its
+graph. Importing this module registers them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+# Of the tiles that the kernels work on, in elements. Tiles of the match are what tensor cores take at a time.
+_MATCH_TILE = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64}
+_ORDER_TILE = {"ROWS": 32, "COLUMNS": 128}
+_TAKE_TILE = {"ROWS": 64, "WIDTH": 64}
+# Most cells have but a few tokens to add; where one has many, several at a time hide the time that memory takes.
+_MERGED_AT_A_TIME = 8
+_WIDEST = 512
+
+
+@triton.jit
+def _match_kernel(
+    metric,
+    dst,
+    src,
+    cell,
+    score,
+    tokens,
+    destinations,
+    sources,
+    dst_sample_stride,
+    dst_stride,
+    src_sample_stride,
+    src_stride,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The nearest destination of `ROWS` sources: of all similarities, only those to `COLUMNS` destinations exist."""
+    sample = tl.program_id(1).to(tl.int64)
+    metric += sample * tokens * CHANNELS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_source = row < sources
+    src_token = tl.load(src + sample * src_sample_stride + row * src_stride, mask=is_source, other=0)
+    source = metric + src_token * CHANNELS
+
+    src_squares = tl.zeros([ROWS, DEPTH], tl.float32)
+    for first in range(0, CHANNELS, DEPTH):
+        channel = first + tl.arange(0, DEPTH)
+        wide = tl.load(source[:, None] + channel[None, :], mask=channel[None, :] < CHANNELS, other=0.0).to(tl.float32)
+        src_squares += wide * wide
+    src_norm = tl.maximum(tl.sqrt(tl.sum(src_squares, axis=1)), 1e-6)
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    nearest = tl.zeros([ROWS], tl.int32)
+    for start in range(0, destinations, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        is_destination = column < destinations
+        dst_token = tl.load(dst + sample * dst_sample_stride + column * dst_stride, mask=is_destination, other=0)
+        destination = metric + dst_token * CHANNELS
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        dst_squares = tl.zeros([COLUMNS, DEPTH], tl.float32)
+        for first in range(0, CHANNELS, DEPTH):
+            channel = first + tl.arange(0, DEPTH)
+            inside = channel[None, :] < CHANNELS
+            a = tl.load(source[:, None] + channel[None, :], mask=inside, other=0.0)
+            b = tl.load(destination[:, None] + channel[None, :], mask=inside, other=0.0)
+            products = tl.dot(a, tl.trans(b), products)
+            dst_squares += b.to(tl.float32) * b.to(tl.float32)
+        dst_norm = tl.maximum(tl.sqrt(tl.sum(dst_squares, axis=1)), 1e-6)
+        similarity = tl.where(is_destination[None, :], products * (1.0 / dst_norm)[None, :], float("-inf"))
+        highest = tl.max(similarity, axis=1)
+        # The first of equals, here and below, as in torch.
+        place = tl.min(tl.where(similarity == highest[:, None], column[None, :], destinations), axis=1)
+        # Never true of NaN, so that what is written is always a cell.
+        is_nearer = highest > best
+        nearest = tl.where(is_nearer, place, nearest)
+        best = tl.where(is_nearer, highest, best)
+
+    tl.store(cell + sample * sources + row, nearest.to(tl.int64), mask=is_source)
+    tl.store(score + sample * sources + row, best / src_norm, mask=is_source)
+
+
+@triton.jit
+def _order_kernel(
+    merged,
+    target,
+    order,
+    start,
+    kept,
+    count,
+    destinations,
+    merged_sample_stride,
+    merged_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """
+    Write merged tokens in the order of their targets, and where those of each begin. The place of a token is the
+    number of those that go before it, which is counted: faster than a sort until there are very many.
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    target += sample * count
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_merged = row < count
+    own = tl.load(target + row, mask=is_merged, other=0).to(tl.int32)
+    lower = tl.zeros([ROWS, COLUMNS], tl.int32)
+    earlier = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for first in range(0, count, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        # Past the end, a target higher than all.
+        other = tl.load(target + column, mask=column < count, other=2147483647).to(tl.int32)
+        lower += (other[None, :] < own[:, None]).to(tl.int32)
+        earlier += ((other[None, :] == own[:, None]) & (column[None, :] < row[:, None])).to(tl.int32)
+    before = tl.sum(lower, axis=1)
+    rank = tl.sum(earlier, axis=1)
+    token = tl.load(merged + sample * merged_sample_stride + row * merged_stride, mask=is_merged, other=0)
+    tl.store(order + sample * count + before + rank, token, mask=is_merged)
+    tl.store(start + sample * destinations + own - kept, before, mask=is_merged & (rank == 0))
+
+
+@triton.jit
+def _merge_kernel(
+    x,
+    members,
+    size,
+    order,
+    start,
+    out,
+    tokens,
+    outputs,
+    kept,
+    count,
+    destinations,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One merged token: the mean of its own row and of those merged into it, always added in the same order."""
+    row = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    inside = channel < CHANNELS
+    x += sample * tokens * CHANNELS
+    token = tl.load(members + sample * outputs + row)
+    own = tl.load(x + token * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
+    # Tokens that are kept are means of one.
+    cell = sample * destinations + row - kept
+    divisor = tl.load(size + cell, mask=row >= kept, other=1.0)
+    others = divisor.to(tl.int32) - 1
+    begin = tl.load(start + cell, mask=others > 0, other=0)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(0, others, ROWS):
+        place = first + tl.arange(0, ROWS)
+        is_here = place < others
+        merged = tl.load(order + sample * count + begin + place, mask=is_here, other=0)
+        addend = x + merged[:, None] * CHANNELS + channel[None, :]
+        sums += tl.load(addend, mask=is_here[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    mean = (own + tl.sum(sums, axis=0)) / divisor
+    tl.store(out + (sample * outputs + row) * CHANNELS + channel, mean.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _take_kernel(
+    y,
+    position,
+    out,
+    tokens,
+    outputs,
+    position_sample_stride,
+    position_stride,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`ROWS` tokens by index, `WIDTH` channels of them."""
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_token = row < outputs
+    channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    mask = is_token[:, None] & (channel[None, :] < CHANNELS)
+    token = tl.load(position + sample * position_sample_stride + row * position_stride, mask=is_token, other=0)
+    taken = tl.load(y + (sample * tokens + token)[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
+    tl.store(out + (sample * outputs + row)[:, None] * CHANNELS + channel[None, :], taken, mask=mask)
+
+
+def _strides(index: torch.Tensor) -> tuple[int, int]:
+    """Of an index `(P, K)`; all samples read the one row where `P = 1`."""
+    return (index.stride(0) if index.shape[0] > 1 else 0), index.stride(1)
+
+
+def _match(metric: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    cell, score = _empty_matches(metric, dst, src)
+    metric = metric.contiguous()
+    batch, tokens, channels = metric.shape
+    if cell.numel() > 0:
+        with torch.cuda.device_of(metric):
+            _match_kernel[(triton.cdiv(src.shape[1], _MATCH_TILE["ROWS"]), batch)](
+                metric,
+                dst,
+                src,
+                cell,
+                score,
+                tokens,
+                dst.shape[1],
+                src.shape[1],
+                *_strides(dst),
+                *_strides(src),
+                CHANNELS=channels,
+                **_MATCH_TILE,
+                num_warps=8,
+                num_stages=3,
+            )
+    return cell, score
+
+
+def _empty_matches(metric: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (metric.shape[0], src.shape[1])
+    return metric.new_empty(shape, dtype=torch.int64), metric.new_empty(shape, dtype=torch.float32)
+
+
+def _merge(
+    x: torch.Tensor, members: torch.Tensor, merged: torch.Tensor, target: torch.Tensor, size: torch.Tensor
+) -> torch.Tensor:
+    out = _empty_merged(x, members, merged, target, size)
+    x, members, target, size = x.contiguous(), members.contiguous(), target.contiguous(), size.contiguous()
+    batch, tokens, channels = x.shape
+    outputs, count, cells = members.shape[1], merged.shape[1], size.shape[1]
+    kept = outputs - cells
+    order = members.new_empty((batch, count))
+    start = members.new_empty((batch, cells), dtype=torch.int32)
+    width = min(triton.next_power_of_2(channels), _WIDEST)
+    with torch.cuda.device_of(x):
+        if order.numel() > 0:
+            _order_kernel[(triton.cdiv(count, _ORDER_TILE["ROWS"]), batch)](
+                merged, target, order, start, kept, count, cells, *_strides(merged), **_ORDER_TILE
+            )
+        if out.numel() > 0:
+            _merge_kernel[(outputs, batch, triton.cdiv(channels, width))](
+                x,
+                members,
+                size,
+                order,
+                start,
+                out,
+                tokens,
+                outputs,
+                kept,
+                count,
+                cells,
+                CHANNELS=channels,
+                ROWS=_MERGED_AT_A_TIME,
+                WIDTH=width,
+            )
+    return out
+
+
+def _empty_merged(
+    x: torch.Tensor, members: torch.Tensor, merged: torch.Tensor, target: torch.Tensor, size: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], members.shape[1], x.shape[2]))
+
+
+def _unmerge(y: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    out = _empty_unmerged(y, position)
+    y = y.contiguous()
+    batch, tokens, channels = y.shape
+    if out.numel() > 0:
+        rows = triton.cdiv(position.shape[1], _TAKE_TILE["ROWS"])
+        with torch.cuda.device_of(y):
+            _take_kernel[(rows, batch, triton.cdiv(channels, _TAKE_TILE["WIDTH"]))](
+                y, position, out, tokens, position.shape[1], *_strides(position), CHANNELS=channels, **_TAKE_TILE
+            )
+    return out
+
+
+def _empty_unmerged(y: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    return y.new_empty((y.shape[0], position.shape[1], y.shape[2]))
+
+
+# Not by `custom_op`, which adds its checks to every call.
+for _name, _schema, _function, _fake in (
+    ("match_tokens", "(Tensor metric, Tensor dst, Tensor src) -> (Tensor, Tensor)", _match, _empty_matches),
+    (
+        "merge_tokens",
+        "(Tensor x, Tensor members, Tensor merged, Tensor target, Tensor size) -> Tensor",
+        _merge,
+        _empty_merged,
+    ),
+    ("unmerge_tokens", "(Tensor y, Tensor position) -> Tensor", _unmerge, _empty_unmerged),
+):
+    torch.library.define(f"agentsd::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"agentsd::{_name}", "default", _function)
+    torch.library.register_fake(f"agentsd::{_name}", _fake)
