@@ -7,7 +7,8 @@ does everything in less than two hours on two CPU cores: it fetches the drawings
 model folder with its card. Each stage also runs on its own; ``--resume`` goes on from the last checkpoint.
 
 ``--recipe small``, the default, makes a model of single drawings on white at 256 px. ``--recipe native512`` tunes the
-model in ``--start`` to draw 512 px as well, in eight hours. ``--recipe full`` is for half an hour on a large GPU:
+model in ``--start`` to draw 512 px as well, in eight hours, ``--recipe native512-gpu`` does in minutes on a large GPU.
+``--recipe full`` is for half an hour on a large GPU:
 scenes of 512 px with one to three drawings, in three styles. ``--recipe tiny`` runs the whole chain of the full recipe
 in seconds, for nothing but trying it.
 
@@ -72,7 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def stage_minutes(options: argparse.Namespace, recipe: Recipe) -> tuple[float, float, float]:
     """Minutes for the VAE, for the text and image encoder, and for the UNet."""
-    planned = (recipe.vae_minutes, recipe.clip_minutes, recipe.unet_minutes)
+    earlier = (0.0, 0.0) if recipe.tuned else (recipe.vae_minutes, recipe.clip_minutes)
+    planned = (*earlier, recipe.unet_minutes)
     if options.minutes is None:
         return planned
     if options.stage != "all":

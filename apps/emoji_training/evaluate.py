@@ -78,11 +78,14 @@ def reference_set(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> Referenc
     return ReferenceSet.of(np.concatenate(parts), recipe.reference_rows)
 
 
-def load_reference(clip: CLIPModel, sprites: Sprites, recipe: Recipe, folder: Path) -> ReferenceSet:
-    """The features that come with the image encoder: a tuned model's stay, a new one's are measured."""
-    if recipe.tuned:
-        return ReferenceSet.load(folder / "start" / "clip" / "reference.safetensors")
-    return reference_set(clip, sprites, recipe)
+def reference_sets(clip: CLIPModel, sprites: Sprites, recipe: Recipe) -> dict[int, ReferenceSet]:
+    """Features of fresh renders at each size that the recipe judges at: each is judged by its own."""
+    return {sized.image_size: reference_set(clip, at_size(sprites, sized), sized) for sized in recipe.judged_sizes()}
+
+
+def at_size(sprites: Sprites, recipe: Recipe) -> Sprites:
+    """The drawings at the recipe's size."""
+    return sprites if sprites.images.shape[-1] == recipe.sprite_size else sprites.smaller(recipe.sprite_size)
 
 
 def hit_rates(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
@@ -131,7 +134,7 @@ def judge(
 def judge_sizes(
     pipe: StableDiffusionPipeline,
     clip: CLIPModel,
-    reference: ReferenceSet,
+    references: dict[int, ReferenceSet],
     sprites: Sprites,
     recipe: Recipe,
     count: int | None = None,
@@ -139,8 +142,8 @@ def judge_sizes(
     """The values of [`judge`] for each size that the recipe judges at."""
     values = {}
     for sized in recipe.judged_sizes():
-        judged = draw_judged(sprites if sized is recipe else sprites.smaller(sized.sprite_size), sized)
-        values[sized.image_size] = judge(pipe, clip, judged, reference, sized, count)
+        judged = draw_judged(at_size(sprites, sized), sized)
+        values[sized.image_size] = judge(pipe, clip, judged, references[sized.image_size], sized, count)
     return values
 
 
@@ -150,7 +153,7 @@ def judge_stage(sprites: Sprites, recipe: Recipe, folder: Path, count: int | Non
     pipe, state = load_trained(tokenizer, recipe, folder, unfinished=True)
     clip = load_clip(tokenizer, recipe, folder)[0]
     sprites = sprites.to(pick_device())
-    values = judge_sizes(pipe, clip, load_reference(clip, sprites, recipe, folder), sprites, recipe, count)
+    values = judge_sizes(pipe, clip, reference_sets(clip, sprites, recipe), sprites, recipe, count)
     print(f"step {state['step']}, {state['elapsed'] / 60:.0f} min")
     for size, rows in values.items():
         for name, row in rows.items():

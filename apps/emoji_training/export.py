@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from . import card
 from .clip import build_processor, load_clip
-from .evaluate import draw_judged, judge_sizes, load_reference, vae_quality
+from .evaluate import draw_judged, judge_sizes, reference_sets, vae_quality
 from .images import image_grid
 from .loop import half_pays, load_weights, pick_device
 from .recipe import Recipe
@@ -60,9 +60,9 @@ def export(
         part.to(memory_format=torch.channels_last)
     clip = CLIPModel.from_pretrained(out / "clip", use_safetensors=True).to(device).eval()
     sprites = sprites.to(device)
-    reference = load_reference(clip, sprites, recipe, folder)
-    reference.save(out / "clip" / "reference.safetensors")
-    judged, values = draw_judged(sprites, recipe), judge_sizes(pipe, clip, reference, sprites, recipe)
+    references = reference_sets(clip, sprites, recipe)
+    references[recipe.image_size].save(out / "clip" / "reference.safetensors")
+    judged, values = draw_judged(sprites, recipe), judge_sizes(pipe, clip, references, sprites, recipe)
     samples = sample_prompts(sprites, recipe, recipe.sample_scenes, recipe.seed)
     facts = {
         "recipe": recipe_name,

@@ -178,6 +178,21 @@ NATIVE512 = replace(
     judged_halves=True,
 )
 
+# The same on one large GPU, in minutes: as many images a step as it takes to keep it busy.
+NATIVE512_GPU = replace(
+    NATIVE512,
+    compiled=False,  # compiling would take as long as the training
+    unet_lr=8e-4,
+    unet_batch=48,
+    half_batch=64,
+    unet_pool=4096,
+    unet_fresh=0.5,
+    unet_minutes=3.5,
+    hold_until=0.4,
+    ema_decay=0.998,
+    judged_batch=32,
+)
+
 # Toy sizes of the full recipe, to try the whole chain in seconds.
 TINY = replace(
     FULL,
@@ -214,4 +229,10 @@ TINY = replace(
     sample_seconds=0.0,
 )
 
-RECIPES: dict[str, Recipe] = {"full": FULL, "small": SMALL, "native512": NATIVE512, "tiny": TINY}
+RECIPES: dict[str, Recipe] = {
+    "full": FULL,
+    "small": SMALL,
+    "native512": NATIVE512,
+    "native512-gpu": NATIVE512_GPU,
+    "tiny": TINY,
+}
