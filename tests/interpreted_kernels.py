@@ -10,6 +10,7 @@ import torch
 import agentsd.ops.kernels  # noqa: F401  (registers the operators)
 from agentsd.ops.merging import (
     Matches,
+    Merging,
     Partition,
     cell_grid,
     match_tokens,
@@ -18,6 +19,7 @@ from agentsd.ops.merging import (
     partition_tokens,
     plan_merging,
     random_members,
+    random_partition,
     unmerge_tokens,
 )
 
@@ -46,6 +48,46 @@ def match(metric, partition):
 
 def merge(x, merging):
     return OPERATORS.merge_tokens(x, merging.members, merging.merged, merging.target, merging.size)
+
+
+@pytest.mark.parametrize("sx, sy", [(2, 2), (4, 4), (3, 2), (1, 1)])
+@pytest.mark.parametrize("height, width", [(17, 23), (8, 8), (9, 8), (8, 9), (4, 3)])
+def test_partitions(height, width, sx, sy):
+    """Just as torch makes them, with keys beyond 32 bits, too."""
+    key = mix_key(torch.tensor([981, -5, 2**40 + 7]), seed=12345)
+    expected = random_partition(height, width, sx, sy, key)
+    got = OPERATORS.random_partition(key, height, width, sx, sy)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("scores", ["all different", "many equal", "all equal", "below zero"])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("share", [0.01, 0.4, 1])
+def test_plans(share, samples, scores):
+    """The highest scores are merged away, the first of equals. More sources than are read at a time."""
+    partition = make_partition(80, 80, samples)
+    sources, cells = partition.src.shape[1], partition.dst.shape[1]
+    numbers = torch.Generator().manual_seed(0)
+    score = torch.rand(2, sources, generator=numbers) * 2 - 1
+    score = {
+        "many equal": (score * 4).round() / 4,
+        "all equal": torch.zeros_like(score),
+        "below zero": -score.abs(),
+    }.get(scores, score)
+    cell, count = torch.randint(cells, (2, sources), generator=numbers), int(share * sources)
+    plan = Merging(*OPERATORS.plan_merging(partition.src, partition.dst, cell, score, count))
+    chosen = score.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    kept = torch.ones_like(cell).scatter(1, chosen, 0).nonzero()[:, 1].view(2, -1)
+    src, dst = partition.src.expand(2, -1), partition.dst.expand(2, -1)
+    target = cell.gather(1, chosen) + sources - count
+    assert torch.equal(plan.members, torch.cat([src.gather(1, kept), dst], dim=1))
+    assert torch.equal(plan.merged, src.gather(1, chosen))
+    assert torch.equal(plan.target, target)
+    assert torch.equal(
+        plan.size, torch.stack([1 + row.bincount(minlength=cells) for row in target - sources + count]).float()
+    )
+    places = torch.cat([torch.arange(plan.members.shape[1]).expand(2, -1), target], dim=1)
+    assert torch.equal(plan.position.gather(1, torch.cat([plan.members, plan.merged], dim=1)), places)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 3])
@@ -149,6 +191,9 @@ def test_operators_say_what_they_return():
     """To whatever works with tensors without values, as compilers do."""
     x, partition = tokens_of(2, 24, 16), make_partition(4, 6, 1)
     merging = plan_merging(partition, match_tokens(x, partition), 10)
+    torch.library.opcheck(OPERATORS.random_partition.default, (mix_key(torch.tensor([1]), 0), 4, 6, 2, 2))
+    matches = match(x, partition)
+    torch.library.opcheck(OPERATORS.plan_merging.default, (partition.src, partition.dst, *matches, 10))
     torch.library.opcheck(OPERATORS.match_tokens.default, (x, partition.dst, partition.src))
     torch.library.opcheck(OPERATORS.merge_tokens.default, (x, *merging[:4]))
     torch.library.opcheck(OPERATORS.unmerge_tokens.default, (merge_tokens(x, merging), merging.position))

@@ -1,9 +1,9 @@
 """
-Matching, merging and unmerging of tokens on a GPU, a kernel or two each, in Triton. For half precision and without
-derivatives; `merging.py` says what they compute, and calls them.
+Partition, matching, planning, merging and unmerging of tokens on a GPU, a kernel or two each, in Triton. For half
+precision and without derivatives; `merging.py` says what they compute, and calls them.
 
-They are operators of torch, `agentsd::match_tokens` and so on, so that `torch.compile` keeps each as one step of its
-graph. Importing this module registers them.
+They are operators of torch, `agentsd::match_tokens` and so on, so that whatever traces tensors keeps each as one step.
+Importing this module registers them.
 """
 
 import torch
@@ -15,9 +15,139 @@ import triton.language as tl
 _MATCH_TILE = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64}
 _ORDER_TILE = {"ROWS": 32, "COLUMNS": 128}
 _TAKE_TILE = {"ROWS": 64, "WIDTH": 64}
+_PARTITION_TILE = {"TOKENS": 1024}
+# One program plans the merging of a sample, so many sources at a time.
+_PLANNED_AT_A_TIME = 4096
 # Most cells have but a few tokens to add; where one has many, several at a time hide the time that memory takes.
 _MERGED_AT_A_TIME = 8
 _WIDEST = 512
+
+
+@triton.jit
+def _hashed(x):
+    """The mixer of `merging.py`, in numbers of 32 bits."""
+    x = x ^ (x >> 16)
+    x = x * 0x21F0AAAD
+    x = x ^ (x >> 15)
+    x = x * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _partition_kernel(key, dst, src, height, width, SX: tl.constexpr, SY: tl.constexpr, TOKENS: tl.constexpr):
+    """
+    In turn: the destination of each cell, the other members of each from there on, and the tokens that no cell covers.
+    """
+    sample = tl.program_id(1)
+    SIZE: tl.constexpr = SX * SY
+    columns, rows = width // SX, height // SY
+    cells, tokens = rows * columns, height * width
+    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    is_destination = place < cells
+    source = place - cells
+    other = source % tl.maximum(SIZE - 1, 1) + 1
+    cell = tl.where(is_destination, place, source // tl.maximum(SIZE - 1, 1))
+    mixed = _hashed(_hashed(tl.load(key + sample).to(tl.uint32)) + cell.to(tl.uint32))
+    chosen = ((mixed >> 8).to(tl.int64) * SIZE) >> 24
+    member = (chosen + tl.where(is_destination, 0, other)) % SIZE
+    in_cell = (cell // columns * SY + member // SX) * width + cell % columns * SX + member % SX
+    # Those to the right of the cells, then those below.
+    left_over, right = place - cells * SIZE, width - columns * SX
+    beside = left_over // tl.maximum(right, 1) * width + columns * SX + left_over % tl.maximum(right, 1)
+    below = left_over + rows * SY * (width - right)
+    token = tl.where(place < cells * SIZE, in_cell, tl.where(left_over < rows * SY * right, beside, below))
+    tl.store(dst + sample * cells + place, token, mask=is_destination)
+    tl.store(src + sample * (tokens - cells) + source, token, mask=~is_destination & (place < tokens))
+
+
+@triton.jit
+def _ordered(score):
+    """Whole numbers from 0 to 2**32 - 1 in the order of float32 numbers."""
+    bits = score.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+
+
+@triton.jit
+def _plan_kernel(
+    src,
+    dst,
+    cell,
+    score,
+    members,
+    merged,
+    target,
+    size,
+    position,
+    sources,
+    destinations,
+    count,
+    src_sample_stride,
+    src_stride,
+    dst_sample_stride,
+    dst_stride,
+    SOURCES: tl.constexpr,
+):
+    """How a sample's tokens merge. Of equal scores, the first are merged away."""
+    sample = tl.program_id(0).to(tl.int64)
+    kept_count = sources - count
+    src += sample * src_sample_stride
+    dst += sample * dst_sample_stride
+    cell += sample * sources
+    score += sample * sources
+    members += sample * (kept_count + destinations)
+    merged += sample * count
+    target += sample * count
+    size += sample * destinations
+    position += sample * (sources + destinations)
+
+    # The lowest score that is merged away, eight bits after the other, and how many of those that have it.
+    lowest = tl.zeros([1], tl.int64)
+    wanted = tl.zeros([1], tl.int64) + count
+    digits = tl.arange(0, 512)
+    for shift in tl.static_range(24, -1, -8):
+        histogram = tl.zeros([512], tl.int32)
+        for first in range(0, sources, SOURCES):
+            index = first + tl.arange(0, SOURCES)
+            key = _ordered(tl.load(score + index, mask=index < sources, other=0.0))
+            is_here = (index < sources) & ((key >> (shift + 8)) == (lowest >> (shift + 8)))
+            # What does not count goes past the digits.
+            histogram += tl.histogram(tl.where(is_here, (key >> shift) & 255, 256).to(tl.int32), 512)
+        histogram = tl.where(digits < 256, histogram, 0).to(tl.int64)
+        as_high = tl.cumsum(histogram, reverse=True)
+        digit = tl.max(tl.where((as_high >= wanted) & (digits < 256), digits, 0))
+        wanted -= tl.sum(tl.where(digits > digit, histogram, 0))
+        lowest += digit.to(tl.int64) << shift
+
+    for first in range(0, destinations, SOURCES):
+        index = first + tl.arange(0, SOURCES)
+        is_destination = index < destinations
+        token = tl.load(dst + index * dst_stride, mask=is_destination, other=0)
+        tl.store(members + kept_count + index, token, mask=is_destination)
+        tl.store(position + token, (kept_count + index).to(tl.int64), mask=is_destination)
+        tl.store(size + index, 1.0, mask=is_destination)
+    tl.debug_barrier()  # the sizes are there before any is added to
+
+    kept_before = tl.zeros([1], tl.int32)
+    equal_before = tl.zeros([1], tl.int32)
+    for first in range(0, sources, SOURCES):
+        index = first + tl.arange(0, SOURCES)
+        is_source = index < sources
+        key = _ordered(tl.load(score + index, mask=is_source, other=0.0))
+        is_equal = (is_source & (key == lowest)).to(tl.int32)
+        rank = equal_before + tl.cumsum(is_equal, 0)
+        is_merged = is_source & ((key > lowest) | ((is_equal == 1) & (rank <= wanted)))
+        is_kept = is_source & ~is_merged
+        kept = kept_before + tl.cumsum(is_kept.to(tl.int32), 0)
+        token = tl.load(src + index * src_stride, mask=is_source, other=0)
+        goes_to = tl.load(cell + index, mask=is_source, other=0)
+        tl.store(members + kept - 1, token, mask=is_kept)
+        tl.store(merged + index - kept, token, mask=is_merged)
+        tl.store(target + index - kept, goes_to + kept_count, mask=is_merged)
+        tl.store(position + token, tl.where(is_merged, goes_to + kept_count, kept - 1), mask=is_source)
+        # Whole numbers, whose sum does not depend on their order.
+        tl.atomic_add(size + goes_to, 1.0, mask=is_merged, sem="relaxed")
+        kept_before += tl.sum(is_kept.to(tl.int32), 0)
+        equal_before += tl.sum(is_equal, 0)
 
 
 @triton.jit
@@ -192,6 +322,58 @@ def _strides(index: torch.Tensor) -> tuple[int, int]:
     return (index.stride(0) if index.shape[0] > 1 else 0), index.stride(1)
 
 
+def _partition(key: torch.Tensor, height: int, width: int, sx: int, sy: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dst, src = _empty_partition(key, height, width, sx, sy)
+    grid = (triton.cdiv(height * width, _PARTITION_TILE["TOKENS"]), key.shape[0])
+    with torch.cuda.device_of(key):
+        _partition_kernel[grid](key.contiguous(), dst, src, height, width, SX=sx, SY=sy, **_PARTITION_TILE)
+    return dst, src
+
+
+def _empty_partition(
+    key: torch.Tensor, height: int, width: int, sx: int, sy: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cells = (height // sy) * (width // sx)
+    return key.new_empty((key.shape[0], cells)), key.new_empty((key.shape[0], height * width - cells))
+
+
+def _plan(
+    src: torch.Tensor, dst: torch.Tensor, cell: torch.Tensor, score: torch.Tensor, count: int
+) -> tuple[torch.Tensor, ...]:
+    plan = _empty_plan(src, dst, cell, score, count)
+    batch, sources = cell.shape
+    at_a_time = min(triton.next_power_of_2(sources), _PLANNED_AT_A_TIME)
+    with torch.cuda.device_of(cell):
+        _plan_kernel[(batch,)](
+            src,
+            dst,
+            cell.contiguous(),
+            score.contiguous(),
+            *plan,
+            sources,
+            dst.shape[1],
+            count,
+            *_strides(src),
+            *_strides(dst),
+            SOURCES=at_a_time,
+            num_warps=16 if at_a_time == _PLANNED_AT_A_TIME else 4,
+        )
+    return plan
+
+
+def _empty_plan(
+    src: torch.Tensor, dst: torch.Tensor, cell: torch.Tensor, score: torch.Tensor, count: int
+) -> tuple[torch.Tensor, ...]:
+    (batch, sources), cells = cell.shape, dst.shape[1]
+    return (
+        cell.new_empty((batch, sources - count + cells)),
+        cell.new_empty((batch, count)),
+        cell.new_empty((batch, count)),
+        score.new_empty((batch, cells)),
+        cell.new_empty((batch, sources + cells)),
+    )
+
+
 def _match(metric: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cell, score = _empty_matches(metric, dst, src)
     metric = metric.contiguous()
@@ -211,7 +393,7 @@ def _match(metric: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> tuple[
                 *_strides(src),
                 CHANNELS=channels,
                 **_MATCH_TILE,
-                num_warps=8,
+                num_warps=4,
                 num_stages=3,
             )
     return cell, score
@@ -283,6 +465,19 @@ def _empty_unmerged(y: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 # Not by `custom_op`, which adds its checks to every call.
 for _name, _schema, _function, _fake in (
+    (
+        "random_partition",
+        "(Tensor key, SymInt height, SymInt width, SymInt sx, SymInt sy) -> (Tensor, Tensor)",
+        _partition,
+        _empty_partition,
+    ),
+    (
+        "plan_merging",
+        "(Tensor src, Tensor dst, Tensor cell, Tensor score, SymInt count)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _plan,
+        _empty_plan,
+    ),
     ("match_tokens", "(Tensor metric, Tensor dst, Tensor src) -> (Tensor, Tensor)", _match, _empty_matches),
     (
         "merge_tokens",

@@ -5,8 +5,8 @@ Fast Stable Diffusion* (arXiv:2303.17604).
 Shapes: `B` batch, `N = height * width` tokens, `C` channels, `D` destination tokens (one a cell), `S = N - D` source
 tokens, `M` tokens after merging. Token indices are int64. `P` is `B`, or 1 where the whole batch shares one partition.
 
-In half precision on an NVIDIA GPU, and without derivatives, `match_tokens`, `merge_tokens` and `unmerge_tokens` are
-kernels of `kernels.py`, if Triton works there.
+On an NVIDIA GPU, `random_partition`, `plan_merging` and, in half precision and without derivatives, `match_tokens`,
+`merge_tokens` and `unmerge_tokens` are kernels of `kernels.py`, if Triton works there.
 """
 
 from functools import cache, lru_cache
@@ -26,6 +26,9 @@ _SIMILARITY_BYTES = 256 * 2**20
 
 # The oldest GPUs that Triton supports.
 _KERNEL_CAPABILITY = (8, 0)
+# Of a sample's tokens. The kernels that plan and merge compare each with many others: on an H100 they took 0.4 to 1 of
+# the time of torch's functions for up to 16384 tokens, and two to six times as long for 65536.
+_KERNEL_TOKENS = 16384
 
 _Integers = TypeVar("_Integers", int, torch.Tensor)
 
@@ -214,6 +217,35 @@ def partition_tokens(cells: torch.Tensor, leftover: torch.Tensor, member: torch.
     return Partition(dst, torch.cat([others, leftover.expand(dst.shape[0], -1)], dim=1))
 
 
+def random_partition(height: int, width: int, sx: int, sy: int, key: torch.Tensor) -> Partition:
+    """
+    Make a pseudo-random member of each cell its destination, see `random_members`, and every other token a source.
+
+    Args:
+        height (`int`): Rows of tokens.
+        width (`int`): Columns of tokens.
+        sx (`int`): Cell width.
+        sy (`int`): Cell height.
+        key (`torch.Tensor` of shape `(P,)`): What the choice varies with besides the cell, int64, from `mix_key`.
+
+    Returns:
+        `Partition`: On the device of `key`.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> partition = random_partition(4, 5, sx=2, sy=2, key=mix_key(torch.tensor([981]), seed=0))
+    >>> partition.dst.shape, partition.src.shape
+    (torch.Size([1, 4]), torch.Size([1, 16]))
+    ```
+    """
+    if _has_kernels(key, (torch.int64,)):
+        return Partition(*torch.ops.agentsd.random_partition(key, height, width, sx, sy))
+    cells, leftover = cell_grid(height, width, sx, sy, key.device)
+    return partition_tokens(cells, leftover, random_members(cells.shape[0], cells.shape[1], key))
+
+
 @torch.no_grad()
 def match_tokens(metric: torch.Tensor, partition: Partition) -> Matches:
     """
@@ -287,6 +319,8 @@ def plan_merging(partition: Partition, matches: Matches, count: int) -> Merging:
     ```
     """
     batch, sources = matches.cell.shape
+    if count > 0 and sources <= _KERNEL_TOKENS and _has_kernels(matches.score, (torch.float32,)):
+        return Merging(*torch.ops.agentsd.plan_merging(partition.src, partition.dst, *matches, count))
     src, dst = partition.src.expand(batch, -1), partition.dst.expand(batch, -1)
     kept_count = sources - count
     if kept_count == 0:
@@ -332,7 +366,7 @@ def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
              [2.]]])
     ```
     """
-    if _has_kernels(x):
+    if merging.merged.shape[1] <= _KERNEL_TOKENS and _has_kernels(x):
         return torch.ops.agentsd.merge_tokens(x, merging.members, merging.merged, merging.target, merging.size)
     channels, cells = x.shape[2], merging.size.shape[1]
     kept = merging.members.shape[1] - cells
@@ -410,22 +444,18 @@ def _in_flat_view(index: torch.Tensor, tokens: int) -> torch.Tensor:
     return (index + offsets).flatten()
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
+def _has_kernels(x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)) -> bool:
     """Whether there are kernels for a tensor; they know no derivatives and no `vmap`."""
     return (
         x.device.type == "cuda"
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in dtypes
+        # What `torch.compile` makes of the functions of torch has as few launches, and was faster on an H100.
+        and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and x.requires_grad)
         and forward_ad._current_level < 0
-        # A compiler of the transforms takes care of them itself, and cannot trace the question.
-        and (torch.compiler.is_compiling() or peek_interpreter_stack() is None)
-        and _runs_kernels(x.device)
+        and peek_interpreter_stack() is None
+        and _register_kernels(x.device)
     )
-
-
-@torch.compiler.assume_constant_result
-def _runs_kernels(device: torch.device) -> bool:
-    return _register_kernels(device)
 
 
 @cache

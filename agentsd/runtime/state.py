@@ -11,7 +11,7 @@ from ..ops.merging import (
     cell_grid,
     match_tokens,
     partition_tokens,
-    random_members,
+    random_partition,
 )
 from .fallbacks import CHANGED_TOKENS, OUTSIDE_BLOCK, OUTSIDE_MODEL, REPLACED, TOO_SMALL, Fallbacks
 from .steps import Clock, Keys, Match, Phase, StepContext
@@ -196,9 +196,10 @@ def _part(
         return Part(phase, rows, size, keys=keys)
     match = None if kept is None else kept.match
     if match is None or not match.fits(metric):
-        grid, leftover = cell_grid(height, width, cells.sx, cells.sy, metric.device)
-        member = random_members(destinations, cells.sx * cells.sy, key) if cells.use_rand else None
-        partition = partition_tokens(grid, leftover, member)
+        if cells.use_rand:
+            partition = random_partition(height, width, cells.sx, cells.sy, key)
+        else:
+            partition = partition_tokens(*cell_grid(height, width, cells.sx, cells.sy, metric.device))
         match = Match(partition, match_tokens(metric, partition))
         if kept is not None:
             kept.match = match
