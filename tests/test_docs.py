@@ -35,13 +35,25 @@ DOCUMENTS = {
 }
 README, BENCHMARKS = DOCUMENTS["README.md"], DOCUMENTS["docs/benchmarks.md"]
 LINKING = [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "apps/README.md", "agentsd/assets/emoji/README.md"]
-RECORDED = ("shapes", "shapes-sdxl", "quality-ddim", "quality-dpmpp", "quality-euler-a", "cpu", "paper")
+RECORDED = (
+    "shapes",
+    "shapes-sdxl",
+    "h100",
+    "h100-2048",
+    "h100-sdxl",
+    "quality-ddim",
+    "quality-dpmpp",
+    "quality-euler-a",
+    "cpu",
+    "paper",
+)
 RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in RECORDED}
 # The rows of the README's table: results, height in pixels, methods.
 SUMMARY = [
-    ("shapes", 512, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
+    ("shapes", 512, ("balanced", "fast", "deepcache", "attention-free")),
     ("shapes", 768, ("balanced", "fast", "deepcache", "agentsd", "todo", "tomesd", "attention-free")),
-    ("shapes-sdxl", 512, ("balanced", "fast", "deepcache")),
+    ("h100", 512, ("balanced", "fast", "deepcache")),
+    ("h100", 1024, ("balanced", "fast", "deepcache")),
     (
         "quality-ddim",
         256,
@@ -159,7 +171,8 @@ def summary_row(row, machine) -> str:
     value, low, high = row.of_baseline
     fidelity = [f"{row.quality[key][0]:{form}}" if key in row.quality else "–" for key, form in FIDELITY.items()]
     assert machine["threads"] == 2  # as the text says
-    processor = re.sub(r"\(R\)| Processor", "", machine["cpu"])
+    processor = machine["gpu"] and " ".join(machine["gpu"].split()[:2])
+    processor = processor or re.sub(r"\(R\)| Processor", "", machine["cpu"])
     cells = [
         f"{model}, {row.width}×{row.height}",
         row.method + (" †" if row.is_computed else ""),
