@@ -51,7 +51,7 @@ class AgentSDConfig:
         late_phase (`str`, *optional*, defaults to `"tome"` without `sx`, `sy` and `agent_ratio`):
             What runs in the rest of the noise range: `"tome"` merges tokens. With the others, all tokens keep their
             queries, and keys and values are fewer: one for each 2×2 cell, its mean (`"kv-mean"`) or its top-left token
-            (`"kv-nearest"`, as in ToDo), or as many, merged by the matching (`"kv-merged"`).
+            (`"kv-nearest"`, as in ToDo), or as many, merged by the matching and weighed by their size (`"kv-merged"`).
         k_scale2 (`float`, defaults to `0.3`):
             Exponent on the softmax scale of the query–agent product (`s` becomes `s ** k_scale2`).
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut added to agent attention.

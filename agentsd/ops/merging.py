@@ -385,6 +385,30 @@ def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
     return torch.cat([take_tokens(x, merging.members[:, :kept]), means], dim=1)
 
 
+def merged_sizes(merging: Merging) -> torch.Tensor:
+    """
+    How many tokens each merged token stands for.
+
+    Args:
+        merging (`Merging`): What was merged.
+
+    Returns:
+        `torch.Tensor` of shape `(B, M)`: At least 1, float32.
+
+    Examples:
+
+    ```python
+    >>> import torch
+    >>> partition = Partition(dst=torch.tensor([[0]]), src=torch.tensor([[1, 2]]))
+    >>> matches = Matches(cell=torch.tensor([[0, 0]]), score=torch.tensor([[0.2, 0.9]]))
+    >>> merged_sizes(plan_merging(partition, matches, count=1))
+    tensor([[1., 2.]])
+    ```
+    """
+    kept = merging.members.shape[1] - merging.size.shape[1]
+    return torch.cat([merging.size.new_ones(merging.size.shape[0], kept), merging.size], dim=1)
+
+
 def unmerge_tokens(y: torch.Tensor, merging: Merging) -> torch.Tensor:
     """
     Give every token the value of its representative.

@@ -82,22 +82,33 @@ class AgentAttnProcessor:
         return join(outputs, parts)
 
     def _softmax_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_fp32: bool, scale: float | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        in_fp32: bool,
+        scale: float | None = None,
+        attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Softmax attention on `(batch, heads, tokens, head_dim)` by the attention backend chosen for this layer."""
         dtype, device = v.dtype, v.device.type
         if in_fp32:
             q, k, v = q.float(), k.float(), v.float()
+        attn_mask = None if attn_mask is None else attn_mask.to(q.dtype)
         # Without this, an outer autocast, which not every kind of device has, would take them back to half precision.
         has_autocast = in_fp32 and torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             if self._attention_backend is None and self._parallel_config is None:
                 # As in a UNet without a patch. What diffusers has for a default is the backend set last for any model;
                 # some switch the kernels of the whole process and back, which threads get mixed up.
-                return F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale).to(dtype)
             operands = [x.transpose(1, 2) for x in (q, k, v)]
             out = dispatch_attention_fn(
-                *operands, scale=scale, backend=self._attention_backend, parallel_config=self._parallel_config
+                *operands,
+                attn_mask=attn_mask,
+                scale=scale,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
             )
             return out.transpose(1, 2).to(dtype)
 
@@ -132,7 +143,8 @@ def _attend(attn: Attention, x: torch.Tensor, part: Part, softmax: Attend) -> to
     if operator is not None and part.match is not None and operator.pays(x.shape[1], sources, merged.shape[1]):
         out = operator.attend(attn, x, q, k, v, part.match, softmax)
     else:
-        out = softmax(q, k, v)
+        bias = None if keys is None else keys.bias(part.match)
+        out = softmax(q, k, v) if bias is None else softmax(q, k, v, attn_mask=bias[:, None, None])
     out = out.transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         out = layer(out)

@@ -100,6 +100,9 @@ class Keys(Protocol):
     def reduce(self, x: torch.Tensor, size: tuple[int, int], match: Match | None) -> torch.Tensor:
         """What keys and values come from, out of a layer's input `(batch, tokens, channels)`."""
 
+    def bias(self, match: Match | None) -> torch.Tensor | None:
+        """What is added to the logits of each key, `(batch, keys)`, if anything."""
+
 
 class Operator(Protocol):
     """The role of a technique that attends in another way than softmax attention."""

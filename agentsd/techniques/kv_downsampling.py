@@ -66,6 +66,9 @@ class KVDownsampling:
         """What keys and values come from: `(batch, tokens, channels)` to `(batch, keys, channels)`."""
         return downsample_tokens(x, size, self.config.factor, self.config.mode)
 
+    def bias(self, match: Match | None) -> None:
+        """Every key stands for as many tokens."""
+
 
 def apply_kv_downsampling(phase: Phase, config: KVDownsamplingConfig) -> Phase:
     """Let layers attend to down-sampled keys and values during a phase."""

@@ -1,13 +1,14 @@
 """
 Key and value merging: keys and values come from merged tokens, while every token keeps its own query, and so its own
-output. The matching is that of token merging (Bolya & Hoffman, arXiv:2303.17604).
+output. The matching is that of token merging (Bolya & Hoffman, arXiv:2303.17604). A key counts as often as it stands
+for a token, as in the proportional attention of ToMe for vision Transformers (Bolya et al., arXiv:2210.09461).
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from ..ops.merging import merge_tokens
+from ..ops.merging import Merging, merge_tokens, merged_sizes
 from ..runtime.checks import keep_number
 from ..runtime.steps import Match, Phase
 
@@ -58,8 +59,15 @@ class KVMerging:
 
     def reduce(self, x: torch.Tensor, size: tuple[int, int], match: Match | None) -> torch.Tensor:
         """What keys and values come from: `(batch, tokens, channels)` to `(batch, keys, channels)`."""
+        return merge_tokens(x, self._merging(match))
+
+    def bias(self, match: Match | None) -> torch.Tensor:
+        """The logarithm of how many tokens each key stands for, float32: with it, equal tokens lose nothing."""
+        return merged_sizes(self._merging(match)).log()
+
+    def _merging(self, match: Match | None) -> Merging:
         assert match is not None
-        return merge_tokens(x, match.merging("keys", self.removed(match.tokens, match.sources)))
+        return match.merging("keys", self.removed(match.tokens, match.sources))
 
 
 def apply_kv_merging(phase: Phase, config: KVMergingConfig) -> Phase:

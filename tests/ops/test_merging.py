@@ -14,6 +14,7 @@ from agentsd.ops.merging import (
     cell_grid,
     match_tokens,
     merge_tokens,
+    merged_sizes,
     mix_key,
     partition_tokens,
     plan_merging,
@@ -203,6 +204,27 @@ def test_equal_tokens_merge_without_change():
     x = patches.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(1, 16, 5)
     merging = make_merging(x, make_partition(4, 4, 2, 2), 12)
     torch.testing.assert_close(unmerge_tokens(merge_tokens(x, merging), merging), x)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), kinds=st.integers(1, 9), share=st.floats(0, 1))
+def test_attention_to_equal_tokens_merged_and_weighed_is_attention_to_all(seed, kinds, share):
+    """Whichever of them are merged."""
+    numbers = torch.Generator().manual_seed(seed)
+    # Of each kind, one is a destination.
+    kind = torch.cat([torch.arange(kinds), torch.randint(kinds, (40,), generator=numbers)])
+    x = torch.randn(kinds, 8, generator=numbers, dtype=torch.float64)[kind].unsqueeze(0)
+    q, to_k, to_v = (
+        torch.randn(shape, generator=numbers, dtype=torch.float64) for shape in ((1, 5, 8), (8, 8), (8, 8))
+    )
+    tokens = torch.arange(len(kind)).unsqueeze(0)
+    merging = make_merging(x, Partition(tokens[:, :kinds], tokens[:, kinds:]), round(40 * share))
+    merged, sizes = merge_tokens(x, merging), merged_sizes(merging)
+    assert sizes.sum() == len(kind)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(q, x @ to_k, x @ to_v)
+    got = attend(q, merged @ to_k, merged @ to_v, sizes.log().double().unsqueeze(1))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

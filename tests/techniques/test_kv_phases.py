@@ -43,13 +43,16 @@ def layer_io(unet, timestep=100, size=SIZE):
     return layer, seen["x"], seen["out"]
 
 
-def attention(layer, x, source):
-    """Softmax attention of all tokens of `x` to those of `source`, in float64."""
+def attention(layer, x, source, counts=None):
+    """Softmax attention of all tokens of `x` to those of `source`, each counted so many times, in float64."""
     q, k, v = (
         part.unflatten(-1, (layer.heads, -1)).transpose(1, 2).double()
         for part in (layer.to_q(x), layer.to_k(source), layer.to_v(source))
     )
-    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).exp()
+    if counts is not None:
+        weights = weights * counts[:, None, None].double()
+    weights = weights / weights.sum(-1, keepdim=True)
     return layer.to_out[0]((weights @ v).transpose(1, 2).flatten(2).float())
 
 
@@ -65,7 +68,10 @@ def test_all_tokens_attend_to_one_token_of_each_cell(late_phase):
 
 @torch.no_grad()
 def test_all_tokens_attend_to_merged_tokens():
-    """Each token but its cell's destination joins the destination that is most like it in the block's input."""
+    """
+    Each token but its cell's destination joins the destination that is most like it in the block's input. A key counts
+    as often as it stands for a token.
+    """
     unet = agentsd.apply_patch(tiny_unet(), config=late("kv-merged", use_rand=False))
     inputs = {}
     find_layers(unet)[0].block.register_forward_pre_hook(
@@ -85,7 +91,17 @@ def test_all_tokens_attend_to_merged_tokens():
             for row, near in zip(x, nearest, strict=True)
         ]
     )
-    torch.testing.assert_close(out, attention(layer, x, merged), atol=1e-5, rtol=1e-5)
+    counts = torch.stack([1 + near.bincount(minlength=len(destinations)) for near in nearest])
+    assert counts.max() > 2
+    torch.testing.assert_close(out, attention(layer, x, merged, counts), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_attention_backend_weighs_merged_keys_too():
+    unet = agentsd.apply_patch(tiny_unet(), config=late("kv-merged"))
+    expected = predict(unet)
+    unet.set_attention_backend("native")
+    torch.testing.assert_close(predict(unet), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("late_phase", LATE_PHASES)
