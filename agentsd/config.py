@@ -51,7 +51,10 @@ class AgentSDConfig:
         late_phase (`str`, *optional*, defaults to `"tome"` without `sx`, `sy` and `agent_ratio`):
             What runs in the rest of the noise range: `"tome"` merges tokens. With the others, all tokens keep their
             queries, and keys and values are fewer: one for each 2×2 cell, its mean (`"kv-mean"`) or its top-left token
-            (`"kv-nearest"`, as in ToDo), or as many, merged by the matching and weighed by their size (`"kv-merged"`).
+            (`"kv-nearest"`, as in ToDo), or some merged by a matching in 4×4 cells, each counted as often as it stands
+            for a token (`"kv-merged"`).
+        kv_ratio (`float`, *optional*, defaults to `0.75` with `late_phase="kv-merged"`):
+            Share of tokens, in `[0, 1)`, merged away for keys and values. No other late phase has it.
         k_scale2 (`float`, defaults to `0.3`):
             Exponent on the softmax scale of the query–agent product (`s` becomes `s ** k_scale2`).
         k_shortcut (`float`, defaults to `0.075`): Weight of the value shortcut added to agent attention.
@@ -97,6 +100,7 @@ class AgentSDConfig:
     agent_ratio: float | None = None
     agent_until: float | None = None
     late_phase: LatePhase | None = None
+    kv_ratio: float | None = None
     k_scale2: float = 0.3
     k_shortcut: float = 0.075
     attn_precision: AttnPrecision | None = None
@@ -114,9 +118,9 @@ class AgentSDConfig:
         for name in ("sx", "sy", "match_interval"):
             if getattr(self, name) is not None:
                 keep_integer(self, name, low=1)
-        for name in ("agent_ratio", "agent_until"):
+        for name in ("agent_ratio", "agent_until", "kv_ratio"):
             if getattr(self, name) is not None:
-                keep_number(self, name, low=0, high=1)
+                keep_number(self, name, low=0, high=1, high_open=name == "kv_ratio")
         keep_number(self, "k_scale2")
         keep_number(self, "k_shortcut")
         keep_integer(self, "seed")
@@ -137,6 +141,11 @@ class AgentSDConfig:
                 object.__setattr__(self, name, default)
             elif not self.is_scheduled and getattr(self, name) is not None:
                 self._refuse_beside_one_phase(name)
+        if self.late_phase == "kv-merged":
+            if self.kv_ratio is None:
+                object.__setattr__(self, "kv_ratio", KVMergingConfig().ratio)
+        elif self.kv_ratio is not None:
+            raise ValueError("`kv_ratio` is about `late_phase='kv-merged'`: leave it out, or name that phase.")
         if not self.merge_attn and self.late_phase not in (None, "tome"):
             raise ValueError(
                 f"`late_phase={self.late_phase!r}` is about self-attention, which `merge_attn=False` leaves as it is: "
@@ -166,14 +175,17 @@ class AgentSDConfig:
         return (self._with_agents(self._with_merging(Phase("all steps", cells)), agent_ratio),)
 
     def _late_phase(self) -> Phase:
-        phase = Phase(self.late_phase or "tome", Cells(2, 2, self.use_rand))
+        # Of larger cells, the tokens that are least like others are left as they are.
+        side = 4 if self.late_phase == "kv-merged" else 2
+        phase = Phase(self.late_phase or "tome", Cells(side, side, self.use_rand))
         match self.late_phase if self.ratio > 0 else None:
             case "kv-mean":
                 return apply_kv_downsampling(phase, KVDownsamplingConfig("mean"))
             case "kv-nearest":
                 return apply_kv_downsampling(phase, KVDownsamplingConfig("nearest"))
             case "kv-merged":
-                return apply_kv_merging(phase, KVMergingConfig())
+                assert self.kv_ratio is not None
+                return apply_kv_merging(phase, KVMergingConfig(self.kv_ratio))
         return self._with_merging(phase)
 
     def _with_merging(self, phase: Phase) -> Phase:

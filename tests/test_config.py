@@ -80,6 +80,17 @@ def test_an_option_without_effect_is_an_error(named, until):
     assert AgentSDConfig(**named).agent_until is None
 
 
+def test_the_ratio_of_keys_is_for_merged_ones():
+    assert AgentSDConfig(late_phase="kv-merged").kv_ratio == 0.75
+    assert AgentSDConfig(late_phase="kv-merged", kv_ratio=0.9).phases[1].keys.config.ratio == 0.9
+    assert AgentSDConfig(late_phase="kv-mean").kv_ratio is None
+    for others in ({}, {"late_phase": "kv-mean"}, {"sx": 2}):
+        with pytest.raises(ValueError, match="`kv_ratio` is about `late_phase='kv-merged'`"):
+            AgentSDConfig(kv_ratio=0.75, **others)
+    with pytest.raises(ValueError, match=r"`kv_ratio` must be in \[0, 1\)"):
+        AgentSDConfig(late_phase="kv-merged", kv_ratio=1)
+
+
 def test_presets_with_feature_reuse():
     balanced, fast = (AgentSDConfig.preset(name) for name in ("balanced", "fast"))
     assert (balanced.reuse.interval, balanced.is_scheduled) == (2, True)

@@ -20,7 +20,7 @@ BASELINE = "baseline"
 # Options of this library that mean the same to tomesd.
 _SHARED_WITH_TOMESD = ("sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
 # Options of the paper's schedule, and those that replace it.
-_SCHEDULE = ("agent_until", "late_phase")
+_SCHEDULE = ("agent_until", "late_phase", "kv_ratio")
 _ONE_PHASE = ("sx", "sy", "agent_ratio")
 # How many of its steps the baseline takes, for a curve of what is to be had in less time.
 _STEP_PERCENT = (90, 75, 60, 50, 40, 30, 25)
@@ -140,7 +140,11 @@ class AgentSD:
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
         # Options about what a method does not have are for the others.
-        foreign = _SCHEDULE if not self._config({}).is_scheduled else _ONE_PHASE if "agent_until" in self.own else ()
+        foreign: tuple[str, ...] = (
+            _SCHEDULE if not self._config({}).is_scheduled else _ONE_PHASE if "agent_until" in self.own else ()
+        )
+        if self.own.get("late_phase", "kv-merged") != "kv-merged":
+            foreign += ("kv_ratio",)
         options = {name: value for name, value in options.items() if name not in foreign}
         apply_patch(model, config=self._config(options if ratio is None else {**options, "ratio": ratio}))
 
