@@ -9,7 +9,6 @@ import gradio as gr
 from ..config import AgentSDConfig, LatePhase
 from ..presets import PRESETS, PresetName
 from ..techniques.feature_reuse import FeatureReuseConfig
-from ..techniques.kv_merging import KVMergingConfig
 from .engine import Engine
 from .requests import SIDE_UNIT, SMALLEST_SIDE, ImageRequest
 
@@ -30,11 +29,9 @@ PRESET_INFO = {
 }
 # Fields of a configuration, in the order of their controls.
 _FIELDS = (
-    *("ratio", "agent_until", "late_phase", "kv_ratio", "min_tokens", "max_downsample", "k_scale2", "k_shortcut"),
+    *("ratio", "agent_until", "late_phase", "min_tokens", "max_downsample", "k_scale2", "k_shortcut"),
     *("match_interval", "use_rand", "merge_crossattn", "merge_mlp"),
 )
-# Those that a single phase for all steps does not have.
-_LATE = ("agent_until", "late_phase", "kv_ratio")
 # What the ends of the agent phase's slider are: one phase for all steps, whatever the scheduler's timesteps mean.
 _SINGLE_PHASES = {0: PRESETS["tome"], 1: PRESETS["agent"]}
 _LATE_PHASES: list[tuple[str, LatePhase]] = [
@@ -93,9 +90,7 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
 def patch_inputs() -> list[gr.components.Component]:
     """What the patch is made of, for [`config_of`], under a preset that fills it in."""
     values = values_of(AgentSDConfig.preset(_PRESET))
-    ratio, share, late, of_keys, smallest, levels, exponent, shortcut, matching, is_random, cross, mlp, *of_reuse = (
-        values
-    )
+    ratio, share, late, smallest, levels, exponent, shortcut, matching, is_random, cross, mlp, *of_reuse = values
     interval, order, branch = of_reuse
     preset = gr.Radio([*PRESET_INFO], value=_PRESET, label="Preset", info=PRESET_INFO[_PRESET], elem_id="preset")
     with gr.Accordion("Token merging and agent attention", open=False):
@@ -110,14 +105,6 @@ def patch_inputs() -> list[gr.components.Component]:
                 info="Share of the noise range, from its noisy end, that uses agents, 1 at every step",
             ),
             gr.Dropdown(_LATE_PHASES, value=late, label="Late phase", info="What runs in the rest of the noise range"),
-            gr.Slider(
-                0,
-                0.95,
-                value=of_keys,
-                step=0.05,
-                label="Ratio of keys",
-                info="Share of tokens merged away for keys and values, where the late phase merges them",
-            ),
             gr.Slider(
                 0,
                 16384,
@@ -210,11 +197,9 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
     *of_attention, interval, order, branch = values
     fields = dict(zip(_FIELDS, of_attention, strict=True))
     fields["match_interval"] = fields["match_interval"] or None
-    if fields["late_phase"] != "kv-merged":
-        del fields["kv_ratio"]
     end = fields["agent_until"]
     if end == 1 or (end == 0 and fields["late_phase"] == "tome"):
-        fields = {name: value for name, value in fields.items() if name not in _LATE}
+        del fields["agent_until"], fields["late_phase"]
         fields |= _SINGLE_PHASES[end]
     reuse = None if interval == 1 else FeatureReuseConfig(interval, order, branch)
     return AgentSDConfig(**fields, reuse=reuse)
@@ -223,7 +208,6 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
 def values_of(config: AgentSDConfig) -> list[Any]:
     """The values with which [`config_of`] gives a preset's configuration."""
     fields = {**config.to_dict(), "match_interval": config.match_interval or 0}
-    fields["kv_ratio"] = KVMergingConfig().ratio if config.kv_ratio is None else config.kv_ratio
     if not config.is_scheduled:
         fields["agent_until"] = next(at for at, phase in _SINGLE_PHASES.items() if phase.items() <= fields.items())
         fields["late_phase"] = "tome"

@@ -101,7 +101,7 @@ class AgentAttnProcessor:
             if self._attention_backend is None and self._parallel_config is None:
                 # As in a UNet without a patch. What diffusers has for a default is the backend set last for any model;
                 # some switch the kernels of the whole process and back, which threads get mixed up.
-                return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale).to(dtype)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale).to(dtype)
             operands = [x.transpose(1, 2) for x in (q, k, v)]
             out = dispatch_attention_fn(
                 *operands,

@@ -14,13 +14,10 @@ def test_a_request_is_made_of_the_controls():
 
 
 def test_a_configuration_is_made_of_the_controls():
-    assert config_of(
-        [0.5, 0.2, "kv-merged", 0.8, 1024, 2, 0.1, 0.05, 2, False, True, False, 3, 0, 1]
-    ) == AgentSDConfig(
+    assert config_of([0.5, 0.2, "kv-merged", 1024, 2, 0.1, 0.05, 2, False, True, False, 3, 0, 1]) == AgentSDConfig(
         ratio=0.5,
         agent_until=0.2,
         late_phase="kv-merged",
-        kv_ratio=0.8,
         min_tokens=1024,
         max_downsample=2,
         k_scale2=0.1,
@@ -59,13 +56,6 @@ def test_the_ends_of_the_agent_phase_are_one_phase_for_all_steps():
     _, *others = others
     assert config_of([ratio, 0, "kv-mean", *others]) == AgentSDConfig(ratio=0.2, agent_until=0, late_phase="kv-mean")
     assert config_of([ratio, 1, "kv-mean", *others]) == AgentSDConfig.preset("agent", ratio=0.2)
-
-
-def test_the_ratio_of_keys_is_for_merged_ones():
-    ratio, share, _, _, *others = values_of(AgentSDConfig.preset("paper"))
-    for late_phase in ("tome", "kv-mean"):
-        assert config_of([ratio, share, late_phase, 0.8, *others]) == AgentSDConfig(late_phase=late_phase)
-    assert config_of([ratio, 1, "kv-merged", 0.8, *others]) == AgentSDConfig.preset("agent")
 
 
 def test_no_interval_of_matching_is_none():
