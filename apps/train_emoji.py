@@ -7,10 +7,9 @@ does everything in less than two hours on two CPU cores: it fetches the drawings
 model folder with its card. Each stage also runs on its own; ``--resume`` goes on from the last checkpoint.
 
 ``--recipe small``, the default, makes a model of single drawings on white at 256 px. ``--recipe native512`` tunes the
-model in ``--start`` to draw 512 px as well, in eight hours, ``--recipe native512-gpu`` does in minutes on a large GPU.
-``--recipe full`` is for half an hour on a large GPU:
-scenes of 512 px with one to three drawings, in three styles. ``--recipe tiny`` runs the whole chain of the full recipe
-in seconds, for nothing but trying it.
+model in ``--start`` to draw 512 px as well, in eight hours; ``--recipe native512-gpu`` does it in minutes on a large
+GPU. ``--recipe full`` is for half an hour on a large GPU: scenes of 512 px with one to three drawings, in three
+styles. ``--recipe tiny`` runs the whole chain of the full recipe in seconds, for nothing but trying it.
 
 ``--stage judge`` prints what the card would say of the last checkpoint, be it finished or not, and
 ``--stage export --unfinished`` writes a model of it.
