@@ -6,8 +6,9 @@ Run by `ops/test_kernels.py` in a process of its own: whether kernels are interp
 
 import pytest
 import torch
+from torch import library
 
-import agentsd.ops.kernels  # noqa: F401  (registers the operators)
+import agentsd.ops.operators  # noqa: F401  (registers the operators)
 from agentsd.ops.merging import (
     Matches,
     Merging,
@@ -191,9 +192,9 @@ def test_operators_say_what_they_return():
     """To whatever works with tensors without values, as compilers do."""
     x, partition = tokens_of(2, 24, 16), make_partition(4, 6, 1)
     merging = plan_merging(partition, match_tokens(x, partition), 10)
-    torch.library.opcheck(OPERATORS.random_partition.default, (mix_key(torch.tensor([1]), 0), 4, 6, 2, 2))
+    library.opcheck(OPERATORS.random_partition.default, (mix_key(torch.tensor([1]), 0), 4, 6, 2, 2))
     matches = match(x, partition)
-    torch.library.opcheck(OPERATORS.plan_merging.default, (partition.src, partition.dst, *matches, 10))
-    torch.library.opcheck(OPERATORS.match_tokens.default, (x, partition.dst, partition.src))
-    torch.library.opcheck(OPERATORS.merge_tokens.default, (x, *merging[:4]))
-    torch.library.opcheck(OPERATORS.unmerge_tokens.default, (merge_tokens(x, merging), merging.position))
+    library.opcheck(OPERATORS.plan_merging.default, (partition.src, partition.dst, *matches, 10))
+    library.opcheck(OPERATORS.match_tokens.default, (x, partition.dst, partition.src))
+    library.opcheck(OPERATORS.merge_tokens.default, (x, *merging[:4]))
+    library.opcheck(OPERATORS.unmerge_tokens.default, (merge_tokens(x, merging), merging.position))

@@ -2,25 +2,23 @@
 Partition, matching, planning, merging and unmerging of tokens on a GPU, a kernel or two each, in Triton. For half
 precision and without derivatives; `merging.py` says what they compute, and calls them.
 
-They are operators of torch, `agentsd::match_tokens` and so on, so that whatever traces tensors keeps each as one step.
-Importing this module registers them.
+`operators.py` launches them.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 
 # Of the tiles that the kernels work on, in elements. Tiles of the match are what tensor cores take at a time.
-_MATCH_TILE = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64}
-_ORDER_TILE = {"ROWS": 32, "COLUMNS": 128}
-_TAKE_TILE = {"ROWS": 64, "WIDTH": 64}
-_PARTITION_TILE = {"TOKENS": 1024}
+MATCH_TILE = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64}
+ORDER_TILE = {"ROWS": 32, "COLUMNS": 128}
+TAKE_TILE = {"ROWS": 64, "WIDTH": 64}
+PARTITION_TILE = {"TOKENS": 1024}
 # One program plans the merging of a sample, so many sources at a time.
-_PLANNED_AT_A_TIME = 4096
+PLANNED_AT_A_TIME = 4096
 # Most cells have but a few tokens to add; where one has many, several at a time hide the time that memory takes.
-_MERGED_AT_A_TIME = 8
-_WIDEST = 512
+MERGED_AT_A_TIME = 8
+WIDEST = 512
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def _hashed(x):
 
 
 @triton.jit
-def _partition_kernel(key, dst, src, height, width, SX: tl.constexpr, SY: tl.constexpr, TOKENS: tl.constexpr):
+def partition_kernel(key, dst, src, height, width, SX: tl.constexpr, SY: tl.constexpr, TOKENS: tl.constexpr):
     """
     In turn: the destination of each cell, the other members of each from there on, and the tokens that no cell covers.
     """
@@ -68,7 +66,7 @@ def _ordered(score):
 
 
 @triton.jit
-def _plan_kernel(
+def plan_kernel(
     src,
     dst,
     cell,
@@ -151,7 +149,7 @@ def _plan_kernel(
 
 
 @triton.jit
-def _match_kernel(
+def match_kernel(
     metric,
     dst,
     src,
@@ -215,7 +213,7 @@ def _match_kernel(
 
 
 @triton.jit
-def _order_kernel(
+def order_kernel(
     merged,
     target,
     order,
@@ -253,7 +251,7 @@ def _order_kernel(
 
 
 @triton.jit
-def _merge_kernel(
+def merge_kernel(
     x,
     members,
     size,
@@ -294,7 +292,7 @@ def _merge_kernel(
 
 
 @triton.jit
-def _take_kernel(
+def take_kernel(
     y,
     position,
     out,
@@ -315,178 +313,3 @@ def _take_kernel(
     token = tl.load(position + sample * position_sample_stride + row * position_stride, mask=is_token, other=0)
     taken = tl.load(y + (sample * tokens + token)[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
     tl.store(out + (sample * outputs + row)[:, None] * CHANNELS + channel[None, :], taken, mask=mask)
-
-
-def _strides(index: torch.Tensor) -> tuple[int, int]:
-    """Of an index `(P, K)`; all samples read the one row where `P = 1`."""
-    return (index.stride(0) if index.shape[0] > 1 else 0), index.stride(1)
-
-
-def _partition(key: torch.Tensor, height: int, width: int, sx: int, sy: int) -> tuple[torch.Tensor, torch.Tensor]:
-    dst, src = _empty_partition(key, height, width, sx, sy)
-    grid = (triton.cdiv(height * width, _PARTITION_TILE["TOKENS"]), key.shape[0])
-    with torch.cuda.device_of(key):
-        _partition_kernel[grid](key.contiguous(), dst, src, height, width, SX=sx, SY=sy, **_PARTITION_TILE)
-    return dst, src
-
-
-def _empty_partition(
-    key: torch.Tensor, height: int, width: int, sx: int, sy: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    cells = (height // sy) * (width // sx)
-    return key.new_empty((key.shape[0], cells)), key.new_empty((key.shape[0], height * width - cells))
-
-
-def _plan(
-    src: torch.Tensor, dst: torch.Tensor, cell: torch.Tensor, score: torch.Tensor, count: int
-) -> tuple[torch.Tensor, ...]:
-    plan = _empty_plan(src, dst, cell, score, count)
-    batch, sources = cell.shape
-    at_a_time = min(triton.next_power_of_2(sources), _PLANNED_AT_A_TIME)
-    with torch.cuda.device_of(cell):
-        _plan_kernel[(batch,)](
-            src,
-            dst,
-            cell.contiguous(),
-            score.contiguous(),
-            *plan,
-            sources,
-            dst.shape[1],
-            count,
-            *_strides(src),
-            *_strides(dst),
-            SOURCES=at_a_time,
-            num_warps=16 if at_a_time == _PLANNED_AT_A_TIME else 4,
-        )
-    return plan
-
-
-def _empty_plan(
-    src: torch.Tensor, dst: torch.Tensor, cell: torch.Tensor, score: torch.Tensor, count: int
-) -> tuple[torch.Tensor, ...]:
-    (batch, sources), cells = cell.shape, dst.shape[1]
-    return (
-        cell.new_empty((batch, sources - count + cells)),
-        cell.new_empty((batch, count)),
-        cell.new_empty((batch, count)),
-        score.new_empty((batch, cells)),
-        cell.new_empty((batch, sources + cells)),
-    )
-
-
-def _match(metric: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    cell, score = _empty_matches(metric, dst, src)
-    metric = metric.contiguous()
-    batch, tokens, channels = metric.shape
-    if cell.numel() > 0:
-        with torch.cuda.device_of(metric):
-            _match_kernel[(triton.cdiv(src.shape[1], _MATCH_TILE["ROWS"]), batch)](
-                metric,
-                dst,
-                src,
-                cell,
-                score,
-                tokens,
-                dst.shape[1],
-                src.shape[1],
-                *_strides(dst),
-                *_strides(src),
-                CHANNELS=channels,
-                **_MATCH_TILE,
-                num_warps=4,
-                num_stages=3,
-            )
-    return cell, score
-
-
-def _empty_matches(metric: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (metric.shape[0], src.shape[1])
-    return metric.new_empty(shape, dtype=torch.int64), metric.new_empty(shape, dtype=torch.float32)
-
-
-def _merge(
-    x: torch.Tensor, members: torch.Tensor, merged: torch.Tensor, target: torch.Tensor, size: torch.Tensor
-) -> torch.Tensor:
-    out = _empty_merged(x, members, merged, target, size)
-    x, members, target, size = x.contiguous(), members.contiguous(), target.contiguous(), size.contiguous()
-    batch, tokens, channels = x.shape
-    outputs, count, cells = members.shape[1], merged.shape[1], size.shape[1]
-    kept = outputs - cells
-    order = members.new_empty((batch, count))
-    start = members.new_empty((batch, cells), dtype=torch.int32)
-    width = min(triton.next_power_of_2(channels), _WIDEST)
-    with torch.cuda.device_of(x):
-        if order.numel() > 0:
-            _order_kernel[(triton.cdiv(count, _ORDER_TILE["ROWS"]), batch)](
-                merged, target, order, start, kept, count, cells, *_strides(merged), **_ORDER_TILE
-            )
-        if out.numel() > 0:
-            _merge_kernel[(outputs, batch, triton.cdiv(channels, width))](
-                x,
-                members,
-                size,
-                order,
-                start,
-                out,
-                tokens,
-                outputs,
-                kept,
-                count,
-                cells,
-                CHANNELS=channels,
-                ROWS=_MERGED_AT_A_TIME,
-                WIDTH=width,
-            )
-    return out
-
-
-def _empty_merged(
-    x: torch.Tensor, members: torch.Tensor, merged: torch.Tensor, target: torch.Tensor, size: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], members.shape[1], x.shape[2]))
-
-
-def _unmerge(y: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    out = _empty_unmerged(y, position)
-    y = y.contiguous()
-    batch, tokens, channels = y.shape
-    if out.numel() > 0:
-        rows = triton.cdiv(position.shape[1], _TAKE_TILE["ROWS"])
-        with torch.cuda.device_of(y):
-            _take_kernel[(rows, batch, triton.cdiv(channels, _TAKE_TILE["WIDTH"]))](
-                y, position, out, tokens, position.shape[1], *_strides(position), CHANNELS=channels, **_TAKE_TILE
-            )
-    return out
-
-
-def _empty_unmerged(y: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    return y.new_empty((y.shape[0], position.shape[1], y.shape[2]))
-
-
-# Not by `custom_op`, which adds its checks to every call.
-for _name, _schema, _function, _fake in (
-    (
-        "random_partition",
-        "(Tensor key, SymInt height, SymInt width, SymInt sx, SymInt sy) -> (Tensor, Tensor)",
-        _partition,
-        _empty_partition,
-    ),
-    (
-        "plan_merging",
-        "(Tensor src, Tensor dst, Tensor cell, Tensor score, SymInt count)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _plan,
-        _empty_plan,
-    ),
-    ("match_tokens", "(Tensor metric, Tensor dst, Tensor src) -> (Tensor, Tensor)", _match, _empty_matches),
-    (
-        "merge_tokens",
-        "(Tensor x, Tensor members, Tensor merged, Tensor target, Tensor size) -> Tensor",
-        _merge,
-        _empty_merged,
-    ),
-    ("unmerge_tokens", "(Tensor y, Tensor position) -> Tensor", _unmerge, _empty_unmerged),
-):
-    torch.library.define(f"agentsd::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"agentsd::{_name}", "default", _function)
-    torch.library.register_fake(f"agentsd::{_name}", _fake)

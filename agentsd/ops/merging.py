@@ -9,14 +9,13 @@ On an NVIDIA GPU, `random_partition`, `plan_merging` and, in half precision and 
 `merge_tokens` and `unmerge_tokens` are kernels of `kernels.py`, if Triton works there.
 """
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .dispatch import has_kernels
 
 
 # What the similarities held at a time may take: on a CPU little enough for its allocator to use the same memory again;
@@ -24,8 +23,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _CPU_SIMILARITY_BYTES = 16 * 2**20
 _SIMILARITY_BYTES = 256 * 2**20
 
-# The oldest GPUs that Triton supports.
-_KERNEL_CAPABILITY = (8, 0)
 # Of a sample's tokens. The kernels that plan and merge compare each with many others: on an H100 they took 0.4 to 1 of
 # the time of torch's functions for up to 16384 tokens, and two to six times as long for 65536. (To plan where nothing
 # is left to choose takes longer at any number, but one launch in place of twelve.)
@@ -241,7 +238,7 @@ def random_partition(height: int, width: int, sx: int, sy: int, key: torch.Tenso
     (torch.Size([1, 4]), torch.Size([1, 16]))
     ```
     """
-    if _has_kernels(key, (torch.int64,)):
+    if has_kernels(key, (torch.int64,)):
         return Partition(*torch.ops.agentsd.random_partition(key, height, width, sx, sy))
     cells, leftover = cell_grid(height, width, sx, sy, key.device)
     return partition_tokens(cells, leftover, random_members(cells.shape[0], cells.shape[1], key))
@@ -268,7 +265,7 @@ def match_tokens(metric: torch.Tensor, partition: Partition) -> Matches:
     Matches(cell=tensor([[1]]), score=tensor([[1.]]))
     ```
     """
-    if _has_kernels(metric):
+    if has_kernels(metric):
         return Matches(*torch.ops.agentsd.match_tokens(metric, partition.dst, partition.src))
     # The nearest destination does not depend on the length of the source, so that only the destinations are
     # normalised, and of the sources only the scores.
@@ -320,7 +317,7 @@ def plan_merging(partition: Partition, matches: Matches, count: int) -> Merging:
     ```
     """
     batch, sources = matches.cell.shape
-    if count > 0 and sources <= _KERNEL_TOKENS and _has_kernels(matches.score, (torch.float32,)):
+    if count > 0 and sources <= _KERNEL_TOKENS and has_kernels(matches.score, (torch.float32,)):
         return Merging(*torch.ops.agentsd.plan_merging(partition.src, partition.dst, *matches, count))
     src, dst = partition.src.expand(batch, -1), partition.dst.expand(batch, -1)
     kept_count = sources - count
@@ -367,7 +364,7 @@ def merge_tokens(x: torch.Tensor, merging: Merging) -> torch.Tensor:
              [2.]]])
     ```
     """
-    if merging.merged.shape[1] <= _KERNEL_TOKENS and _has_kernels(x):
+    if merging.merged.shape[1] <= _KERNEL_TOKENS and has_kernels(x):
         return torch.ops.agentsd.merge_tokens(x, merging.members, merging.merged, merging.target, merging.size)
     channels, cells = x.shape[2], merging.size.shape[1]
     kept = merging.members.shape[1] - cells
@@ -432,7 +429,7 @@ def unmerge_tokens(y: torch.Tensor, merging: Merging) -> torch.Tensor:
     tensor([2., 5., 2.])
     ```
     """
-    if _has_kernels(y):
+    if has_kernels(y):
         return torch.ops.agentsd.unmerge_tokens(y, merging.position)
     return take_tokens(y, merging.position)
 
@@ -467,39 +464,3 @@ def _in_flat_view(index: torch.Tensor, tokens: int) -> torch.Tensor:
     """Token indices `(B, K)` as places in a view of all samples' tokens, one sample after the other."""
     offsets = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * tokens
     return (index + offsets).flatten()
-
-
-def _has_kernels(x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)) -> bool:
-    """Whether there are kernels for a tensor; they know no derivatives and no `vmap`."""
-    return (
-        x.device.type == "cuda"
-        and x.dtype in dtypes
-        # What `torch.compile` makes of the functions of torch has as few launches, and was faster on an H100.
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and forward_ad._current_level < 0
-        and peek_interpreter_stack() is None
-        and _register_kernels(x.device)
-    )
-
-
-@cache
-def _register_kernels(device: torch.device) -> bool:
-    """Whether Triton works on a device; if so, the kernels are operators of torch from then on."""
-    # Fake tensors may be on a GPU that is not there.
-    if find_spec("triton") is None or not torch.cuda.is_available():
-        return False
-    if torch.cuda.get_device_capability(device) < _KERNEL_CAPABILITY:
-        return False
-    from triton.runtime import driver
-
-    try:
-        # Builds what Triton talks to the GPU with: that needs a C compiler and Python's headers, which not all have.
-        backend = driver.active.get_current_target().backend
-    except Exception:
-        return False
-    if backend != "cuda":
-        return False
-    from . import kernels  # noqa: F401
-
-    return True

@@ -42,12 +42,12 @@ def test_the_kernels_in_the_interpreter():
 
 
 SIGNATURES = {
-    "_partition_kernel": "key:i64 dst:i64 src:i64",
-    "_plan_kernel": "src:i64 dst:i64 cell:i64 score:fp32 members:i64 merged:i64 target:i64 size:fp32 position:i64",
-    "_match_kernel": "metric:half dst:i64 src:i64 cell:i64 score:fp32",
-    "_order_kernel": "merged:i64 target:i64 order:i64 start:i32",
-    "_merge_kernel": "x:half members:i64 size:fp32 order:i64 start:i32 out:half",
-    "_take_kernel": "y:half position:i64 out:half",
+    "partition_kernel": "key:i64 dst:i64 src:i64",
+    "plan_kernel": "src:i64 dst:i64 cell:i64 score:fp32 members:i64 merged:i64 target:i64 size:fp32 position:i64",
+    "match_kernel": "metric:half dst:i64 src:i64 cell:i64 score:fp32",
+    "order_kernel": "merged:i64 target:i64 order:i64 start:i32",
+    "merge_kernel": "x:half members:i64 size:fp32 order:i64 start:i32 out:half",
+    "take_kernel": "y:half position:i64 out:half",
 }
 
 
@@ -62,12 +62,12 @@ def test_the_kernels_compile_without_a_gpu(name, capability, half):
     from agentsd.ops import kernels
 
     tiles = {
-        "_partition_kernel": {"SX": 2, "SY": 2, **kernels._PARTITION_TILE},
-        "_plan_kernel": {"SOURCES": kernels._PLANNED_AT_A_TIME},
-        "_match_kernel": kernels._MATCH_TILE,
-        "_order_kernel": kernels._ORDER_TILE,
-        "_merge_kernel": {"ROWS": kernels._MERGED_AT_A_TIME, "WIDTH": kernels._WIDEST},
-        "_take_kernel": kernels._TAKE_TILE,
+        "partition_kernel": {"SX": 2, "SY": 2, **kernels.PARTITION_TILE},
+        "plan_kernel": {"SOURCES": kernels.PLANNED_AT_A_TIME},
+        "match_kernel": kernels.MATCH_TILE,
+        "order_kernel": kernels.ORDER_TILE,
+        "merge_kernel": {"ROWS": kernels.MERGED_AT_A_TIME, "WIDTH": kernels.WIDEST},
+        "take_kernel": kernels.TAKE_TILE,
     }
     kernel, pointers = getattr(kernels, name), dict(each.split(":") for each in SIGNATURES[name].split())
     constants = {**tiles[name], "CHANNELS": 320}
@@ -94,13 +94,13 @@ def tokens_of(batch, count, channels, dtype):
 @pytest.fixture
 def calls(monkeypatch):
     """Of each call, whether it went to a kernel."""
-    seen, original = [], reference._has_kernels
+    seen, original = [], reference.has_kernels
 
     def note(*args):
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(reference, "_has_kernels", note)
+    monkeypatch.setattr(reference, "has_kernels", note)
     return seen
 
 
@@ -185,7 +185,7 @@ def test_partitions_and_plans_are_torchs(monkeypatch):
     score = torch.rand(2, partition.src.shape[1], generator=torch.Generator().manual_seed(0)).to(CUDA)
     matches = Matches(torch.randint(partition.dst.shape[1], score.shape, device=CUDA), score)
     merging = plan_merging(partition, matches, 3000)
-    monkeypatch.setattr(reference, "_has_kernels", lambda *args: False)
+    monkeypatch.setattr(reference, "has_kernels", lambda *args: False)
     assert all(map(torch.equal, random_partition(67, 130, 4, 4, key), partition))
     expected = plan_merging(partition, matches, 3000)
     for name in ("members", "size", "position"):
@@ -206,7 +206,7 @@ def test_compiled_code_is_torchs(dtype, monkeypatch):
     """What its compiler makes of it is faster."""
     x, partition = tokens_of(2, 4096, 320, dtype), make_partition(64, 64, 2)
     got = torch.compile(reduce_and_restore, backend="eager", fullgraph=True)(x, partition)
-    monkeypatch.setattr(reference, "_has_kernels", lambda *args: False)
+    monkeypatch.setattr(reference, "has_kernels", lambda *args: False)
     assert all(map(torch.equal, got, reduce_and_restore(x, partition)))
 
 
@@ -267,5 +267,5 @@ def test_other_dtypes_are_torchs(dtype, calls):
 
 def test_a_cpu_has_no_kernels():
     x, partition = torch.randn(2, 63, 16).half(), make_partition(7, 9, 2, device=torch.device("cpu"))
-    assert not reference._has_kernels(x)
+    assert not reference.has_kernels(x)
     assert isinstance(match_tokens(x, partition), Matches)
