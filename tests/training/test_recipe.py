@@ -8,7 +8,7 @@ from train_emoji import parse, stage_minutes
 from agentsd.models.unet import find_layers
 from emoji_training import clip, unet, vae
 from emoji_training.archives import Icon
-from emoji_training.recipe import FULL, NATIVE512, SMALL
+from emoji_training.recipe import FULL, NATIVE512, NATIVE512_GPU, SMALL
 from emoji_training.text import build_tokenizer
 
 
@@ -17,6 +17,9 @@ def test_minutes_are_those_of_the_stage_or_shared_out() -> None:
     assert stage_minutes(parse(["--minutes", "21"]), SMALL) == pytest.approx((3, 2, 16))
     assert stage_minutes(parse(["--stage", "vae", "--minutes", "3"]), FULL)[0] == 3
     assert stage_minutes(parse(["--stage", "unet", "--minutes", "3"]), FULL)[2] == 3
+    assert stage_minutes(parse(["--minutes", "3"]), NATIVE512_GPU) == (0, 0, 3), (
+        "a tuned model's earlier stages are done"
+    )
 
 
 def test_the_full_model_has_the_sizes_that_were_asked_for(icons: list[Icon]) -> None:

@@ -13,6 +13,7 @@ from test_train_emoji import run, state
 
 from emoji_training import evaluate, loop, recipe, unet
 from emoji_training.recipe import TINY
+from emoji_training.sprites import Sprites
 
 
 TUNED = replace(TINY, tuned=True, half_batch=6, unet_fresh=0.4, coarse_until=0.0, judged_halves=True, warmup_steps=4)
@@ -54,6 +55,14 @@ def test_a_tuned_model_is_judged_at_both_sizes(tune, tmp_path: Path) -> None:
     for options, side in (({}, 64), ({"height": 32, "width": 32}, 32)):
         image = pipe("a star", num_inference_steps=1, output_type="pt", **options).images
         assert image.shape == (1, 3, side, side)
+
+
+def test_each_size_is_compared_with_renders_of_that_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        evaluate, "reference_set", lambda _, sprites, recipe: (recipe.image_size, sprites.images.shape)
+    )
+    references = evaluate.reference_sets(None, Sprites([], torch.zeros(2, 4, 48, 48, dtype=torch.uint8)), TUNED)
+    assert references == {64: (64, (2, 4, 48, 48)), 32: (32, (2, 4, 24, 24))}
 
 
 def test_each_step_sees_both_sizes(tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
