@@ -89,7 +89,7 @@ class Comparison:
     >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji")
     >>> comparison = pipe.compare("red apple", steps=2, seconds=0, progress=lambda *step: None)
     >>> comparison.agentsd.size, comparison.ssim < 1
-    ((256, 256), True)
+    ((512, 512), True)
     >>> comparison.rounds, comparison.speed_up_interval  # in no seconds, one round is timed
     (1, None)
     >>> comparison.save("comparison")["side_by_side"].name

@@ -34,7 +34,7 @@ class AgentSDPipeline:
     >>> pipe = AgentSDPipeline.from_pretrained("emoji", ratio=0.5)
     >>> pipe.set_progress_bar_config(disable=True)
     >>> pipe("red apple", num_inference_steps=2).images[0].size
-    (256, 256)
+    (512, 512)
     ```
     """
 

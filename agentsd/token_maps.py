@@ -84,7 +84,7 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
     >>> with recorded_maps(pipe) as maps:
     ...     image = pipe("red apple", num_inference_steps=2)
     >>> next(iter(maps.values())).caption
-    '1,024 tokens merged to 615, 64 agents'
+    '4,096 tokens merged to 2,458, 256 agents'
     ```
     """
     unet = patchable_models(pipe_or_unet)[0][1]

@@ -108,11 +108,11 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if blocks(text, "python")])
-def test_python_snippets_run(name, tmp_path):
+def test_python_snippets_run(name, tmp_path, emoji_256):
     snippets = blocks(DOCUMENTS[name], "python")
     if importlib.util.find_spec("timm") is None:  # which is not among what developers need
         snippets = [snippet for snippet in snippets if "import timm" not in snippet]
-    script = "\n".join(snippets)
+    script = "\n".join(snippets).replace('"emoji"', repr(emoji_256))
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment(), timeout=300)
     if name == "README.md":
         assert "apply_patch" in script
@@ -137,9 +137,11 @@ def marked(command: str) -> object:
         if line.startswith("agentsd ") and not line.startswith("agentsd demo")
     ],
 )
-def test_commands_run(command, tmp_path):
+def test_commands_run(command, tmp_path, emoji_256):
     program = [sys.executable, "-c", "from agentsd.cli import main; main()"]
-    arguments = shlex.split(command)[1:]
+    arguments = [emoji_256 if word == "emoji" else word for word in shlex.split(command)[1:]]
+    if arguments[0] in ("generate", "compare", "report") and "--model" not in arguments:
+        arguments += ["--model", emoji_256]
     subprocess.run([*program, *arguments], cwd=tmp_path, check=True, env=environment())
 
 

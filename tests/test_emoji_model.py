@@ -25,11 +25,18 @@ def load(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline, prompt: str, steps: int, **more: int) -> torch.Tensor:
-    """One image, (3, height, width) in 0 … 1."""
+def draw(pipe: StableDiffusionPipeline, prompt: str, steps: int, size: int | None = 256) -> torch.Tensor:
+    """One image, (3, size, size) in 0 … 1; of the model's own size without `size`."""
     generator = torch.Generator().manual_seed(0)
-    keywords = {"num_inference_steps": steps, "guidance_scale": 4.0, "generator": generator, "output_type": "pt"}
-    return pipe(prompt, **keywords, **more).images[0].float()
+    keywords = {
+        "height": size,
+        "width": size,
+        "num_inference_steps": steps,
+        "guidance_scale": 4.0,
+        "generator": generator,
+        "output_type": "pt",
+    }
+    return pipe(prompt, **keywords).images[0].float()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def test_folder_is_small_and_safe() -> None:
 def test_parts_are_plain_stable_diffusion(pipe: StableDiffusionPipeline) -> None:
     names = [type(part).__name__ for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.scheduler)]
     assert names == ["AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel", "DDIMScheduler"]
-    assert pipe.vae_scale_factor == 8 and pipe.unet.config.sample_size == 32
+    assert pipe.vae_scale_factor == 8 and pipe.unet.config.sample_size == 64
     assert pipe.unet.down_blocks[0].attentions, "self-attention at the top level"
     assert pipe.text_encoder.config.vocab_size == len(pipe.tokenizer)
     assert pipe.text_encoder.config.eos_token_id == pipe.tokenizer.eos_token_id
@@ -58,27 +65,30 @@ def test_parts_are_plain_stable_diffusion(pipe: StableDiffusionPipeline) -> None
 def test_loads_and_runs_in_one_dtype(dtype: torch.dtype | None) -> None:
     loaded = load(dtype)
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {dtype or torch.float32}
-    # half precision is slow on CPUs, hence a small image; the default size is checked below
-    image = draw(loaded, "a red apple", 1, height=64, width=64)
+    # half precision is slow on CPUs, hence a small image; the own size is checked below
+    image = draw(loaded, "a red apple", 1, size=64)
     assert image.shape == (3, 64, 64)
     assert image.isfinite().all() and image.std() > 0.05
 
 
 @pytest.mark.parametrize("prompt", ["", "ünïcödé 漢字 🍎", "word " * 200])
 def test_any_prompt_runs(prompt: str, pipe: StableDiffusionPipeline) -> None:
-    image = draw(pipe, prompt, 1)
-    assert image.shape == (3, 256, 256) and image.isfinite().all()
+    image = draw(pipe, prompt, 1, size=None)
+    assert image.shape == (3, 512, 512) and image.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("prompt", "strong", "weak"),
-    [("a red heart", 0, 2), ("a green heart", 1, 2), ("a blue heart", 2, 0), ("a red apple", 0, 2)],
+    ("prompt", "strong", "weak", "size"),
+    [
+        *[("a red heart", 0, 2, 256), ("a green heart", 1, 2, 256), ("a blue heart", 2, 0, 256)],
+        *[("a blue heart", 2, 0, 512), ("a red apple", 0, 2, 512)],
+    ],
 )
 def test_draws_the_colour_asked_for_on_white(
-    prompt: str, strong: int, weak: int, pipe: StableDiffusionPipeline
+    prompt: str, strong: int, weak: int, size: int, pipe: StableDiffusionPipeline
 ) -> None:
-    image = draw(pipe, prompt, 15)
-    middle = image[:, 96:160, 96:160].mean(dim=(1, 2))
+    image = draw(pipe, prompt, 15, size)
+    middle = image[:, size * 3 // 8 : size * 5 // 8, size * 3 // 8 : size * 5 // 8].mean(dim=(1, 2))
     corners = image[:, [4, 4, -5, -5], [4, -5, 4, -5]]
     assert middle[strong] > middle[weak] + 0.2 and middle[strong] == middle.max(), middle
     assert corners.min() > 0.9, "white background"

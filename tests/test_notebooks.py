@@ -33,10 +33,12 @@ TOKENS, SECONDS = (49, 64), 0
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_notebook_runs(file, tmp_path):
+def test_notebook_runs(file, tmp_path, emoji_256):
     notebook = nbformat.read(file, as_version=4)
     if file.stem == "04_agent_attention_module":
         shorten(notebook, tmp_path)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"emoji"', repr(emoji_256))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": file.parent}}).execute()
 
 

@@ -119,5 +119,5 @@ def test_the_installed_command_draws_with_the_embedded_model(installed):
     run(installed / "bin" / "agentsd", "generate", "red apple", "--steps", 2, "--out", image, cwd=installed)
     with Image.open(image) as image:
         low, high = image.convert("L").getextrema()
-        assert image.size == (256, 256)
+        assert image.size == (512, 512)
     assert high - low > 20  # it drew something

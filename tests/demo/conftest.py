@@ -19,8 +19,8 @@ expect.set_options(timeout=SLOW)
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return Engine(["emoji"], device="cpu", limits=Limits(side=512, steps=200, sweep=6, waiting=1, seconds=4))
+def engine(emoji_256):
+    return Engine([emoji_256], device="cpu", limits=Limits(side=512, steps=200, sweep=6, waiting=1, seconds=4))
 
 
 @pytest.fixture(scope="module")

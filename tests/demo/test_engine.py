@@ -326,7 +326,7 @@ def test_bad_limits(values):
 
 def test_what_suits_a_model(engine):
     assert engine.own_settings("tiny") == (128, 128, 7.5)
-    assert Engine(["emoji"], device="cpu").own_settings("emoji") == (256, 256, 4.0)
+    assert Engine(["emoji"], device="cpu").own_settings("emoji") == (512, 512, 4.0)
 
 
 def test_a_sweep_s_speed_up_is_the_baseline_s_time_over_own(engine, image_request):
