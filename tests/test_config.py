@@ -94,12 +94,13 @@ def test_the_ratio_of_keys_is_for_merged_ones():
 def test_presets_with_feature_reuse():
     balanced, fast = (AgentSDConfig.preset(name) for name in ("balanced", "fast"))
     assert (balanced.reuse.interval, balanced.is_scheduled) == (2, True)
-    assert (fast.reuse.interval, len(fast.phases)) == (3, 1)
+    assert (fast.reuse.interval, fast.is_scheduled) == (3, True)
     assert all((config.max_downsample, config.min_tokens) == (2, 2048) for config in (balanced, fast))
-    assert fast.phases[0].operator is not None
+    assert [config.phases[1].keys.config.ratio for config in (balanced, fast)] == [0.75, 0.9]
+    assert balanced.phases[0].until == fast.phases[0].until == 0
     assert (balanced.match_interval, fast.match_interval) == (1, 1)
     alone = AgentSDConfig.preset("balanced", reuse=None, min_tokens=0, match_interval=None)
-    assert alone == AgentSDConfig(late_phase="kv-mean", max_downsample=2)
+    assert alone == AgentSDConfig(agent_until=0, late_phase="kv-merged", max_downsample=2)
     assert AgentSDConfig.preset("balanced", reuse=FeatureReuseConfig(4)).reuse.interval == 4
     assert AgentSDConfig.from_dict(json.loads(json.dumps(fast.to_dict()))) == fast
 

@@ -20,8 +20,8 @@ _PRESET: PresetName = "balanced"
 # Values that are no preset's.
 _CUSTOM = "custom"
 PRESET_INFO = {
-    "balanced": "Agents, later fewer keys, in large layers; the deep part of the UNet only at every second step",
-    "fast": "Agents at every step in large layers; the deep part of the UNet only at every third step",
+    "balanced": "A quarter of the keys in large layers; the deep part of the UNet only at every second step",
+    "fast": "A tenth of the keys in large layers; the deep part of the UNet only at every third step",
     "paper": "Agents while the image is mostly noise, later token merging",
     "agent": "Agents at every step",
     "tome": "Token merging at every step, no agents",
