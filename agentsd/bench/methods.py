@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from ..config import AgentSDConfig, PresetName
+from ..config import AgentSDConfig
 from ..models.unet import AttentionLayer, attended_models, find_layers, unsupported_reason
 from ..patch import apply_patch
+from ..presets import PRESETS, PresetName
 from ..runtime.processor import AgentAttnProcessor
 from ..utils.libraries import how_to_install
 from .schedule import call_timesteps
@@ -139,12 +140,15 @@ class AgentSD:
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
-        # Options about what a method does not have are for the others.
-        foreign: tuple[str, ...] = (
-            _SCHEDULE if not self._config({}).is_scheduled else _ONE_PHASE if "agent_until" in self.own else ()
-        )
-        if self.own.get("late_phase", "kv-merged") != "kv-merged":
-            foreign += ("kv_ratio",)
+        # Options about what a method does not have, or has of its own, are for the others.
+        fixed = {**PRESETS[self.preset], **self.own}
+        foreign = set(self.own) | {name for name in (*_SCHEDULE, *_ONE_PHASE) if name in fixed}
+        if not self._config({}).is_scheduled:
+            foreign |= set(_SCHEDULE)
+        elif "agent_until" in fixed:
+            foreign |= set(_ONE_PHASE)
+        if fixed.get("late_phase", "kv-merged") != "kv-merged":
+            foreign.add("kv_ratio")
         options = {name: value for name, value in options.items() if name not in foreign}
         apply_patch(model, config=self._config(options if ratio is None else {**options, "ratio": ratio}))
 
@@ -364,8 +368,8 @@ _ALL: tuple[Method, ...] = (
     AgentSD("reuse-3", "paper", {"ratio": 0, "reuse": 3}, has_ratio=False),
     AgentSD("agentsd+reuse-2", "paper", {"reuse": 2}),
     AgentSD("agentsd+reuse-3", "paper", {"reuse": 3}),
-    AgentSD("balanced", "balanced"),
-    AgentSD("fast", "fast"),
+    AgentSD("balanced", "balanced", has_ratio=False),
+    AgentSD("fast", "fast", has_ratio=False),
     DeepCache("deepcache-2", 2),
     DeepCache(),
     DeepCache("deepcache-5", 5),

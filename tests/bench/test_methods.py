@@ -253,7 +253,7 @@ def test_reuse_alone_merges_nothing(unet, interval):
 
 def test_presets_take_options_and_keep_what_their_name_says(unet):
     large = {"min_tokens": 0, "seed": 7}
-    fast = patch_of(on(unet, "fast", 0.3, **large, agent_until=0.3)).config
+    fast = patch_of(on(unet, "fast", 0.3, **large, sx=2)).config
     assert fast == agentsd.AgentSDConfig.preset("fast", ratio=0.3, **large)
     sampled = patch_of(on(unet, "todo", late_phase="kv-merged", kv_ratio=0.9, agent_until=0.5, sx=4)).config
     assert sampled == agentsd.AgentSDConfig(late_phase="kv-nearest", agent_until=0)
