@@ -95,7 +95,7 @@ def patch_inputs() -> list[gr.components.Component]:
     preset = gr.Radio([*PRESET_INFO], value=_PRESET, label="Preset", info=PRESET_INFO[_PRESET], elem_id="preset")
     with gr.Accordion("Token merging and agent attention", open=False):
         attention = [
-            gr.Slider(0, 0.95, value=ratio, step=0.05, label="Ratio", info="Share of tokens merged away"),
+            gr.Slider(0, 0.95, value=ratio, step=0.05, label="Ratio", info="Share of tokens, or of keys, merged away"),
             gr.Slider(
                 0,
                 1,
@@ -201,6 +201,8 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
     if end == 1 or (end == 0 and fields["late_phase"] == "tome"):
         del fields["agent_until"], fields["late_phase"]
         fields |= _SINGLE_PHASES[end]
+    elif end == 0 and fields["late_phase"] == "kv-merged":
+        fields["kv_ratio"] = fields.pop("ratio")  # nothing else is merged
     reuse = None if interval == 1 else FeatureReuseConfig(interval, order, branch)
     return AgentSDConfig(**fields, reuse=reuse)
 
@@ -211,5 +213,7 @@ def values_of(config: AgentSDConfig) -> list[Any]:
     if not config.is_scheduled:
         fields["agent_until"] = next(at for at, phase in _SINGLE_PHASES.items() if phase.items() <= fields.items())
         fields["late_phase"] = "tome"
+    if config.agent_until == 0 and config.kv_ratio is not None:
+        fields["ratio"] = config.kv_ratio
     reuse = config.reuse if isinstance(config.reuse, FeatureReuseConfig) else FeatureReuseConfig(interval=1)
     return [*(fields[name] for name in _FIELDS), reuse.interval, reuse.order, reuse.branch]

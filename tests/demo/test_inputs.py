@@ -44,7 +44,7 @@ def test_what_is_no_preset_is_custom():
     ratio, *others = values_of(AgentSDConfig.preset("fast"))
     values = [ratio / 2, *others]
     assert _named(*values)["value"] == "custom"
-    assert config_of(values) == AgentSDConfig.preset("fast", ratio=ratio / 2)
+    assert config_of(values) == AgentSDConfig.preset("fast", kv_ratio=ratio / 2), "what it merges are keys"
     assert _filled_in("custom", *values)[1:] == values, "nothing is filled in"
 
 
@@ -56,6 +56,13 @@ def test_the_ends_of_the_agent_phase_are_one_phase_for_all_steps():
     _, *others = others
     assert config_of([ratio, 0, "kv-mean", *others]) == AgentSDConfig(ratio=0.2, agent_until=0, late_phase="kv-mean")
     assert config_of([ratio, 1, "kv-mean", *others]) == AgentSDConfig.preset("agent", ratio=0.2)
+
+
+def test_the_ratio_is_of_keys_where_nothing_else_is_merged():
+    _, *others = values_of(AgentSDConfig.preset("balanced", agent_until=0.2))
+    assert config_of([0.5, *others]) == AgentSDConfig.preset("balanced", agent_until=0.2, ratio=0.5)
+    _, *others = values_of(AgentSDConfig.preset("balanced"))
+    assert config_of([0.5, *others]) == AgentSDConfig.preset("balanced", kv_ratio=0.5)
 
 
 def test_no_interval_of_matching_is_none():

@@ -138,6 +138,8 @@ def test_programs_get_messages_too(address):
     patch = [0.4, 0.4, "tome", 0, 1, 0.3, 0.075, 0, True, False, False, 1, 1, 0]
     status, images, *_ = client.predict(*asked, *patch, 0, api_name="/compare")
     assert "Speed-up per step" in status
+    *_, report = client.predict(*asked, 0.5, 0, "kv-merged", *patch[3:], 0, api_name="/compare")
+    assert re.search(r" kv-merged +1024 +512 ", report), "half of the keys"
     assert PIL.Image.open(images[0]).size == (256, 256)
     for values, message in (
         ([*asked[:4], 201, *asked[5:], *patch, 0], "201 is greater"),
