@@ -226,7 +226,8 @@ def test_the_command_below_a_table_is_the_one_that_recorded_it(name, tmp_path, m
     monkeypatch.setattr("agentsd.bench.run_bench", run_bench)
     *command, _ = shlex.split(command)
     CliRunner().invoke(app, [*command, str(tmp_path / "out")])
-    assert asked[0].to_dict() == RESULTS[name].settings
+    later = {"images_of": None}  # fields that came after some of the results
+    assert asked[0].to_dict() == later | RESULTS[name].settings
 
 
 def test_the_readme_names_the_commands_that_recorded_its_table():

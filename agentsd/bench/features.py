@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import PIL.Image
 import torch
 
 from ..utils.images import opened
 from ..utils.libraries import how_to_install
 from ..utils.loading import resolve_model
-from ..utils.metrics import to_tensor
+from ..utils.metrics import Image, to_tensor
 from .store import BenchError
 
 
@@ -141,7 +140,7 @@ class PerceptualDistance:
             ) from error
 
     @torch.no_grad()
-    def __call__(self, first: PIL.Image.Image, second: PIL.Image.Image) -> float:
+    def __call__(self, first: Image, second: Image) -> float:
         """The distance of two images of one size: 0 for the same image."""
         pixels = [to_tensor(image).to(self._device, torch.float32) for image in (first, second)]
         return float(self._metric(*pixels))

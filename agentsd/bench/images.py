@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 
 from ..utils.images import drawn_images, opened, to_image
 from ..utils.intervals import bootstrap_mean, jackknife
 from ..utils.loading import resolve_model
-from ..utils.metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim
+from ..utils.metrics import MS_SSIM_SIDE, ms_ssim, psnr, ssim, to_tensor
 from .features import Extractor, PerceptualDistance, load_extractor
 from .rows import Case, image_folder
 from .set_metrics import ReferenceSet, check_reference, clip_scores, frechet_distance, kernel_distance, load_reference
@@ -121,18 +122,23 @@ class ImageJudge:
         scores: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": [], "lpips": []}
         identical = 0
         for file, other in pairs:
-            first, second = _read(file), _read(other)
+            first, second = self._pixels(file), self._pixels(other)
             value = psnr(first, second)
             if value == math.inf:
                 identical += 1
             else:
                 scores["psnr"].append(value)
             scores["ssim"].append(ssim(first, second))
-            if min(first.size) >= MS_SSIM_SIDE:
+            if min(first.shape[-2:]) >= MS_SSIM_SIDE:
                 scores["ms_ssim"].append(ms_ssim(first, second))
             if self._perceptual is not None:
                 scores["lpips"].append(self._perceptual(first, second))
         return identical, {name: bootstrap_mean(values) for name, values in scores.items() if values}
+
+    def _pixels(self, file: Path) -> torch.Tensor:
+        """An image as metrics take it: on the GPU, if there is one, for structural similarity takes a CPU long."""
+        pixels = to_tensor(_read(file))
+        return pixels.to(self.subject.device) if self.subject.device.type == "cuda" else pixels
 
     def _sets(self, images: Sequence[Path], pairs: Sequence[tuple[Path, Path]]) -> dict[str, list[float]]:
         """What needs the features of whole sets, where an extractor was named."""

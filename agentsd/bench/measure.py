@@ -145,6 +145,8 @@ class CaseTimer:
                 f"{self.folder.path} has no row of {case.name}, and its rounds were timed without it: rows have been "
                 "deleted. Start again in another folder."
             )
+        if not rounds:  # none was asked for
+            return {"steps": self.steps(case)}
         numbers = asdict(summarize(rounds, case.name))
         for kind, value in (("memory", "peak_bytes"), ("launches", "launches")):
             for record in self.folder.rounds.find(**_key(kind, case)):

@@ -338,6 +338,12 @@ def is_fewer_steps(name: str, with_share: bool = False) -> bool:
     return isinstance(method, FewerSteps) and not (with_share and method.share is None)
 
 
+def is_calibrated(name: str) -> bool:
+    """Whether how many steps a method takes is measured before it is timed."""
+    method = METHODS[name]
+    return isinstance(method, FewerSteps) and method.share is None
+
+
 def agent_share(options: Mapping[str, Any]) -> float | None:
     """The share of the noise range in which agentsd runs agents; `None` where one phase runs at all steps."""
     config = AgentSDConfig.from_dict(dict(options))

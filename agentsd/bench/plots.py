@@ -44,8 +44,9 @@ def save_plots(rows: Sequence[Row], folder: Path, images: Path | None = None) ->
     rows = [row for row in rows if row.reason is None]
     files = []
     if importlib.util.find_spec("matplotlib") is not None:
-        if len({(row.height, row.width) for row in rows}) > 1:
-            files += [_plot_sizes(rows, model, folder) for model in dict.fromkeys(row.model for row in rows)]
+        timed = [row for row in rows if row.speedup is not None]
+        if len({(row.height, row.width) for row in timed}) > 1:
+            files += [_plot_sizes(timed, model, folder) for model in dict.fromkeys(row.model for row in timed)]
         for setting in dict.fromkeys(row.setting for row in rows if row.quality.keys() & _CLOSENESS):
             mine = [row for row in rows if row.setting == setting]
             if any(row.speedup is not None for row in mine):

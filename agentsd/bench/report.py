@@ -337,6 +337,8 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
             f"{CALL_STEPS} steps: the mean of as many calls, one at each step of a run from noise to image; without "
             "steps: a single call."
         )
+    if not settings["repeats"]:
+        return
     yield (
         f"{'median and quartiles' if 'quartiles' in shown else 'median'}: seconds per "
         f"{'UNet call' if is_call else 'generation'}, over {_many(settings['repeats'], 'interleaved round')} in one "
@@ -369,6 +371,8 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
 
 def _notes_on_images(result: BenchResult, shown: Collection[str]) -> Iterator[str]:
     settings = result.settings
+    if images := result.environment.get("images"):
+        yield f"images: drawn and judged in another run, on {images}"
     if pairwise := [name for name in ("PSNR", "SSIM", "MS-SSIM", "LPIPS") if name in shown]:
         yield (
             f"{', '.join(pairwise)}: mean over {_many(settings['images'], 'image')} against the baseline's of the "

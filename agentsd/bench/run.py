@@ -14,10 +14,11 @@ from ..utils.loading import pick_device, pick_dtype
 from ..utils.memory import keep_freed_memory
 from ..utils.progress import Progress
 from ..utils.user_warnings import user_warnings
+from .earlier_images import EarlierImages
 from .images import ImageJudge, builtin_prompts, check_metrics
 from .measure import CaseTimer, can_call, reason_of
 from .memory import is_out_of_memory
-from .methods import BASELINE, METHODS, FewerSteps
+from .methods import BASELINE, MethodUnavailable, is_calibrated
 from .models import PipelineSubject, Subject, UNetSubject
 from .report import BenchResult, result_of
 from .rows import Case, image_folder, short_name
@@ -81,7 +82,8 @@ def _run(settings: BenchSettings, out: str | Path | None, resume: bool, progress
         raise BenchError("Resuming needs the folder of the run to resume.")
     if out is None and workers.count > 1:
         raise BenchError("Several processes need a folder that they share: name one with --out.")
-    check_metrics(settings)
+    if settings.images_of is None:
+        check_metrics(settings)
     prompts = settings.prompts or builtin_prompts()
     subjects = [
         subject_of(model, settings, prompts[0], settings.device or workers.device)
@@ -90,6 +92,10 @@ def _run(settings: BenchSettings, out: str | Path | None, resume: bool, progress
     facts = environment(subjects[0].device, subjects[0].dtype)
     if subjects[0].device.type == "cpu" and keep_freed_memory():
         facts["malloc"] = "keeps freed memory"
+    earlier = None
+    if settings.images_of is not None:
+        earlier = EarlierImages(settings.images_of, settings, facts["dtype"])
+        facts["images"] = earlier.machine
     # The main process' facts, for each GPU has another name.
     facts = workers.agree(facts)
     with ExitStack() as stack:
@@ -104,7 +110,7 @@ def _run(settings: BenchSettings, out: str | Path | None, resume: bool, progress
         counter = Counter(progress if workers.is_main else None, total)
         started = time.monotonic()
         for subject, groups in zip(subjects, _by_model(settings), strict=True):
-            bench = _ModelBench(subject, settings, folder, workers, counter, prompts)
+            bench = _ModelBench(subject, settings, folder, workers, counter, prompts, earlier)
             for cases in groups:
                 is_late = (
                     settings.budget_minutes is not None and time.monotonic() - started > 60 * settings.budget_minutes
@@ -139,9 +145,10 @@ class _ModelBench:
         workers: Workers,
         counter: "Counter",
         prompts: tuple[str, ...],
+        earlier: EarlierImages | None,
     ) -> None:
         self.subject, self.settings, self.folder = subject, settings, folder
-        self.workers, self.counter = workers, counter
+        self.workers, self.counter, self.earlier = workers, counter, earlier
         self.timer = CaseTimer(
             subject, settings, folder, counter.step, lambda case, reason: self._keep(case, {"reason": reason})
         )
@@ -184,14 +191,16 @@ class _ModelBench:
     def _finish(self, case: Case) -> None:
         """Keep the row of a case that could run."""
         numbers = self.workers.agree(self.timer.numbers(case) if self.workers.is_main else {})
-        if self.settings.has_images and numbers.get("reason") is None:
+        if self.earlier is not None and numbers.get("reason") is None:
+            numbers |= self.earlier.numbers(case)
+        elif self.settings.has_images and numbers.get("reason") is None:
             baseline = replace(case, method=BASELINE, ratio=None)
             models = partial(self.timer.twin, case), partial(self.timer.twin, baseline)
             try:
                 numbers |= self.judge.judge(case, baseline, numbers["steps"], *models)
             except Exception as error:
                 # With several processes, the others wait for this one's images.
-                if self.workers.count > 1 or not is_out_of_memory(error):
+                if self.workers.count > 1 or not (is_out_of_memory(error) or isinstance(error, MethodUnavailable)):
                     raise
                 numbers = {"reason": reason_of(error)}
         self._keep(case, numbers)
@@ -285,12 +294,10 @@ def _is_left_out(record: Mapping[str, Any]) -> bool:
 
 def _work(cases: list[Case], settings: BenchSettings) -> dict[Case, tuple[int, int]]:
     """How many calls each case of a group takes, and how many images; those of the baseline are always needed."""
-    images = settings.images if settings.has_images else 0
+    images = settings.images if settings.has_images and settings.images_of is None else 0
     work = {replace(cases[0], method=BASELINE, ratio=None): (0, images)}
     for case in cases:
-        method = METHODS[case.method]
-        is_calibrated = isinstance(method, FewerSteps) and method.share is None
-        calibration = 2 * (settings.warmup + settings.repeats) if is_calibrated else 0
-        calls = settings.memory + calibration + settings.warmup + settings.repeats
+        runs = settings.warmup + settings.repeats
+        calls = settings.memory + runs + (2 * runs if is_calibrated(case.method) else 0) if settings.repeats else 0
         work[case] = (calls, images) if can_call(case, settings) else (0, 0)
     return work

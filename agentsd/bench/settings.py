@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..config import AgentSDConfig
 from ..utils.metrics import SSIM_SIDE
-from .methods import METHODS
+from .methods import METHODS, is_calibrated
 from .models import LATENT_SCALE, SHAPES
 from .rows import Case, short_name
 from .schedulers import SCHEDULERS
@@ -86,11 +86,15 @@ class BenchSettings:
         batches (`tuple[int, ...]`, defaults to `(1,)`): Images in one generation.
         steps (`int`, defaults to `20`): Denoising steps.
         warmup (`int`, defaults to `1`): Untimed runs of every case before its first round.
-        repeats (`int`, defaults to `5`): Timed rounds.
+        repeats (`int`, defaults to `5`):
+            Timed rounds. A suite that draws images may have none: then it only draws and judges them.
         prompts (`tuple[str, ...]`):
             What is drawn, in turn; the built-in list if empty. The suite `"paper"` needs them for any model but emoji:
             the paper's are of ImageNet's classes, whose names do not come with this library.
         images (`int`, defaults to `1`): Images in a set, for the suites that draw one.
+        images_of (`str`, *optional*):
+            The results folder of an earlier run that drew the same images, on a GPU say: what it found of them is
+            taken over, and this run only times.
         guidance_scale (`float`, *optional*): Strength of the prompt; the pipeline's own if not given.
         scheduler (`str`, *optional*):
             Another scheduler than the model's own: `"ddim"`, `"plms"`, `"dpm++2m"` or `"euler-a"`.
@@ -132,6 +136,7 @@ class BenchSettings:
     repeats: int = 5
     prompts: tuple[str, ...] = ()
     images: int = 1
+    images_of: str | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
     seed: int = 0
@@ -180,6 +185,7 @@ class BenchSettings:
         self._check_sizes(suite)
         self._check_models(suite)
         self._check_numbers()
+        self._check_calibrated()
         self._refuse_unused(suite)
         if self.scheduler is not None:
             _check_names("scheduler", (self.scheduler,), SCHEDULERS)
@@ -194,6 +200,15 @@ class BenchSettings:
             AgentSDConfig.from_dict(self.options)
         except (TypeError, ValueError) as error:
             raise BenchError(str(error)) from error
+
+    def _check_calibrated(self) -> None:
+        """How many steps fit in a time is measured, here and now."""
+        calibrated = [name for name in self.methods if is_calibrated(name)]
+        if calibrated and (self.repeats == 0 or self.images_of is not None):
+            raise BenchError(
+                f"How many steps `{calibrated[0]}` takes follows from times, so that it has no images that could be "
+                "drawn without them: leave it out, or name `fewer-steps-50%` and others of its kind."
+            )
 
     def _check_models(self, suite: Suite) -> None:
         if self.suite == "paper" and set(self.models) != {"emoji"} and not self.prompts:
@@ -231,8 +246,9 @@ class BenchSettings:
                     f"A ratio must lie between 0 and 1, but got {ratio}. To merge nothing, use `baseline`."
                 )
         for name in ("steps", "warmup", "repeats", "images"):
-            if getattr(self, name) < 1:
-                raise BenchError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
+            least = 0 if name == "repeats" and self.has_images else 1
+            if getattr(self, name) < least:
+                raise BenchError(f"`{name}` must be at least {least}, but got {getattr(self, name)}.")
         if min(self.batches) < 1:
             raise BenchError(f"A batch must be at least 1, but got {min(self.batches)}.")
         if not 0 <= self.seed < 2**63:
@@ -242,7 +258,7 @@ class BenchSettings:
 
     def _refuse_unused(self, suite: Suite) -> None:
         """What would have no effect was meant for another suite."""
-        unused: tuple[str, ...] = () if suite.has_images else ("images", "features", "reference", "lpips")
+        unused: tuple[str, ...] = () if suite.has_images else ("images", "images_of", "features", "reference", "lpips")
         if suite.kind == "call":
             unused += ("steps", "prompts", "guidance_scale", "scheduler")
         standard = {item.name: item.default for item in fields(self)}

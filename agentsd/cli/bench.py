@@ -57,13 +57,23 @@ def bench(
         typer.Option(min=1, help="Images in one generation; may be given several times. [default: 1]"),
     ] = None,
     warmup: Annotated[int | None, typer.Option(min=1, help="Untimed runs of each case. [default: 1]")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Timed rounds. [default: 5]")] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=0, help="Timed rounds; with 0, images are only drawn and judged. [default: 5]"),
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|N",
             help="The images in a set: a file with one prompt per line, or how many of the built-in ones. For "
             "any model but emoji, `paper` needs a prompt for each ImageNet class, such as `a photo of a goldfish`.",
+        ),
+    ] = None,
+    images_of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Draw nothing: take over what an earlier run of the same images, on a GPU say, found of them.",
         ),
     ] = None,
     guidance: Guidance = None,
@@ -129,6 +139,7 @@ def bench(
             "scheduler": scheduler,
             "warmup": warmup,
             "repeats": repeats,
+            "images_of": images_of,
             "guidance_scale": guidance,
             "seed": seed,
             "options": assignments(settings),

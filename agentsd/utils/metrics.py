@@ -130,7 +130,7 @@ def to_tensor(image: Image) -> "torch.Tensor":
             `[0, 1]`, as pipelines return them with `output_type` `"np"` and `"pt"`.
 
     Returns:
-        `torch.Tensor` of shape `(batch, channels, height, width)`: float64, on the CPU.
+        `torch.Tensor` of shape `(batch, channels, height, width)`: float64, on the CPU, or on the GPU it was on.
 
     Raises:
         TypeError: If it is none of these, or an array or tensor of integers.
@@ -159,8 +159,8 @@ def to_tensor(image: Image) -> "torch.Tensor":
         image = torch.from_numpy(np.moveaxis(image, -1, -3).copy())
     if not image.is_floating_point():
         raise TypeError(f"Images as arrays and tensors hold floats in [0, 1], but this one holds {image.dtype}.")
-    # Double precision, so that identical images have a similarity of exactly 1.
-    image = image.detach().to("cpu", torch.float64)
+    # Double precision, so that identical images have a similarity of exactly 1. Only CPUs and CUDA have it.
+    image = image.detach().to(image.device if image.is_cuda else "cpu", torch.float64)
     if not image.isfinite().all():
         raise ValueError("The image has values that are not finite (NaN or infinity).")
     if image.min() < 0 or image.max() > 1:
@@ -169,7 +169,8 @@ def to_tensor(image: Image) -> "torch.Tensor":
 
 
 def _pair(image: Image, reference: Image) -> tuple["torch.Tensor", "torch.Tensor"]:
-    first, second = to_tensor(image), to_tensor(reference)
+    first = to_tensor(image)
+    second = to_tensor(reference).to(first.device)
     if first.shape != second.shape:
         raise ValueError(f"The images differ in size: {_size(first)} and {_size(second)}.")
     return first, second

@@ -92,6 +92,13 @@ def test_bench(monkeypatch):
     assert {name: getattr(settings, name) for name in wanted} == wanted
 
 
+def test_bench_draws_in_one_run_and_times_in_another(monkeypatch):
+    calls = stop_at(monkeypatch, "agentsd.bench.run_bench")
+    run("bench emoji --suite quality --methods baseline,tomesd --repeats 0")
+    run("bench emoji --suite quality --methods baseline,tomesd --images-of earlier")
+    assert [(settings.repeats, settings.images_of) for (settings,), _ in calls] == [(0, None), (5, "earlier")]
+
+
 def test_demo(monkeypatch):
     engines, launched = [], []
     monkeypatch.setattr("agentsd.demo.engine.Engine", lambda *_, **options: engines.append(options))
