@@ -185,6 +185,7 @@ def text(facts: dict) -> str:
     }
     precision = facts.get("precision", "bfloat16")
     begun = first or facts  # the recipe that the UNet was begun by
+    elsewhere = "" if begun["machine"] == facts["machine"] else f", on {facts['machine']}"
     return TEMPLATE.format(
         **stages,
         drawings=f"{sum(facts['styles'].values()):,}",
@@ -206,7 +207,7 @@ def text(facts: dict) -> str:
         unet_rows="\n".join(
             unet_row(*row)
             for row in (
-                [("UNet and text encoder", first), (f"the same, tuned for {known}", facts["unet"])]
+                [("UNet and text encoder", first), (f"the same, tuned for {known}{elsewhere}", facts["unet"])]
                 if first
                 else [("UNet and text encoder", facts["unet"])]
             )
@@ -231,7 +232,7 @@ def text(facts: dict) -> str:
             f"Each image is {composition}. Its caption is made along with it, in plain words that vary in choice "
             "and order. The drawings themselves are not part of this package; their names are in `training.json`."
         ),
-        machine=facts["machine"],
+        machine=begun["machine"],
         software=facts["software"],
         autocast="bf16 autocast where faster" if first else "bf16 autocast",
         precision="in float32" if precision == "float32" else f"under {precision} autocast",

@@ -45,7 +45,7 @@ def unet_state(facts: dict) -> dict:
     """Where the UNet's training stands: at the point that an earlier tuning reached, or before its first step."""
     if facts.get("before"):
         return state_of(facts["unet"]) | {"before": facts["before"], "begun": facts["unet"]["steps"]}
-    before = {key: facts[key] for key in ("recipe", "image_size", "coarse_until", "layout")} | facts["unet"]
+    before = {key: facts[key] for key in ("recipe", "image_size", "coarse_until", "layout", "machine")} | facts["unet"]
     return {"step": 0, "elapsed": 0.0, "log": [], "before": before}
 
 

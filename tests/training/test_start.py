@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_train_emoji import run, state
 
 from emoji_training import evaluate, loop, recipe, unet
+from emoji_training.card import text
 from emoji_training.recipe import TINY
 from emoji_training.sprites import Sprites
 
@@ -46,6 +47,11 @@ def test_a_tuned_model_is_judged_at_both_sizes(tune, tmp_path: Path) -> None:
     assert all(file.read_bytes() == content for file, content in beside.items() if file.suffix != ".safetensors")
     facts, card = json.loads((model / "training.json").read_text()), (model / "README.md").read_text()
     assert facts["before"]["steps"] and facts["unet"]["steps"] == state(tmp_path, "unet")["step"]
+    assert f"| stage | time on {facts['machine']} |" in card and "tuned for 64×64 and 32×32 |" in card
+    elsewhere = text({**facts, "machine": "a GPU"})
+    assert (
+        "tuned for 64×64 and 32×32, on a GPU |" in elsewhere and f"time on {facts['before']['machine']} |" in elsewhere
+    )
     assert set(facts["judged"]) == set(facts["half"]["judged"]) == {"renders", "mistaken", "1", "2"}
     for side, judged in ((64, facts["judged"]), (32, facts["half"]["judged"])):
         row = next(line for line in card.splitlines() if line.startswith(f"| drawn in 2 steps, {side} pixels"))
