@@ -122,7 +122,8 @@ def test_tomesd_takes_the_options_that_it_shares(unet):
 def test_agentsd_methods_run_their_presets(unet, name, preset):
     options = {"seed": 7, "min_tokens": 0}
     twin = on(unet, name, 0.3, **options)
-    assert patch_of(twin).config == agentsd.AgentSDConfig.preset(preset, ratio=0.3, **options)
+    ratio = {"ratio": 0.3} if METHODS[name].has_ratio else {}  # others merge only keys, by a ratio of their own
+    assert patch_of(twin).config == agentsd.AgentSDConfig.preset(preset, **ratio, **options)
 
 
 @pytest.mark.parametrize("name", ["agentsd-agent", "agentsd-tome"])
@@ -254,7 +255,7 @@ def test_reuse_alone_merges_nothing(unet, interval):
 def test_presets_take_options_and_keep_what_their_name_says(unet):
     large = {"min_tokens": 0, "seed": 7}
     fast = patch_of(on(unet, "fast", 0.3, **large, sx=2)).config
-    assert fast == agentsd.AgentSDConfig.preset("fast", ratio=0.3, **large)
+    assert fast == agentsd.AgentSDConfig.preset("fast", **large)
     sampled = patch_of(on(unet, "todo", late_phase="kv-merged", kv_ratio=0.9, agent_until=0.5, sx=4)).config
     assert sampled == agentsd.AgentSDConfig(late_phase="kv-nearest", agent_until=0)
     both = patch_of(on(unet, "agentsd+reuse-3", 0.3, reuse=2)).config
