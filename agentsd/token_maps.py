@@ -12,10 +12,12 @@ import PIL.ImageDraw
 import torch
 
 from .models.unet import AttentionLayer
+from .ops.merging import Merging
 from .patch import patchable_models
 from .runtime.install import patch_of
 from .runtime.state import LayerState, Part
 from .techniques.agent_attention import AgentAttention
+from .techniques.kv_merging import KVMerging
 
 
 # Neighbouring numbers get hues far apart when each is a golden section of the circle further on.
@@ -32,29 +34,41 @@ class TokenMap:
         groups (`np.ndarray` of shape `(height, width)`): Index of the merged token that stands for each token.
         agents (`np.ndarray` of shape `(agents, 2)`, *optional*):
             Row and column of the token that each agent grew from; `None` where no agents were used.
+        is_of_keys (`bool`, defaults to `False`):
+            Whether tokens were merged for keys and values only: each had a query, and an output, of its own.
     """
 
     groups: np.ndarray
     agents: np.ndarray | None = None
+    is_of_keys: bool = False
 
     @property
     def caption(self) -> str:
         """How many tokens there were, how many are left, and how many agents."""
         before, after = self.groups.size, len(np.unique(self.groups))
+        if self.is_of_keys:
+            return f"{before:,} tokens, their keys and values merged to {after:,}"
         agents = "no agents (token merging only)" if self.agents is None else f"{len(self.agents):,} agents"
         return f"{before:,} tokens merged to {after:,}, {agents}"
 
 
 def map_of(part: Part, size: tuple[int, int]) -> TokenMap:
     """The map of what a block merges in the last sample of a part; with guidance, that is the one with the prompt."""
-    assert part.match is not None and part.merging is not None
-    groups = part.merging.position[-1].reshape(size).int().cpu().numpy()
+    assert part.match is not None
+    if part.merging is None:
+        assert isinstance(part.keys, KVMerging)
+        return TokenMap(_groups(part.keys.merging(part.match), size), is_of_keys=True)
+    groups = _groups(part.merging, size)
     operator, sources = part.phase.operator, part.match.sources
     merged = part.merging.members.shape[1]
     if not isinstance(operator, AgentAttention) or not operator.pays(groups.size, sources, merged):
         return TokenMap(groups)
     grown_from = operator.agents(part.match).members[-1].int().cpu().numpy()
     return TokenMap(groups, np.stack([grown_from // size[1], grown_from % size[1]], axis=1))
+
+
+def _groups(merging: Merging, size: tuple[int, int]) -> np.ndarray:
+    return merging.position[-1].reshape(size).int().cpu().numpy()
 
 
 @contextmanager
@@ -103,7 +117,7 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
                 return
             # The last sample's part: of samples in several phases, each phase has its own.
             part = max(call.parts, key=lambda part: 0 if part.rows is None else int(part.rows[-1]))
-            if part.merging is not None:
+            if part.merging is not None or isinstance(part.keys, KVMerging):
                 maps[layer.name, step] = map_of(part, call.size)
 
         return after

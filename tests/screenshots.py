@@ -35,7 +35,7 @@ def take(folder: Path) -> None:
             page.screenshot(path=folder / f"compare-{width}-{theme}.png", full_page=True)
             if (width, theme) != (1280, "light"):
                 continue
-            choose_preset(page, "paper")  # the others leave the small layers of the model alone
+            choose_preset(page, "paper")  # which has agents
             open_tab(page, "Tokens")
             page.locator("#tokens-start").click()
             expect(page.locator("#tokens-drawing img")).to_be_visible(timeout=SLOW)

@@ -71,6 +71,19 @@ def test_the_last_sample_is_drawn_where_samples_are_at_different_steps(unet, tim
     assert {token_map.agents is not None for token_map in maps.values()} == {has_agents}
 
 
+def test_merged_keys_are_recorded_where_nothing_else_is_merged():
+    """Those of the last sample, as many as the report says."""
+    pipe = agentsd.apply_patch(tiny_sd(), agent_until=0, late_phase="kv-merged", kv_ratio=0.5)
+    with recorded_maps(pipe) as maps:
+        pipe("red", num_inference_steps=1)
+    rows = {row.name: row for row in agentsd.report(pipe).rows}
+    assert len(maps) == len(rows)
+    for (layer, _), token_map in maps.items():
+        keys = rows[layer.removeprefix("unet.")].phases["kv-merged"].keys
+        assert len(np.unique(token_map.groups)) == keys < token_map.groups.size
+        assert token_map.caption == f"{token_map.groups.size:,} tokens, their keys and values merged to {keys:,}"
+
+
 def test_an_unpatched_model_has_no_maps():
     pipe = tiny_sd()
     with recorded_maps(pipe) as maps:

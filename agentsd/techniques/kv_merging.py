@@ -59,13 +59,14 @@ class KVMerging:
 
     def reduce(self, x: torch.Tensor, size: tuple[int, int], match: Match | None) -> torch.Tensor:
         """What keys and values come from: `(batch, tokens, channels)` to `(batch, keys, channels)`."""
-        return merge_tokens(x, self._merging(match))
+        return merge_tokens(x, self.merging(match))
 
     def bias(self, match: Match | None) -> torch.Tensor:
         """The logarithm of how many tokens each key stands for, float32: with it, equal tokens lose nothing."""
-        return merged_sizes(self._merging(match)).log()
+        return merged_sizes(self.merging(match)).log()
 
-    def _merging(self, match: Match | None) -> Merging:
+    def merging(self, match: Match | None) -> Merging:
+        """How tokens are merged for keys and values."""
         assert match is not None
         return match.merging("keys", self.removed(match.tokens, match.sources))
 

@@ -128,7 +128,7 @@ def test_stopping_ends_what_runs_on_its_own_tab_only(open_page):
     [
         ("Compare", ["without agentsd", "with agentsd"]),
         ("Tokens", ["with agentsd"]),
-        ("Sweep", ["without agentsd", "with balanced 0.4", "with tomesd 0.4"]),
+        ("Sweep", ["without agentsd", "with balanced", "with tomesd 0.4"]),
     ],
 )
 def test_a_image_that_is_none_is_a_warning_in_every_tab(open_page, engine, monkeypatch, tab, names):
@@ -195,13 +195,12 @@ def test_sweep_compares_methods(open_page, width):
     page.get_by_label("Ratios").fill("0.3, 0.6")
     page.locator("#sweep-start").click()
     numbers = table(page, "sweep-numbers")
-    names = ["balanced 0.3", "balanced 0.6", "agentsd 0.3", "agentsd 0.6"]
+    names = ["balanced", "agentsd 0.3", "agentsd 0.6"]  # a preset that merges keys has a ratio of its own
     assert list(numbers) == ["method", "baseline", *names]
     assert numbers["method"][0] == "total (timed once)"
     assert numbers["baseline"][1:] == ["", "", ""]
     assert all(re.fullmatch(r"\d+\.\d\d×, timed once", numbers[name][1]) for name in names)
     assert number(numbers["agentsd 0.6"][2]) < number(numbers["agentsd 0.3"][2]) < 60
-    assert numbers["balanced 0.6"][2:] == numbers["balanced 0.3"][2:], "the layers are too small for it to merge in"
     gallery = page.locator("#sweep-gallery")
     for name in names:
         expect(gallery.get_by_text(re.compile(rf"{name}: .*×, timed once, .*dB"))).to_be_visible()
@@ -211,7 +210,7 @@ def test_sweep_compares_methods(open_page, width):
             const gallery = document.querySelector('#sweep-gallery');
             const box = gallery.getBoundingClientRect();
             const images = [...gallery.querySelectorAll('img')].filter(image => image.naturalWidth === 256);
-            return images.length === 5
+            return images.length === 4
                 && images.every(image => {
                     const shown = image.getBoundingClientRect();
                     return Math.min(shown.width, shown.height) > 100 && shown.top >= box.top
@@ -271,14 +270,14 @@ def test_a_preset_comes_first_and_shows_what_it_sets(open_page):
     choose_preset(page, "fast")
     for name in ("Token merging", "Feature reuse"):
         page.get_by_role("button", name=name).click()
-    shown = {"Ratio": "0.4", "Agent phase": "1", "Smallest layer": "2048", "Interval": "3", "Branch": "0"}
+    shown = {"Ratio": "0.9", "Agent phase": "0", "Smallest layer": "2048", "Interval": "3", "Branch": "0"}
     for name, value in shown.items():
         expect(page.get_by_label(f"number input for {name}", exact=True)).to_have_value(value)
-    expect(preset).to_contain_text("Agents at every step in large layers")
+    expect(preset).to_contain_text("A tenth of the keys in large layers")
     set_number(page, "Ratio", 0.2)
     expect(preset.get_by_label("custom", exact=True)).to_be_checked()
     expect(page.get_by_label("number input for Interval", exact=True)).to_have_value("3")
-    set_number(page, "Ratio", 0.4)
+    set_number(page, "Ratio", 0.9)
     expect(preset.get_by_label("fast", exact=True)).to_be_checked()
     page.get_by_label("Also merge in cross-attention").check()
     expect(preset.get_by_label("custom", exact=True)).to_be_checked()

@@ -29,13 +29,13 @@ def drawn(model):
 def test_a_step_that_feature_reuse_skips(drawn):
     config = agentsd.AgentSDConfig.preset("fast", min_tokens=0)
     assert [drawn(config, step) for step in (1, 2, 3, 4)] == [
-        "Step 1: 128 tokens merged to 77, 8 agents.",
+        "Step 1: 128 tokens, their keys and values merged to 13.",
         *(
             f"Step {step}: nothing is merged in this layer. With feature reuse, the deep part of the UNet runs in one "
             "step of 3 only."
             for step in (2, 3)
         ),
-        "Step 4: 128 tokens merged to 77, 8 agents.",
+        "Step 4: 128 tokens, their keys and values merged to 13.",
     ]
 
 
