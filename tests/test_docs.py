@@ -56,11 +56,11 @@ SUMMARY = [
     ("h100", 1024, ("balanced", "fast", "deepcache")),
     (
         "quality-ddim",
-        256,
-        ("balanced", "fast", "deepcache-2", "deepcache", "agentsd", "fewer-steps-60%", "fewer-steps-40%"),
+        512,
+        ("balanced", "fast", "deepcache", "deepcache-5", "agentsd", "fewer-steps-50%", "fewer-steps-30%"),
     ),
 ]
-LONG = re.compile("--suite (cpu|shapes|paper)|--prompts 64")
+LONG = re.compile(r"--suite (cpu|shapes|paper)|--prompts \d\d")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
 
 
