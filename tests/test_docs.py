@@ -45,6 +45,8 @@ RECORDED = (
     "quality-dpmpp",
     "quality-euler-a",
     "cpu",
+    "small",
+    "small-emoji",
     "paper",
 )
 RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in RECORDED}
@@ -60,7 +62,7 @@ SUMMARY = [
         ("balanced", "fast", "deepcache", "deepcache-5", "agentsd", "fewer-steps-50%", "fewer-steps-30%"),
     ),
 ]
-LONG = re.compile(r"--suite (cpu|shapes|paper)|--prompts \d\d")
+LONG = re.compile(r"--suite (cpu|shapes|paper)|--prompts \d\d|--repeats 7")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
 
 
