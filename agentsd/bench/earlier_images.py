@@ -10,10 +10,11 @@ from .settings import BenchSettings
 from .store import BenchError, read_log
 
 
-# None of these changes an image by more than its rounding.
-_MAY_DIFFER = ("methods", "batches", "warmup", "repeats", "device", "compile", "memory", "budget_minutes", "images_of")
-# Compared by what came of it: without one, a device's own is taken.
-_RESOLVED = ("dtype",)
+# None of these changes an image by more than its rounding; the precision is compared by what came of it.
+_MAY_DIFFER = (
+    *("methods", "batches", "warmup", "repeats", "device", "dtype"),
+    *("compile", "memory", "budget_minutes", "images_of"),
+)
 
 
 class EarlierImages:
@@ -35,10 +36,10 @@ class EarlierImages:
         differ = [
             name
             for name, value in settings.to_dict().items()
-            if name not in (*_MAY_DIFFER, *_RESOLVED) and earlier.settings.get(name) != value
+            if name not in _MAY_DIFFER and earlier.settings.get(name) != value
         ]
         if earlier.environment.get("dtype") != dtype:
-            differ += _RESOLVED
+            differ.append("dtype")
         if differ:
             raise BenchError(f"The run in {folder} drew other images: {', '.join(differ)} differ. Ask for the same.")
         cases = [case for group in settings.groups() for case in group]
