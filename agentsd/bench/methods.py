@@ -332,10 +332,9 @@ def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLa
     ]
 
 
-def is_fewer_steps(name: str, with_share: bool = False) -> bool:
-    """Whether a method is the baseline with fewer steps; `with_share`, whether it is with a share of them."""
-    method = METHODS[name]
-    return isinstance(method, FewerSteps) and not (with_share and method.share is None)
+def is_fewer_steps(name: str) -> bool:
+    """Whether a method is the baseline with fewer steps."""
+    return isinstance(METHODS[name], FewerSteps)
 
 
 def is_calibrated(name: str) -> bool:

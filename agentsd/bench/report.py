@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from .methods import METHODS, agent_share, is_fewer_steps
+from .methods import METHODS, agent_share, is_calibrated, is_fewer_steps
 from .plots import save_plots
 from .rows import COLUMNS, COMPARED, Row, short_name
 from .schedule import CALL_STEPS
@@ -262,7 +262,8 @@ def _with_gain(row: Row, rows: Sequence[Row]) -> Row:
         (1 / other.speedup, other.quality["psnr"][0])
         for other in rows
         if other.setting == row.setting
-        and is_fewer_steps(other.method, with_share=True)
+        and is_fewer_steps(other.method)
+        and not is_calibrated(other.method)
         and other.speedup
         and "psnr" in other.quality
     ]
@@ -361,7 +362,7 @@ def _notes_on_times(result: BenchResult, shown: Collection[str]) -> Iterator[str
         )
     if any(row.method == "fewer-steps" and row.steps for row in rows):
         yield "fewer-steps: baseline with as many steps as fit in agentsd's time."
-    if any(is_fewer_steps(row.method, with_share=True) and row.steps for row in rows):
+    if any(is_fewer_steps(row.method) and not is_calibrated(row.method) and row.steps for row in rows):
         yield "fewer-steps-N%: baseline with N% of the steps."
     if "peak memory" in shown and not str(result.environment.get("device")).startswith("cuda"):
         yield "peak memory: of a process that runs this method alone, weights and libraries included."
