@@ -1,5 +1,6 @@
 """How many operations a patch saves, counted on a copy of the UNet that has no weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .models.unet import plain_name
 from .patch import apply_patch
+from .runtime.break_even import device_of, least_tokens
 from .runtime.install import ModelPatch, patch_of
 
 
@@ -31,7 +33,7 @@ def expected_speedup(unet: Any, patch: ModelPatch, height: int, width: int) -> f
     than what is measured.
 
     Args:
-        unet (`UNet2DConditionModel`): The patched model. Only its configuration is read.
+        unet (`UNet2DConditionModel`): The patched model. Only its configuration and its device are read.
         patch (`ModelPatch`): Its patch.
         height (`int`): Height of the latents.
         width (`int`): Width of the latents.
@@ -60,11 +62,11 @@ def expected_speedup(unet: Any, patch: ModelPatch, height: int, width: int) -> f
         }
     plain = _operations(twin, inputs, 0.0)
     names = {plain_name(layer.name) for layer, _ in patch.layers}
-    apply_patch(twin, config=patch.config, filter_fn=lambda name, _: plain_name(name) in names)
+    config = replace(patch.config, min_tokens=least_tokens(patch.config.min_tokens, device_of(unet)))
+    apply_patch(twin, config=config, filter_fn=lambda name, _: plain_name(name) in names)
     own = patch_of(twin)
     assert own is not None
     clock = own.clock
-    config = patch.config
     interval = config.reuse.interval if config.reuse is not None else 1
     steps = interval * (config.match_interval or 1)
     starts = [0.0, *(phase.until for phase in clock.phases[:-1])]

@@ -9,6 +9,7 @@ from .config import AgentSDConfig
 from .models.unet import AttentionLayer, plain_name
 from .operations import expected_speedup
 from .patch import patchable_models
+from .runtime.break_even import device_of, least_tokens
 from .runtime.fallbacks import TOO_SMALL
 from .runtime.install import ModelPatch, patch_of, replaced_reason
 from .runtime.steps import Phase
@@ -93,6 +94,8 @@ class PatchReport:
             By how much the UNet's matrix products and convolutions get fewer over a long run, if the size is known:
             more than what is measured, since merging and the like take time too.
         matching (`str`, *optional*): Where matches are kept, in which steps tokens are matched.
+        min_tokens (`int`):
+            Layers of fewer tokens are left alone; what `config.min_tokens="auto"` is where the UNet runs.
 
     Examples:
 
@@ -109,13 +112,14 @@ class PatchReport:
     reuse: str | None = None
     expected_speedup: float | None = None
     matching: str | None = None
+    min_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """
         The report as plain values.
 
         Returns:
-            `dict`: `config`, `rows`, `reuse`, `expected_speedup` and `matching`.
+            `dict`: `config`, `rows`, `reuse`, `expected_speedup`, `matching` and `min_tokens`.
 
         Examples:
 
@@ -197,11 +201,12 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
     for name, model in models:
         model_patch = patch_of(model)
         if model_patch is not None:
-            rows += _model_rows(name, model_patch, latent_size)
+            rows += _model_rows(name, model_patch, latent_size, device_of(model))
     unet = models[0][1]
+    least = least_tokens(patch.config.min_tokens, device_of(unet))
     size = latent_size or _last_size(patch)
     expected = None if size is None else expected_speedup(unet, patch, *size)
-    return PatchReport(patch.config, rows, _reuse_text(unet, patch), expected, _matching_text(patch.config))
+    return PatchReport(patch.config, rows, _reuse_text(unet, patch), expected, _matching_text(patch.config), least)
 
 
 def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
@@ -252,8 +257,11 @@ def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:
     )
 
 
-def _model_rows(model: str, patch: ModelPatch, latent_size: tuple[int, int] | None) -> list[LayerReport]:
+def _model_rows(
+    model: str, patch: ModelPatch, latent_size: tuple[int, int] | None, device: torch.device
+) -> list[LayerReport]:
     rows = {}
+    least = least_tokens(patch.config.min_tokens, device)
     for layer, reason in patch.skipped:
         row = _row(model, layer, reason)
         size = _layer_size(layer, latent_size)
@@ -266,8 +274,10 @@ def _model_rows(model: str, patch: ModelPatch, latent_size: tuple[int, int] | No
             fallbacks["attn1"] = replaced
         row = replace(_row(model, layer, None), fallbacks=fallbacks)
         size = _layer_size(layer, latent_size) or state.last_size
-        if size is not None and size[0] * size[1] < patch.config.min_tokens:
-            reason = f"it has {size[0] * size[1]} tokens, fewer than `min_tokens={patch.config.min_tokens}`"
+        if size is not None and size[0] * size[1] < least:
+            reason = f"it has {size[0] * size[1]} tokens, fewer than `min_tokens={least}`"
+            if patch.config.min_tokens == "auto":
+                reason += f', which is what "auto" is on {device.type}'
             row = replace(_with_size(row, size), skipped=reason)
         elif size is not None:
             phases = {phase.name: _phase_report(row, phase, size) for phase in patch.config.phases}

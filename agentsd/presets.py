@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 PresetName = Literal["paper", "agent", "tome", "balanced", "fast"]
 
-# Where merging pays well: on the two highest resolutions, in layers of so many tokens. In Stable Diffusion the second
-# has as many from 768x768 pixels on.
-_LARGE_LAYERS = {"max_downsample": 2, "min_tokens": 2048}
+# Where merging pays: on the two highest resolutions, in layers of so many tokens as that takes on the device. On a CPU
+# the second has as many from 768x768 pixels on in Stable Diffusion.
+_LARGE_LAYERS = {"max_downsample": 2, "min_tokens": "auto"}
 # Of all ways to attend to less, the closest to the baseline's images for the time that it saves; at every step.
 _MERGED_KEYS = {"agent_until": 0, "late_phase": "kv-merged"}
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from agentsd import report
 from agentsd.bench import METHODS
 
 
@@ -122,6 +123,22 @@ def compare(method, timesteps, **options):
         }
 
 
+def merges_there(height, width):
+    """Whether a preset merges tokens at this size, here and there, and what the report says of the layer there."""
+    unet = tiny_unet()
+    sample, text = inputs(unet, height=height, width=width)
+    with torch.no_grad():
+        plain = unet(sample, LATE, text).sample
+        METHODS["balanced"].apply(unet, None, {"reuse": None})
+        here = unet(sample, LATE, text).sample
+        with PretendDevice():
+            move(unet)
+            there = unet(PretendTensor(sample), LATE, PretendTensor(text)).sample
+    # Up to rounding: a tensor there has another layout.
+    changed = [distance(output, plain) > 1e-4 for output in (here, there.held)]
+    return {"changed": changed, "reason": report(unet).rows[0].skipped}
+
+
 def mix():
     """What comes of a tensor there and one on the CPU."""
     try:
@@ -149,6 +166,7 @@ if __name__ == "__main__":
                 "attention-free": compare("attention-free", EARLY),
                 "baseline-naive": compare("baseline-naive", EARLY),
                 "todo": compare("todo", EARLY),
+                "at 2,304 tokens": merges_there(48, 48),
                 "mixed": mix(),
             }
         )

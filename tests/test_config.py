@@ -95,7 +95,7 @@ def test_presets_with_feature_reuse():
     balanced, fast = (AgentSDConfig.preset(name) for name in ("balanced", "fast"))
     assert (balanced.reuse.interval, balanced.is_scheduled) == (2, True)
     assert (fast.reuse.interval, fast.is_scheduled) == (3, True)
-    assert all((config.max_downsample, config.min_tokens) == (2, 2048) for config in (balanced, fast))
+    assert all((config.max_downsample, config.min_tokens) == (2, "auto") for config in (balanced, fast))
     assert [config.phases[1].keys.config.ratio for config in (balanced, fast)] == [0.75, 0.9]
     assert balanced.phases[0].until == fast.phases[0].until == 0
     assert (balanced.match_interval, fast.match_interval) == (1, 1)
@@ -103,6 +103,15 @@ def test_presets_with_feature_reuse():
     assert alone == AgentSDConfig(agent_until=0, late_phase="kv-merged", max_downsample=2)
     assert AgentSDConfig.preset("balanced", reuse=FeatureReuseConfig(4)).reuse.interval == 4
     assert AgentSDConfig.from_dict(json.loads(json.dumps(fast.to_dict()))) == fast
+
+
+def test_the_least_number_of_tokens_may_be_that_of_the_device():
+    assert AgentSDConfig(min_tokens="auto").min_tokens == "auto"
+    assert AgentSDConfig.from_dict(AgentSDConfig(min_tokens="auto").to_dict()) == AgentSDConfig(min_tokens="auto")
+    with pytest.raises(ValueError, match="`min_tokens` must be an integer or 'auto', but got 'cpu'"):
+        AgentSDConfig(min_tokens="cpu")
+    with pytest.raises(TypeError, match="`min_tokens` must be an integer"):
+        AgentSDConfig(min_tokens=2.5)
 
 
 def test_a_preset_refuses_it_too():

@@ -53,7 +53,7 @@ def compare_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
     def run(session: str, progress: Progress, *values: Any) -> list[Any]:
         *of_image_and_patch, longest = values
         request = request_of(of_image_and_patch[: len(image)])
-        config = config_of(of_image_and_patch[len(image) :])
+        config = config_of(of_image_and_patch[len(image) :], engine.device)
         comparison = engine.compare(session, request, config, longest, progress)
         rows = comparison.rows()
         per_step = rows[1]

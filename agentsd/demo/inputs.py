@@ -2,12 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import gradio as gr
+import torch
 
 from ..config import AgentSDConfig, LatePhase
 from ..presets import PRESETS, PresetName
+from ..runtime.break_even import least_tokens
 from ..techniques.feature_reuse import FeatureReuseConfig
 from .engine import Engine
 from .requests import SIDE_UNIT, SMALLEST_SIDE, ImageRequest
@@ -15,6 +18,7 @@ from .requests import SIDE_UNIT, SMALLEST_SIDE, ImageRequest
 
 _PROMPTS = ("a red apple", "a cat face", "a red heart", "a pineapple", "a fir tree", "a rainbow")
 _SEEDS = 2**31
+_CPU = torch.device("cpu")
 # What the page starts with.
 _PRESET: PresetName = "balanced"
 # Values that are no preset's.
@@ -87,9 +91,9 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
     return [model, seed, steps, strength, rows, columns]
 
 
-def patch_inputs() -> list[gr.components.Component]:
+def patch_inputs(engine: Engine) -> list[gr.components.Component]:
     """What the patch is made of, for [`config_of`], under a preset that fills it in."""
-    values = values_of(AgentSDConfig.preset(_PRESET))
+    values = values_of(AgentSDConfig.preset(_PRESET), engine.device)
     ratio, share, late, smallest, levels, exponent, shortcut, matching, is_random, cross, mlp, *of_reuse = values
     interval, order, branch = of_reuse
     preset = gr.Radio([*PRESET_INFO], value=_PRESET, label="Preset", info=PRESET_INFO[_PRESET], elem_id="preset")
@@ -168,20 +172,21 @@ def patch_inputs() -> list[gr.components.Component]:
     controls = [*attention, *reuse]
     # By `input`, which is the user's: neither answers the other. Past the queue, which may be full.
     common = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    preset.input(_filled_in, [preset, *controls], [preset, *controls], **common)
-    gr.on([control.input for control in controls], _named, controls, [preset], trigger_mode="always_last", **common)
+    preset.input(partial(_filled_in, device=engine.device), [preset, *controls], [preset, *controls], **common)
+    named = partial(_named, device=engine.device)
+    gr.on([control.input for control in controls], named, controls, [preset], trigger_mode="always_last", **common)
     return controls
 
 
-def _filled_in(name: str, *values: Any) -> list[Any]:
+def _filled_in(name: str, *values: Any, device: torch.device = _CPU) -> list[Any]:
     """What is said of a preset, and its values: for none of them, those that are there."""
-    chosen = values if name == _CUSTOM else values_of(AgentSDConfig.preset(cast("PresetName", name)))
+    chosen = values if name == _CUSTOM else values_of(AgentSDConfig.preset(cast("PresetName", name)), device)
     return [gr.update(info=PRESET_INFO[name]), *chosen]
 
 
-def _named(*values: Any) -> dict[str, Any]:
+def _named(*values: Any, device: torch.device = _CPU) -> dict[str, Any]:
     """The preset that has these values, if there is one."""
-    config = config_of(values)
+    config = config_of(values, device)
     name = next((name for name, fields in PRESETS.items() if AgentSDConfig(**fields) == config), _CUSTOM)
     return gr.update(value=name, info=PRESET_INFO[name])
 
@@ -192,11 +197,13 @@ def request_of(values: Sequence[Any]) -> ImageRequest:
     return ImageRequest(prompt, negative or "", model, seed, steps, guidance, height, width)
 
 
-def config_of(values: Sequence[Any]) -> AgentSDConfig:
-    """The patch that the values of [`patch_inputs`] ask for."""
+def config_of(values: Sequence[Any], device: torch.device = _CPU) -> AgentSDConfig:
+    """The patch that the values of [`patch_inputs`] ask for on the page's device."""
     *of_attention, interval, order, branch = values
     fields = dict(zip(_FIELDS, of_attention, strict=True))
     fields["match_interval"] = fields["match_interval"] or None
+    if fields["min_tokens"] == least_tokens("auto", device):
+        fields["min_tokens"] = "auto"
     end = fields["agent_until"]
     if end == 1 or (end == 0 and fields["late_phase"] == "tome"):
         del fields["agent_until"], fields["late_phase"]
@@ -207,9 +214,10 @@ def config_of(values: Sequence[Any]) -> AgentSDConfig:
     return AgentSDConfig(**fields, reuse=reuse)
 
 
-def values_of(config: AgentSDConfig) -> list[Any]:
+def values_of(config: AgentSDConfig, device: torch.device = _CPU) -> list[Any]:
     """The values with which [`config_of`] gives a preset's configuration."""
     fields = {**config.to_dict(), "match_interval": config.match_interval or 0}
+    fields["min_tokens"] = least_tokens(config.min_tokens, device)
     if not config.is_scheduled:
         fields["agent_until"] = next(at for at, phase in _SINGLE_PHASES.items() if phase.items() <= fields.items())
         fields["late_phase"] = "tome"

@@ -67,7 +67,7 @@ def build_demo(engine: Engine, results: Sequence[str | Path] = ()) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=300, elem_classes=["settings"]) as of_image:
                 with gr.Column() as of_patch:
-                    patch = patch_inputs()
+                    patch = patch_inputs(engine)
                 image = [*prompt, *image_inputs(engine)]
             with gr.Column(scale=2, min_width=340), gr.Tabs():
                 for name, fill, draws, patches in (

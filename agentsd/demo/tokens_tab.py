@@ -37,7 +37,7 @@ def tokens_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
     )
 
     def run(session: str, progress: Progress, *values: Any) -> list[Any]:
-        request, config = request_of(values[: len(image)]), config_of(values[len(image) :])
+        request, config = request_of(values[: len(image)]), config_of(values[len(image) :], engine.device)
         record = engine.tokens(session, request, config, progress)
         layers = list(dict.fromkeys(name for name, _ in record.maps))
         first = layers[0] if layers else None
@@ -80,10 +80,11 @@ def _why_nothing(record: TokensRun, step: int) -> str:
             text += f" With feature reuse, the deep part of the UNet runs in one step of {config.reuse.interval} only."
         return text
     most = max((row.tokens for row in layers if row.tokens is not None), default=0)
-    if most < config.min_tokens:
+    least = record.report.min_tokens
+    if most < least:
         return (
             f"Nothing is merged: no layer of this image has more than {most:,} tokens, and those of fewer than "
-            f'{config.min_tokens:,} are left alone. Draw a larger image, lower "Smallest layer", or choose the preset '
+            f'{least:,} are left alone. Draw a larger image, lower "Smallest layer", or choose the preset '
             '"paper".'
         )
     return "Nothing is merged" + (": the ratio is 0." if config.ratio == 0 else " in any layer.")

@@ -13,6 +13,7 @@ from ..ops.merging import (
     partition_tokens,
     random_partition,
 )
+from .break_even import MinTokens, least_tokens
 from .fallbacks import CHANGED_TOKENS, OUTSIDE_BLOCK, OUTSIDE_MODEL, REPLACED, TOO_SMALL, Fallbacks
 from .steps import Clock, Keys, Match, Phase, StepContext
 from .threads import PerThread
@@ -105,14 +106,14 @@ class LayerState:
     Args:
         clock (`Clock`): Tells the step that the model is in.
         seed (`int`): What the layer's random choices vary with.
-        min_tokens (`int`): It is left alone at sizes of fewer tokens.
+        min_tokens (`int` or `"auto"`): It is left alone at sizes of fewer tokens.
         in_fp32 (`bool`): Whether it attends in float32.
     """
 
     # The processor that the layer had before, set when the patch is installed.
     original: Any = None
 
-    def __init__(self, clock: Clock, seed: int, min_tokens: int, in_fp32: bool):
+    def __init__(self, clock: Clock, seed: int, min_tokens: MinTokens, in_fp32: bool):
         self.clock = clock
         self.seed = seed
         self.min_tokens = min_tokens
@@ -150,7 +151,7 @@ class LayerState:
         if call.size is None or call.key is None:
             return None, OUTSIDE_MODEL
         tokens = call.size[0] * call.size[1]
-        if tokens < self.min_tokens:
+        if tokens < least_tokens(self.min_tokens, call.metric.device):
             return None, None
         if x.shape[:2] != call.metric.shape[:2] or x.shape[1] != tokens:
             return None, CHANGED_TOKENS

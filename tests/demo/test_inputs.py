@@ -1,6 +1,9 @@
 """What the controls of the web page ask for."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from agentsd import AgentSDConfig, FeatureReuseConfig
 from agentsd.demo.inputs import PRESET_INFO, _filled_in, _named, config_of, request_of, values_of
@@ -74,6 +77,16 @@ def test_no_interval_of_matching_is_none():
 def test_an_interval_of_one_is_no_feature_reuse():
     *others, _, order, branch = values_of(AgentSDConfig.preset("balanced"))
     assert config_of([*others, 1, order, branch]) == AgentSDConfig.preset("balanced", reuse=None)
+
+
+def test_on_a_gpu_a_preset_shows_the_number_of_tokens_that_it_has_there():
+    gpu, preset = torch.device("cuda"), AgentSDConfig.preset("balanced")
+    _, *here = _filled_in("balanced", *values_of(AgentSDConfig()))
+    _, *there = _filled_in("balanced", *values_of(AgentSDConfig(), gpu), device=gpu)
+    assert [(a, b) for a, b in zip(here, there, strict=True) if a != b] == [(2048, 16384)]
+    assert config_of(there, gpu) == preset
+    assert _named(*there, device=gpu)["value"] == "balanced"
+    assert config_of(here, gpu) == replace(preset, min_tokens=2048), "a number is that number"
 
 
 def test_a_pipeline_is_called_with_the_request():

@@ -48,6 +48,14 @@ def test_a_timestep_for_each_sample_is_read_once(measured):
     assert measured[SEVERAL_TIMESTEPS]["reads"] == ["tolist"]
 
 
+def test_a_preset_merges_from_as_many_tokens_on_as_pays_there(measured):
+    """More than on a CPU."""
+    assert measured["at 2,304 tokens"] == {
+        "changed": [True, False],
+        "reason": 'it has 2304 tokens, fewer than `min_tokens=16384`, which is what "auto" is on pretend',
+    }
+
+
 def test_the_device_refuses_tensors_of_the_cpu(measured):
     """Or none of this would show anything."""
     assert measured["mixed"] == "add meets tensors of two devices"

@@ -1,0 +1,48 @@
+"""From how many tokens on merging pays, and the device that decides it."""
+
+from typing import Any, Literal
+
+import torch
+
+
+MinTokens = int | Literal["auto"]
+
+# Measured in float32 on a CPU (`notebooks/results/small*`): between 1,024 and 2,304 tokens.
+_ON_A_CPU = 2048
+# And in float16 on a CUDA GPU (`h100`): between 9,216 and 16,384. What is no CPU is taken for a GPU like that one.
+_ON_A_GPU = 16384
+
+
+def least_tokens(min_tokens: MinTokens, device: torch.device) -> int:
+    """
+    How many tokens a layer has to have for its tokens to be merged.
+
+    Args:
+        min_tokens (`int` or `"auto"`): What was asked for; `"auto"` is from where on merging pays on the device.
+        device (`torch.device`): Where the layer runs.
+
+    Returns:
+        `int`: A number of tokens.
+
+    Examples:
+
+    ```python
+    >>> cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    >>> least_tokens("auto", cpu), least_tokens("auto", gpu), least_tokens(9, gpu)
+    (2048, 16384, 9)
+    ```
+    """
+    if min_tokens != "auto":
+        return min_tokens
+    return _ON_A_CPU if device.type == "cpu" else _ON_A_GPU
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that a diffusers model runs on, though its weights may be elsewhere until then."""
+    for module in model.modules():
+        # Accelerate's, of models that are offloaded as a whole or part by part.
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    # Diffusers knows those that it offloads in groups itself.
+    return torch.device(model.device)
