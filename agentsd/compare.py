@@ -91,7 +91,8 @@ def compare(
     ```python
     >>> from agentsd.compare import compare
     >>> from agentsd.utils.loading import load_pipeline
-    >>> comparison = compare(load_pipeline("emoji"), "red apple", steps=2, seconds=0, progress=lambda *step: None)
+    >>> pipe = load_pipeline("emoji")
+    >>> comparison = compare(pipe, "red apple", steps=2, height=256, width=256, seconds=0, progress=lambda *step: None)
     >>> comparison.speed_up > 0
     True
     ```

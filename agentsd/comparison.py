@@ -87,14 +87,15 @@ class Comparison:
     ```python
     >>> import agentsd
     >>> pipe = agentsd.AgentSDPipeline.from_pretrained("emoji")
-    >>> comparison = pipe.compare("red apple", steps=2, seconds=0, progress=lambda *step: None)
+    >>> options = {"height": 256, "width": 256, "seconds": 0, "progress": lambda *step: None}
+    >>> comparison = pipe.compare("red apple", steps=2, **options)
     >>> comparison.agentsd.size, comparison.ssim < 1
-    ((512, 512), True)
+    ((256, 256), True)
     >>> comparison.rounds, comparison.speed_up_interval  # in no seconds, one round is timed
     (1, None)
     >>> comparison.save("comparison")["side_by_side"].name
     'side_by_side.png'
-    >>> presets = pipe.compare("red apple", configs=["balanced", "fast"], steps=8, seconds=0)
+    >>> presets = pipe.compare("red apple", configs=["balanced", "fast"], steps=8, **options)
     >>> {name: variant.speed_up.value > 0 for name, variant in presets.variants.items()}
     {'balanced': True, 'fast': True}
     ```

@@ -33,8 +33,8 @@ class AgentSDPipeline:
     >>> from agentsd import AgentSDPipeline
     >>> pipe = AgentSDPipeline.from_pretrained("emoji", ratio=0.5)
     >>> pipe.set_progress_bar_config(disable=True)
-    >>> pipe("red apple", num_inference_steps=2).images[0].size
-    (512, 512)
+    >>> pipe("red apple", num_inference_steps=2, height=256, width=384).images[0].size
+    (384, 256)
     ```
     """
 
@@ -192,7 +192,8 @@ class AgentSDPipeline:
 
         ```python
         >>> from agentsd import AgentSDPipeline
-        >>> comparison = AgentSDPipeline.from_pretrained("emoji").compare("red apple", steps=2, seconds=0)
+        >>> pipe = AgentSDPipeline.from_pretrained("emoji")
+        >>> comparison = pipe.compare("red apple", steps=2, height=256, width=256, seconds=0)
         >>> comparison.baseline.size == comparison.agentsd.size
         True
         ```

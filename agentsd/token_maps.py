@@ -96,9 +96,9 @@ def recorded_maps(pipe_or_unet: Any) -> Iterator[dict[tuple[str, int], TokenMap]
     >>> pipe = AgentSDPipeline.from_pretrained("emoji").pipe
     >>> pipe.set_progress_bar_config(disable=True)
     >>> with recorded_maps(pipe) as maps:
-    ...     image = pipe("red apple", num_inference_steps=2)
+    ...     image = pipe("red apple", num_inference_steps=2, height=256, width=256)
     >>> next(iter(maps.values())).caption
-    '4,096 tokens merged to 2,458, 256 agents'
+    '1,024 tokens merged to 615, 64 agents'
     ```
     """
     unet = patchable_models(pipe_or_unet)[0][1]

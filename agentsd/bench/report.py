@@ -52,7 +52,8 @@ class BenchResult:
 
     ```python
     >>> from agentsd.bench import BenchSettings, run_bench
-    >>> result = run_bench(BenchSettings(methods=("baseline",), steps=2, repeats=1, memory=False))
+    >>> settings = BenchSettings(methods=("baseline",), sizes=((256, 256),), steps=2, repeats=1, memory=False)
+    >>> result = run_bench(settings)
     >>> result.title
     'emoji: generations of 2 steps'
     >>> result.to_csv().splitlines()[0].split(",")[:4]
@@ -290,7 +291,7 @@ def load_result(folder: str | Path) -> BenchResult:
 
     ```python
     >>> from agentsd.bench import BenchSettings, load_result, run_bench
-    >>> settings = BenchSettings(methods=("baseline",), steps=2, repeats=1, memory=False)
+    >>> settings = BenchSettings(methods=("baseline",), sizes=((256, 256),), steps=2, repeats=1, memory=False)
     >>> result = run_bench(settings, out="bench-results")
     >>> load_result("bench-results").rows == result.rows
     True

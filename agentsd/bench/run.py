@@ -64,7 +64,8 @@ def run_bench(
 
     ```python
     >>> from agentsd.bench import BenchSettings, run_bench
-    >>> settings = BenchSettings(methods=("baseline", "agentsd"), steps=2, repeats=1, memory=False)
+    >>> methods, sizes = ("baseline", "agentsd"), ((256, 256),)
+    >>> settings = BenchSettings(methods=methods, sizes=sizes, steps=2, repeats=1, memory=False)
     >>> [row.method for row in run_bench(settings).rows]
     ['baseline', 'agentsd']
     ```
