@@ -49,6 +49,11 @@ class Fallbacks:
     attn2: str | None = None
     ff: str | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all ran as they should, as nearly always."""
+        return self.attn1 is None and self.attn2 is None and self.ff is None
+
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Those that there are, each with the layer's name in its block."""
         for part in ("attn1", "attn2", "ff"):

@@ -138,6 +138,8 @@ class ModelPatch:
     def _warn_of_fallbacks(self) -> None:
         names: dict[str, list[str]] = {}
         for layer, state in self.layers:
+            if state.fallbacks.is_empty:
+                continue
             state.fallbacks.find_causes(layer.block)
             for part, reason in state.fallbacks:
                 names.setdefault(reason, []).append(plain_name(layer.name).removesuffix("attn1") + part)
@@ -180,15 +182,18 @@ class LayerHooks:
 
     def before_transformer(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note the step, and height and width, which the blocks inside no longer see."""
-        refuse_tracing(transformer)  # which may be all that is traced of the model
         state, call = self.state, self.state.call
-        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        # The model has asked already, unless this is all of it that runs.
+        if not (torch.compiler.is_dynamo_compiling() or state.clock.is_running):
+            refuse_tracing(transformer)
+            state.clock.warn_outside_call()
+        x = args[0] if args else kwargs["hidden_states"]
+        height, width = x.shape[-2:]
         call.size, call.step = (height, width), state.clock.step
         state.last_size = call.size
         # Here and not in the block, for blocks that differ in a number would each be compiled on their own.
-        call.key = None if call.step.key is None else mix_key(call.step.key, state.seed)
-        if not (torch.compiler.is_compiling() or state.clock.is_running):
-            state.clock.warn_outside_call()
+        key = None if state.leaves_alone(height * width, x.device) else call.step.key
+        call.key = None if key is None else mix_key(key, state.seed)
         if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
             return None
         # Those of the transformer's other blocks are in it already, and empty but for their steps.

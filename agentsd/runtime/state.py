@@ -134,6 +134,10 @@ class LayerState:
         """Whether self-attention is to be on fewer tokens, and not only the layers after it."""
         return any(phase.reduces_attention for phase in self.clock.phases)
 
+    def leaves_alone(self, tokens: int, device: torch.device) -> bool:
+        """Whether the layer is too small to pay, as configured."""
+        return tokens < least_tokens(self.min_tokens, device)
+
     def parts_of(self, x: torch.Tensor) -> tuple[list[Part] | None, str | None]:
         """
         What to do with the tokens of `x`, decided once a block.
@@ -148,11 +152,13 @@ class LayerState:
         call = self.call
         if call.metric is None:
             return None, REPLACED if call.is_replaced else OUTSIDE_BLOCK
-        if call.size is None or call.key is None:
+        if call.size is None:
             return None, OUTSIDE_MODEL
         tokens = call.size[0] * call.size[1]
-        if tokens < least_tokens(self.min_tokens, call.metric.device):
+        if self.leaves_alone(tokens, call.metric.device):
             return None, None
+        if call.key is None:
+            return None, OUTSIDE_MODEL
         if x.shape[:2] != call.metric.shape[:2] or x.shape[1] != tokens:
             return None, CHANGED_TOKENS
         if call.parts is None:

@@ -6,7 +6,7 @@ CVPR 2024, arXiv:2312.00858).
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -129,6 +129,8 @@ class Slot:
     """What is kept of the calls at one place in the step."""
 
     shapes: dict[int, Any] = field(default_factory=dict)
+    # What has these shapes and is read by nobody.
+    stand_ins: dict[int, Any] = field(default_factory=dict)
     # The last full steps, by their number, and what they gave.
     history: list[tuple[int, Any]] = field(default_factory=list)
 
@@ -302,9 +304,13 @@ class ModelReuse(ABC):
         call = self.calls.get()
         call.is_skipped = not is_full and bool(slot.history)
         if call.is_skipped:
-            self._reserve_scratch(slot.shapes.values())
+            slot.stand_ins = slot.stand_ins or self._stand_ins(slot.shapes)
             call.outputs = self.outputs(slot)
         else:
+            # Full steps need the most memory: they do not need this.
+            state.scratch = {}
+            for each in state.slots.values():
+                each.stand_ins = {}
             # What this call gives will stand in for the oldest.
             slot.history = slot.history[max(0, len(slot.history) - self.clock.config.order) :]
             call.outputs = {}
@@ -323,26 +329,19 @@ class ModelReuse(ABC):
             slot.shapes = call.shapes
             slot.history.append((state.slots.step, call.kept))
         call.is_skipped, call.outputs, call.shapes, call.kept = False, {}, {}, None
-        # Full steps need the most memory: they do not need this.
-        state.scratch = {}
 
-    def _reserve_scratch(self, shapes: Iterable[Any]) -> None:
-        """Have memory for the largest of these shapes, for every dtype and device."""
+    def _stand_ins(self, shapes: dict[int, Any]) -> dict[int, Any]:
+        """What has these shapes and is read by nobody: all in the same memory, since they are many."""
         pool = self.state.scratch
-        for shape in tensor_shapes(shapes):
+        distinct = sorted(set(tensor_shapes(shapes.values())), key=lambda shape: -shape.size.numel())
+        for shape in distinct:
             kept = pool.get((shape.dtype, shape.device))
             if kept is None or kept.numel() < shape.size.numel():
                 pool[shape.dtype, shape.device] = torch.zeros(
                     shape.size.numel(), dtype=shape.dtype, device=shape.device
                 )
-
-    def scratch(self, shapes: Any) -> Any:
-        """What has these shapes and is read by nobody: all in the same memory, since they are many."""
-        if shapes is None:
-            return None
-        if not isinstance(shapes, TensorShape):
-            return type(shapes)(self.scratch(part) for part in shapes)
-        return self.state.scratch[shapes.dtype, shapes.device][: shapes.size.numel()].view(shapes.size)
+        views = {shape: pool[shape.dtype, shape.device][: shape.size.numel()].view(shape.size) for shape in distinct}
+        return {number: _filled(part, views) for number, part in shapes.items()}
 
     @abstractmethod
     def kept(self, output: Any, kwargs: dict[str, Any]) -> Any:
@@ -370,6 +369,13 @@ def shapes_of(output: Any) -> Any:
     return tuple(shapes_of(part) for part in (output.to_tuple() if hasattr(output, "to_tuple") else output))
 
 
+def _filled(shapes: Any, tensors: dict[TensorShape, torch.Tensor]) -> Any:
+    """For every shape in lists and tuples of them, its tensor."""
+    if shapes is None:
+        return None
+    return tensors[shapes] if isinstance(shapes, TensorShape) else tuple(_filled(part, tensors) for part in shapes)
+
+
 def tensor_shapes(shapes: Any) -> Iterator[TensorShape]:
     """Every shape in lists and tuples of them."""
     if isinstance(shapes, TensorShape):
@@ -387,16 +393,16 @@ class UNetReuse(ModelReuse):
         return (output if isinstance(output, torch.Tensor) else output[0]).clone()
 
     def outputs(self, slot: Slot) -> dict[int, Any]:
-        """Scratch, and the forecast."""
-        outputs = {number: self.scratch(shapes) for number, shapes in slot.shapes.items()}
+        """Stand-ins, and the forecast."""
         (last, newer), step = slot.history[-1], self.state.slots.step
         if len(slot.history) == 1:
             value = newer.clone()
         else:
             before, older = slot.history[0]
             value = forecast(older, newer, (step - last) / (last - before))
-        last_module = max(outputs)
-        return {**outputs, last_module: (value,) if isinstance(outputs[last_module], tuple) else value}
+        last_module = max(slot.stand_ins)
+        is_tuple = isinstance(slot.stand_ins[last_module], tuple)
+        return {**slot.stand_ins, last_module: (value,) if is_tuple else value}
 
 
 class ControlNetReuse(ModelReuse):
@@ -416,10 +422,10 @@ class ControlNetReuse(ModelReuse):
         return list(down[: self.residuals]), None, kind
 
     def outputs(self, slot: Slot) -> dict[int, Any]:
-        """What was kept, and scratch."""
-        (shapes, mid_shape), (_, (kept, mid, kind)) = slot.shapes[0], slot.history[-1]
-        down = [*kept, *(self.scratch(shape) for shape in shapes[len(kept) :])]
-        mid = self.scratch(mid_shape) if mid is None else mid
+        """What was kept, and stand-ins."""
+        (others, other_mid), (_, (kept, mid, kind)) = slot.stand_ins[0], slot.history[-1]
+        down = [*kept, *others[len(kept) :]]
+        mid = other_mid if mid is None else mid
         return {0: (down, mid) if kind is None else kind(down, mid)}
 
 
