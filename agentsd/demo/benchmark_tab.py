@@ -77,7 +77,8 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
 
     # Past Gradio's queue: a choice made in the very moment in which the one before ends would be dropped there.
     common = {"queue": False, "api_visibility": "private"}
-    choice.input(show_recorded, [choice], [table, plots], **common)
+    # Nor is one dropped that is made before that.
+    choice.input(show_recorded, [choice], [table, plots], trigger_mode="multiple", **common)
     upload.change(show_uploaded, [upload], [table, plots], **common)
 
 

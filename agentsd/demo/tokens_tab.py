@@ -60,6 +60,7 @@ def tokens_tab(engine: Engine, image: list[Any], patch: list[Any]) -> None:
             [buttons.status, drawing],
             queue=False,
             api_visibility="private",
+            trigger_mode="always_last",
         )
 
 

@@ -16,6 +16,8 @@ from agentsd.utils.generation import RunTime
 ROOT = Path(__file__).parents[2]
 RECORDED = sorted(file.parent for file in (ROOT / "notebooks" / "results").glob("*/cases.jsonl"))
 RESULTS = ROOT / "notebooks" / "results" / "cpu"
+# Milliseconds between two looks at a page.
+POLLING = 100
 
 
 def test_compare_shows_both_images_and_true_numbers(open_page):
@@ -41,10 +43,10 @@ def test_compare_shows_both_images_and_true_numbers(open_page):
     expect(page.locator("#compare-report")).to_contain_text("1024")
 
     # The same again, timed for longer.
-    set_number(page, "Seconds of timing", 4)
+    set_number(page, "Seconds of timing", 10)
     page.locator("#compare-start").click()
-    # Looked for in every frame: it does not stay long.
-    page.wait_for_function("document.body.innerText.includes('agentsd, round 3')")
+    # Looked for often: it does not stay long.
+    page.wait_for_function("document.body.innerText.includes('agentsd, round 3')", polling=20)
     expect(page.locator("#compare-status")).to_contain_text(re.compile(r"\d× \(\d.*–\d.*\).* rounds"))
     expect(page.locator("#compare-numbers")).not_to_contain_text("timed once")
 
@@ -219,9 +221,10 @@ def test_sweep_compares_methods(open_page, width):
                 && [gallery, ...gallery.querySelectorAll('*')].every(part =>
                     getComputedStyle(part).overflowY === 'visible' || part.scrollHeight <= part.clientHeight + 1)
                 && [...gallery.querySelectorAll('.caption-label')].every(part => part.scrollWidth <= part.clientWidth);
-        }"""
+        }""",
+        polling=POLLING,
     )
-    page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500")
+    page.wait_for_function("document.querySelector('#sweep-plot img')?.naturalWidth > 500", polling=POLLING)
     page.get_by_label("Ratios").fill("0.3; 0.6")
     page.locator("#sweep-start").click()
     expect(page.get_by_text("must be numbers separated by commas")).to_be_visible()
@@ -322,7 +325,8 @@ def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
             """() => {
                 const box = document.querySelector('#benchmark-table');
                 return box.querySelector('table').scrollWidth <= box.clientWidth;
-            }"""
+            }""",
+            polling=POLLING,
         )
         if any(folder.glob("*-s*-*.png")):
             expect(page.locator("#benchmark-plots img").first).to_be_visible()
