@@ -38,11 +38,11 @@ def least_tokens(min_tokens: MinTokens, device: torch.device) -> int:
 
 
 def device_of(model: Any) -> torch.device:
-    """The device that a diffusers model runs on, though its weights may be elsewhere until then."""
+    """The device that a model runs on, though its weights may be elsewhere until then."""
     for module in model.modules():
         # Accelerate's, of models that are offloaded as a whole or part by part.
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    # Diffusers knows those that it offloads in groups itself.
-    return torch.device(model.device)
+    # Diffusers' own models know when it offloads them in groups.
+    return getattr(model, "device", None) or next(model.parameters()).device

@@ -52,6 +52,7 @@ def test_compare(monkeypatch, model):
         ("", {"configs": {name: agentsd.AgentSDConfig.preset(name) for name in ("paper", "balanced", "fast")}}),
         ("--reuse 3", {"config": agentsd.AgentSDConfig(reuse=3)}),
         ("--set min_tokens=9", {"config": agentsd.AgentSDConfig(min_tokens=9)}),
+        ("--set min_tokens=auto", {"config": agentsd.AgentSDConfig(min_tokens="auto")}),
         (
             "--preset fast --preset agent --ratio 0.3 --set reuse=none",
             {"configs": {n: agentsd.AgentSDConfig.preset(n, ratio=0.3, reuse=None) for n in ("fast", "agent")}},

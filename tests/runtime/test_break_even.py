@@ -36,6 +36,11 @@ def test_layers_are_merged_from_that_number_on(size, runs):
     assert agentsd.report(unet).expected_speedup > 1 if runs else agentsd.report(unet).expected_speedup == 1
 
 
+def test_a_model_of_plain_torch_is_where_its_weights_are():
+    assert device_of(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2))) == CPU
+    assert device_of(torch.nn.Linear(2, 2, device="meta")) == torch.device("meta")
+
+
 def in_groups(unet, execution_device):
     if diffusers.__version__.startswith("0.40.") and not torch.cuda.is_available():
         pytest.skip("diffusers 0.40 offloads in groups only where there is a GPU")
