@@ -10,6 +10,7 @@ from browser import choose_preset, compare, is_running, number, open_tab, set_nu
 from playwright.sync_api import expect
 
 from agentsd.bench import load_result
+from agentsd.demo.inputs import PRESET_INFO
 from agentsd.utils.generation import RunTime
 
 
@@ -284,6 +285,21 @@ def test_a_preset_comes_first_and_shows_what_it_sets(open_page):
     expect(preset.get_by_label("fast", exact=True)).to_be_checked()
     page.get_by_label("Also merge in cross-attention").check()
     expect(preset.get_by_label("custom", exact=True)).to_be_checked()
+
+
+def test_what_is_chosen_while_an_answer_is_on_its_way_is_not_dropped(open_page):
+    page = open_page()
+    waiting = []
+    page.route("**/run/predict", lambda route: waiting.append(route))
+    preset = page.locator("#preset")
+    for name in ("fast", "paper"):
+        preset.get_by_label(name, exact=True).check()
+    page.wait_for_timeout(500)
+    for route in waiting:
+        route.continue_()
+    expect(preset).to_contain_text(PRESET_INFO["paper"])
+    page.get_by_role("button", name="Token merging").click()
+    expect(page.get_by_label("number input for Ratio", exact=True)).to_have_value("0.4")
 
 
 def test_compare_runs_the_preset_that_is_chosen(open_page):
