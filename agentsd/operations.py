@@ -7,9 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .models.devices import device_of
 from .models.unet import plain_name
 from .patch import apply_patch
-from .runtime.break_even import device_of, least_tokens
+from .runtime.break_even import least_tokens
 from .runtime.install import ModelPatch, patch_of
 
 

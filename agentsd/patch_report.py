@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import AgentSDConfig
+from .models.devices import device_of
 from .models.unet import AttentionLayer, plain_name
 from .operations import expected_speedup
 from .patch import patchable_models
-from .runtime.break_even import device_of, least_tokens
+from .runtime.break_even import least_tokens
 from .runtime.fallbacks import TOO_SMALL
 from .runtime.install import ModelPatch, patch_of, replaced_reason
 from .runtime.steps import Phase

@@ -1,6 +1,6 @@
-"""From how many tokens on merging pays, and the device that decides it."""
+"""From how many tokens on merging pays, which the device decides."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -35,14 +35,3 @@ def least_tokens(min_tokens: MinTokens, device: torch.device) -> int:
     if min_tokens != "auto":
         return min_tokens
     return _ON_A_CPU if device.type == "cpu" else _ON_A_GPU
-
-
-def device_of(model: Any) -> torch.device:
-    """The device that a model runs on, though its weights may be elsewhere until then."""
-    for module in model.modules():
-        # Accelerate's, of models that are offloaded as a whole or part by part.
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    # Diffusers' own models know when it offloads them in groups.
-    return getattr(model, "device", None) or next(model.parameters()).device

@@ -8,7 +8,8 @@ from diffusers.hooks import apply_group_offloading
 from models import tiny_unet
 
 import agentsd
-from agentsd.runtime.break_even import device_of, least_tokens
+from agentsd.models.devices import device_of
+from agentsd.runtime.break_even import least_tokens
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
