@@ -343,6 +343,15 @@ def is_calibrated(name: str) -> bool:
     return isinstance(method, FewerSteps) and method.share is None
 
 
+def varies_by_device(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a method leaves other layers alone on a GPU than on a CPU, and so draws other images there."""
+    method = METHODS[name]
+    parts = method.parts if isinstance(method, Combined) else (method,)
+    return any(
+        isinstance(part, AgentSD) and {**PRESETS[part.preset], **options}.get("min_tokens") == "auto" for part in parts
+    )
+
+
 def agent_share(options: Mapping[str, Any]) -> float | None:
     """The share of the noise range in which agentsd runs agents; `None` where one phase runs at all steps."""
     config = AgentSDConfig.from_dict(dict(options))

@@ -95,7 +95,7 @@ def _run(settings: BenchSettings, out: str | Path | None, resume: bool, progress
         facts["malloc"] = "keeps freed memory"
     earlier = None
     if settings.images_of is not None:
-        earlier = EarlierImages(settings.images_of, settings, facts["dtype"])
+        earlier = EarlierImages(settings.images_of, settings, facts)
         facts["images"] = earlier.machine
     # The main process' facts, for each GPU has another name.
     facts = workers.agree(facts)

@@ -8,6 +8,7 @@ import pytest
 from bench_runs import quality
 
 from agentsd.bench import BenchError, BenchSettings, run_bench
+from agentsd.bench.earlier_images import EarlierImages
 from agentsd.bench.images import ImageJudge
 from agentsd.bench.measure import CaseTimer
 
@@ -76,6 +77,28 @@ def test_other_images_are_refused_before_anything_runs(drawn, values, message, m
     with pytest.raises(BenchError, match=message):
         run_bench(timing(drawn, **values), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_merge_elsewhere_on_that_device_are_refused_until_a_number_is_named(drawn, tmp_path):
+    folder, settings, _ = drawn
+    there = json.loads((folder / "environment.json").read_text()) | {"device": "cuda", "gpu": "a GPU"}
+    rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+    rows.append(rows[0] | {"method": "balanced"})
+    (tmp_path / "environment.json").write_text(json.dumps(there))
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def ask(**values):
+        asked = replace(settings, **values)
+        drew = replace(asked, methods=(*METHODS, "balanced"))
+        (tmp_path / "settings.json").write_text(json.dumps(drew.to_dict()))
+        earlier = EarlierImages(tmp_path, asked, {"dtype": "float32", "device": "cpu"})
+        return [earlier.numbers(case)["images"] for (case, *_) in asked.groups()]
+
+    with pytest.raises(BenchError, match=r"than 16384 tokens .* there, .* than 2048 here, by balanced\."):
+        ask(methods=(*METHODS, "balanced"))
+    with pytest.raises(BenchError, match=r"here, by agentsd\."):
+        ask(methods=("agentsd",), options={"min_tokens": "auto"})
+    assert ask(methods=(*METHODS, "balanced"), options={"min_tokens": 2048}) == ask(methods=METHODS) == [3]
 
 
 def test_a_method_that_could_not_run_has_no_images(drawn, tmp_path):
