@@ -30,7 +30,7 @@ help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.core ## Install into .venv and compare presets with the baseline on the embedded model.
-	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --out "$(OUT)"
+	$(BIN)/agentsd compare "$(PROMPT)" --guidance 4 --steps 20 --seconds 90 --out "$(OUT)"
 
 demo: $(VENV)/.demo ## Serve a web page that compares speed and images side by side.
 	$(BIN)/agentsd demo $(RESULTS:%/cases.jsonl=--results %)
