@@ -88,7 +88,8 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
     dice.click(lambda: random.randrange(_SEEDS), outputs=[seed], queue=False, api_visibility="private")
     # Past the queue, which may be full. What is chosen while an answer is on its way is not dropped.
     common = {"queue": False, "api_visibility": "private", "trigger_mode": "multiple"}
-    model.input(engine.own_settings, [model], [rows, columns, strength], **common)
+    # A dropdown tells of each choice twice as `input`, and the second answer could undo what was set after the first.
+    model.change(engine.own_settings, [model], [rows, columns, strength], **common)
     return [model, seed, steps, strength, rows, columns]
 
 

@@ -331,6 +331,8 @@ def test_too_few_steps_for_feature_reuse_are_a_warning_in_every_tab(open_page, t
 def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
     page = open_page()
     open_tab(page, "Benchmark")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/run/predict") else None)
     for place, folder in enumerate(RECORDED):
         page.get_by_label("Recorded results").click()
         page.get_by_role("option").nth(place).click()
@@ -346,6 +348,7 @@ def test_benchmark_shows_recorded_and_uploaded_results(open_page, tmp_path):
         )
         if any(folder.glob("*-s*-*.png")):
             expect(page.locator("#benchmark-plots img").first).to_be_visible()
+    assert len(asked) == len(RECORDED)  # a second answer to a choice could come after that to the next one
     upload = page.locator("#benchmark-upload input[type=file]")
     (tmp_path / "cases.jsonl").write_text("")
     upload.set_input_files(tmp_path)
