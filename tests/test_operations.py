@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import tiny_sd, tiny_sdxl, tiny_unet
+from models import TEXT_WIDTH, tiny_sd, tiny_sdxl, tiny_unet
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd
 from agentsd.operations import expected_speedup
@@ -12,6 +14,23 @@ from agentsd.runtime.install import patch_of
 def expected(unet, size=(16, 16), **options):
     agentsd.apply_patch(unet, **options)
     return expected_speedup(unet, patch_of(unet), *size)
+
+
+def operations(unet):
+    """Counted as the model runs, weights and all."""
+    noise = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(1, 4, 16, 16, generator=noise), torch.randn(1, 77, TEXT_WIDTH, generator=noise)
+    # The fused kernel of CPUs is not among those that torch counts.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        unet(sample, 500, encoder_hidden_states=text)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("options", [{"preset": "tome"}, {"preset": "agent"}, {"sx": 2, "sy": 2, "merge_mlp": True}])
+def test_it_is_what_the_model_runs(options):
+    unet = tiny_unet()
+    plain = operations(unet)
+    assert expected(unet, **options) == plain / operations(unet) > 1
 
 
 def test_nothing_is_saved_where_nothing_runs_otherwise():
