@@ -72,6 +72,12 @@ def choose_preset(page: Page, name: str) -> None:
     expect(preset).to_contain_text(PRESET_INFO[name])
 
 
+def choose_methods(page: Page, *names: str) -> None:
+    """Have a sweep draw with these methods, and no other."""
+    for label in page.locator("#sweep-methods label").all():
+        label.get_by_role("checkbox").set_checked(label.inner_text().strip() in names)
+
+
 def open_tab(page: Page, name: str) -> None:
     """Open a tab; where the page is narrow, Gradio keeps the last ones in a menu."""
     tab = page.get_by_role("tab", name=name)

@@ -33,18 +33,28 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def emoji_256(tmp_path_factory):
-    """The embedded model with 256 pixels as its own size, at which it draws several times as fast."""
+def emoji_of(side, folder):
+    """The embedded model with another size as its own, in pixels, at which it draws several times as fast."""
     from agentsd.utils.loading import resolve_model
 
-    folder = tmp_path_factory.mktemp("models") / "emoji"
     shutil.copytree(resolve_model("emoji"), folder, copy_function=os.symlink)
     config = folder / "unet" / "config.json"
-    text = json.dumps(json.loads(config.read_text()) | {"sample_size": 32})
+    text = json.dumps(json.loads(config.read_text()) | {"sample_size": side // 8})
     config.unlink()
     config.write_text(text)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def emoji_256(tmp_path_factory):
+    """For what looks at images or tokens: the smaller of the two sizes that it was taught."""
+    return emoji_of(256, tmp_path_factory.mktemp("models") / "emoji")
+
+
+@pytest.fixture(scope="session")
+def emoji_128(tmp_path_factory):
+    """For what only has to run."""
+    return emoji_of(128, tmp_path_factory.mktemp("models") / "emoji")
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_sets_are_compared_with_real_images(model, clip, tmp_path):
 
 
 def test_the_embedded_model_brings_its_own_features(tmp_path):
-    own = quality("emoji", images=3, sizes=())
+    own = quality("emoji", images=3, sizes=((128, 128),))
     assert own.features == own.reference == "emoji"
     other = quality("emoji", features="inception")
     assert (other.features, other.reference) == ("inception", None)

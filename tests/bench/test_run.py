@@ -12,7 +12,7 @@ import torch
 from bench_runs import calls, quality, speed
 from compat_models import tiny_gligen
 from diffusers import StableDiffusionPipeline
-from models import tiny_refiner
+from models import ONE_LEVEL, tiny_refiner, tiny_sd
 from other_pipelines import tiny_audio, tiny_ldm3d, tiny_text_to_video, without_size
 
 from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
@@ -159,13 +159,14 @@ def test_compiled_on_both_sides(model, monkeypatch):
     assert "torch.compile" in result.title
 
 
-def test_every_variant_is_really_compiled(model, monkeypatch):
+def test_every_variant_is_really_compiled(tmp_path, monkeypatch):
     """More of them than Dynamo keeps by default: past that it would go on uncompiled, in silence."""
+    tiny_sd(**ONE_LEVEL).save_pretrained(tmp_path / "small")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # capturing is what is tested
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(cache_size_limit=2):
-        run_bench(speed(model, methods=("baseline", "agentsd"), compile=True, repeats=1, steps=5))
+        run_bench(speed(str(tmp_path / "small"), methods=("baseline", "agentsd"), compile=True, repeats=1, steps=5))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "one for the baseline, and one for each phase"
 
 

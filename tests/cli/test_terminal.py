@@ -12,7 +12,7 @@ from models import tiny_sd
 from other_pipelines import tiny_ldm3d
 from typer.testing import CliRunner
 
-from agentsd.cli import app
+from agentsd.cli import app, main
 from agentsd.cli.terminal import allow_any_text
 
 
@@ -31,17 +31,41 @@ def run_process(*arguments, encoding):
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, env=environment, check=False)
 
 
+@pytest.fixture
+def run_main(monkeypatch):
+    """The whole command as in such a shell, without a process, which would load torch anew."""
+
+    def run_main(*arguments, encoding):
+        name, _, errors = encoding.partition(":")
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=name, errors=errors or "strict") for _ in range(2)]
+        for kind, stream in zip(("stdout", "stderr"), streams, strict=True):
+            monkeypatch.setattr(sys, kind, stream)
+        monkeypatch.setattr(sys, "argv", ["agentsd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        for stream in streams:
+            stream.flush()
+        return end.value.code, *(stream.buffer.getvalue().decode(name) for stream in streams)
+
+    return run_main
+
+
 @pytest.mark.parametrize("encoding", ["cp1251", "ascii", "cp437:strict", "utf-8"])
-def test_a_finished_run_does_not_fail_for_its_output(model, tmp_path, encoding):
+def test_a_finished_run_does_not_fail_for_its_output(model, tmp_path, run_main, encoding):
     out = tmp_path / "果.png"
     arguments = ["generate", PROMPTS[2], "--model", model, "--out", out, "--steps", 1]
-    process = run_process(*arguments, encoding=encoding)
-    assert process.returncode == 0, process.stderr
-    name = encoding.split(":")[0]
-    sign = "×" if name == "utf-8" else "x"
-    assert f": 128{sign}128, 1 steps in " in process.stdout.decode(name)
+    code, output, messages = run_main(*arguments, encoding=encoding)
+    assert code == 0, messages
+    sign = "×" if encoding == "utf-8" else "x"
+    assert f": 128{sign}128, 1 steps in " in output
     assert out.exists()
-    assert process.stderr == b""
+
+
+def test_a_finished_process_does_not_either(model, tmp_path):
+    arguments = ["generate", PROMPTS[2], "--model", model, "--out", tmp_path / "果.png", "--steps", 1]
+    process = run_process(*arguments, encoding="ascii")
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert b": 128x128, 1 steps in " in process.stdout
 
 
 @pytest.mark.parametrize("encoding", ["cp1251", "ascii", "cp437"])
@@ -72,11 +96,17 @@ def test_every_command_prints_in_any_encoding(model, encoding, arguments):
 
 
 @pytest.mark.parametrize("encoding", ["cp1251", "ascii:strict"])
-@pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_errors_and_tracebacks_print_in_any_encoding(encoding, debug):
-    process = run_process("generate", PROMPTS[2], "--model", "./苹果", *debug, encoding=encoding)
-    messages = process.stderr.decode(encoding.split(":")[0])
-    assert process.returncode == (1 if debug else 2)
+def test_errors_print_in_any_encoding(run_main, encoding):
+    code, _, messages = run_main("generate", PROMPTS[2], "--model", "./苹果", encoding=encoding)
+    assert code == 2
+    assert "There is no model './\\u82f9\\u679c'" in messages
+
+
+def test_tracebacks_print_in_any_encoding():
+    """By the interpreter, which shows them once the command has ended."""
+    process = run_process("generate", PROMPTS[2], "--model", "./苹果", "--debug", encoding="ascii:strict")
+    messages = process.stderr.decode("ascii")
+    assert process.returncode == 1
     assert "There is no model './\\u82f9\\u679c'" in messages
     assert "UnicodeEncodeError" not in messages
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_train_emoji import run, state
+from toy_drawings import write_archives
 
 from emoji_training import evaluate, loop, recipe, unet
 from emoji_training.card import text
@@ -20,12 +21,21 @@ from emoji_training.sprites import Sprites
 TUNED = replace(TINY, tuned=True, half_batch=6, unet_fresh=0.4, coarse_until=0.0, judged_halves=True, warmup_steps=4)
 
 
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_archives(folder / "archives")
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(unet.Trainer, "sample", lambda *arguments: None)
+        assert run(folder / "archives", folder, "--stage", "all") == 0
+    return folder / "model"
+
+
 @pytest.fixture
-def tune(archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def tune(toy_model: Path, archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs stages of a toy tuning, which starts from a toy model and writes over it."""
     monkeypatch.setattr(unet.Trainer, "sample", lambda *arguments: None)
-    assert run(archive_dir, tmp_path, "--stage", "all") == 0
-    shutil.rmtree(tmp_path / "work")
+    shutil.copytree(toy_model, tmp_path / "model")
     monkeypatch.setitem(recipe.RECIPES, "tiny", TUNED)
     return lambda *options: run(archive_dir, tmp_path, "--start", str(tmp_path / "model"), *options)
 
