@@ -11,7 +11,7 @@ import torch
 from compat_models import image, with_unet
 from diffusers import StableDiffusionControlNetPipeline
 from graphs import Graphs
-from models import ONE_LEVEL, tiny_controlnet, tiny_sd, tiny_unet
+from models import tiny_controlnet, tiny_sd, tiny_unet
 from torch._dynamo.utils import counters
 
 import agentsd
@@ -365,9 +365,8 @@ def test_compiled(way, order, options):
 def test_compiled_with_feature_reuse(way):
     """The whole UNet's graph matches, that of the steps that skip merges by what is kept."""
     run = lambda pipe: generate(pipe, num_inference_steps=12)  # noqa: E731
-    small = {**ONE_LEVEL, "up_block_types": ("CrossAttnUpBlock2D",)}
-    expected = run(agentsd.apply_patch(tiny_sd(**small), **AGENTS, reuse=2, match_interval=1))
-    pipe, graphs = agentsd.apply_patch(tiny_sd(**small), **AGENTS, reuse=2, match_interval=1), Graphs()
+    expected = run(agentsd.apply_patch(tiny_sd(), **AGENTS, reuse=2, match_interval=1))
+    pipe, graphs = agentsd.apply_patch(tiny_sd(), **AGENTS, reuse=2, match_interval=1), Graphs()
     if way == "whole":
         pipe.unet = torch.compile(pipe.unet, backend=graphs, fullgraph=True)
     else:

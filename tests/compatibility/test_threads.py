@@ -9,7 +9,7 @@ import pytest
 import torch
 from compat_models import image, with_unet
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
-from models import ONE_LEVEL, tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
+from models import tiny_controlnet, tiny_sd, tiny_sdxl, tiny_unet
 from transformers import PreTrainedTokenizerBase
 from turns import Turns
 
@@ -249,10 +249,12 @@ def compile_blocks(unet):
 def test_calls_of_a_compiled_model_at_once_are_refused(compiled, options, has_run):
     """Compiled code cannot look up what is a thread's own: an error, never a wrong image. One at a time may run."""
     torch.compiler.reset()
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    small = {**blocks, "block_out_channels": (32, 32), "mid_block_type": None}
     inputs = [(900, 16), (100, 20)]
-    unet = agentsd.apply_patch(tiny_unet(**ONE_LEVEL), **options)
+    unet = agentsd.apply_patch(tiny_unet(**small), **options)
     expected = [call_in(unet, *each) for each in inputs]
-    unet = agentsd.apply_patch(tiny_unet(**ONE_LEVEL), **options)
+    unet = agentsd.apply_patch(tiny_unet(**small), **options)
     model = compiled(unet)
     calls = [partial(call_in, model, *each) for each in inputs]
     if has_run:

@@ -137,6 +137,16 @@ def test_stopping_ends_what_runs_on_its_own_tab_only(open_page):
     expect(page.locator("#compare-status")).to_contain_text("Stopped")
 
 
+def start_short(page, tab, *methods):
+    """Start what a tab draws: timed once, or by these methods only."""
+    open_tab(page, tab)
+    if tab == "Compare":
+        set_number(page, "Seconds of timing", 0)
+    if tab == "Sweep":
+        choose_methods(page, *methods)
+    page.locator(f"#{tab.lower()}-start").click()
+
+
 @pytest.mark.parametrize(
     "tab, names",
     [
@@ -150,12 +160,7 @@ def test_a_image_that_is_none_is_a_warning_in_every_tab(open_page, engine, monke
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
     page = open_page()
     set_number(page, "Steps", 1)
-    open_tab(page, tab)
-    if tab == "Compare":
-        set_number(page, "Seconds of timing", 0)
-    if tab == "Sweep":
-        choose_methods(page, "balanced", "tomesd")
-    page.locator(f"#{tab.lower()}-start").click()
+    start_short(page, tab, "balanced", "tomesd")
     for name in names:
         expect(page.get_by_text(f"The image {name} has values that are not finite")).to_be_visible()
 
@@ -166,12 +171,7 @@ def test_a_prompt_that_is_too_long_is_a_warning_in_every_tab(open_page, tab):
     page = open_page()
     page.get_by_label("Prompt", exact=True).fill("apple " * 120)
     set_number(page, "Steps", 1)
-    open_tab(page, tab)
-    if tab == "Compare":
-        set_number(page, "Seconds of timing", 0)
-    if tab == "Sweep":
-        choose_methods(page, "balanced", "tomesd")
-    page.locator(f"#{tab.lower()}-start").click()
+    start_short(page, tab, "balanced", "tomesd")
     expect(page.get_by_text("longer than the 77 tokens that the model reads")).to_be_visible()
     expect(page.get_by_text("longer than the 77 tokens that the model reads")).to_have_count(1)
 
@@ -205,7 +205,7 @@ def test_tokens_says_why_there_are_none(open_page):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_sweep_compares_methods(open_page, width):
     page = open_page(width, height=3000)  # images are loaded where they can be seen
-    set_number(page, "Steps", 2)
+    set_number(page, "Steps", 8)
     open_tab(page, "Sweep")
     methods = page.locator("#sweep-methods")
     for name, is_checked in {"balanced": True, "fast": True, "tomesd": True, "agentsd": True, "todo": False}.items():
@@ -335,12 +335,7 @@ def test_compare_runs_the_preset_that_is_chosen(open_page):
 def test_too_few_steps_for_feature_reuse_are_a_warning_in_every_tab(open_page, tab):
     page = open_page()
     set_number(page, "Steps", 2)
-    open_tab(page, tab)
-    if tab == "Compare":
-        set_number(page, "Seconds of timing", 0)
-    if tab == "Sweep":
-        choose_methods(page, "balanced", "fast")
-    page.locator(f"#{tab.lower()}-start").click()
+    start_short(page, tab, "balanced", "fast")
     status = page.locator(f"#{tab.lower()}-status")
     expect(status).to_contain_text("Warning: Feature reuse is off in runs of fewer than 8 steps; this one has 2.")
     assert status.inner_text().count("Feature reuse") == 1
