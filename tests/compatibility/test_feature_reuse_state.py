@@ -11,7 +11,7 @@ import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers.hooks import HookRegistry, ModelHook
 from graphs import Graphs
-from models import ONE_LEVEL, tiny_sd
+from models import tiny_sd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,9 +73,8 @@ def test_removed_below_an_offload_that_came_later():
 def test_compiled(way, order):
     """`torch.compile`, whole and by block: one graph for full steps and one for the others; none at later steps."""
     torch.compiler.reset()
-    small = {**ONE_LEVEL, "up_block_types": ("CrossAttnUpBlock2D",)}
-    expected = run_of(agentsd.apply_patch(tiny_sd(**small), ratio=0, reuse=2), num_inference_steps=12)()
-    pipe, graphs = tiny_sd(**small), Graphs()
+    expected = run_of(agentsd.apply_patch(tiny_sd(), ratio=0, reuse=2), num_inference_steps=12)()
+    pipe, graphs = tiny_sd(), Graphs()
     if order == "after":
         agentsd.apply_patch(pipe, ratio=0, reuse=2)
     if way == "whole":
