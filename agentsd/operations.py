@@ -15,7 +15,7 @@ from .runtime.install import ModelPatch, patch_of
 
 
 _TEXT_TOKENS = 77  # CLIP's
-# Nothing of them is counted, and without weights they take a third of the time.
+# Nothing of them is counted, and on tensors without data they take long.
 _NOT_COUNTED = (torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.SiLU)
 # What only adds to the embedding of the timestep or the text: next to no operations, but inputs of many kinds.
 _CONDITIONS = (
