@@ -77,9 +77,9 @@ def benchmark_tab(recorded: dict[str, Path]) -> None:
 
     # Past Gradio's queue: a choice made in the very moment in which the one before ends would be dropped there.
     common = {"queue": False, "api_visibility": "private"}
-    # Nor is one dropped that is made before that. A dropdown tells of each choice twice as `input`, and the second
-    # answer could take the place of a later choice's.
-    choice.change(show_recorded, [choice], [table, plots], trigger_mode="multiple", **common)
+    # One that is made before that is answered after it. A dropdown tells of each choice twice as `input`, and the
+    # second answer could take the place of a later choice's.
+    choice.change(show_recorded, [choice], [table, plots], trigger_mode="always_last", **common)
     upload.change(show_uploaded, [upload], [table, plots], **common)
 
 

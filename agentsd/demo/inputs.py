@@ -86,8 +86,9 @@ def image_inputs(engine: Engine) -> list[gr.components.Component]:
             SMALLEST_SIDE, limits.side, value=width, step=SIDE_UNIT, label="Width in pixels", min_width=120
         )
     dice.click(lambda: random.randrange(_SEEDS), outputs=[seed], queue=False, api_visibility="private")
-    # Past the queue, which may be full. What is chosen while an answer is on its way is not dropped.
-    common = {"queue": False, "api_visibility": "private", "trigger_mode": "multiple"}
+    # Past the queue, which may be full. What is chosen while an answer is on its way is asked for after it: it would
+    # be dropped by default, and of two answers at once the earlier choice's may come last.
+    common = {"queue": False, "api_visibility": "private", "trigger_mode": "always_last"}
     # A dropdown tells of each choice twice as `input`, and the second answer could undo what was set after the first.
     model.change(engine.own_settings, [model], [rows, columns, strength], **common)
     return [model, seed, steps, strength, rows, columns]
@@ -172,18 +173,21 @@ def patch_inputs(engine: Engine) -> list[gr.components.Component]:
             ),
         ]
     controls = [*attention, *reuse]
-    # By `input`, which is the user's: neither answers the other. Past the queue, which may be full. What is chosen
-    # while an answer is on its way is not dropped.
-    common = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    # By `input`, which is the user's: neither answers the other. For the rest, see `image_inputs`.
+    common = {
+        "queue": False,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "trigger_mode": "always_last",
+    }
     preset.input(
         partial(_filled_in, device=engine.device),
         [preset, *controls],
         [preset, *controls],
-        trigger_mode="multiple",
         **common,
     )
     named = partial(_named, device=engine.device)
-    gr.on([control.input for control in controls], named, controls, [preset], trigger_mode="always_last", **common)
+    gr.on([control.input for control in controls], named, controls, [preset], **common)
     return controls
 
 
