@@ -1,6 +1,6 @@
 """The benchmark: speed, memory and image quality against every peer, in one process and interleaved."""
 
-from .methods import METHODS, Method, MethodUnavailable
+from .methods import METHODS, Method, MethodUnavailable, find_method
 from .report import BenchResult, load_result
 from .rows import Row
 from .run import run_bench
@@ -17,6 +17,7 @@ __all__ = [
     "Method",
     "MethodUnavailable",
     "Row",
+    "find_method",
     "load_result",
     "run_bench",
 ]

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..utils.timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
 from .memory import allocated_bytes, is_out_of_memory, peak_memory
-from .methods import BASELINE, METHODS, FewerSteps, MethodUnavailable, agent_share
+from .methods import BASELINE, FewerSteps, MethodUnavailable, agent_share, find_method
 from .models import Subject, compiled_graphs, switch_on
 from .rows import OUT_OF_MEMORY, Case, named
 from .schedule import CALL_STEPS
@@ -124,7 +124,7 @@ class CaseTimer:
         """How many steps are timed at once: for `fewer-steps`, what was measured to fit, and kept."""
         if self.settings.kind == "call":
             return call_steps(case, self.settings)
-        method = METHODS[case.method]
+        method = find_method(case.method)
         if not isinstance(method, FewerSteps):
             return self.settings.steps
         if method.share is not None:
@@ -240,14 +240,14 @@ def can_call(case: Case, settings: BenchSettings) -> bool:
     """Whether a case shows in what its suite calls; some methods do only in a generation."""
     if settings.kind == "generation":
         return True
-    return not METHODS[case.method].needs_generation and not is_computed(case, settings)
+    return not find_method(case.method).needs_generation and not is_computed(case, settings)
 
 
 def call_steps(case: Case, settings: BenchSettings) -> int:
     """How many calls of a UNet are timed at once: those of a whole run, for what shows only over several of them."""
     if is_computed(case, settings):
         return 1
-    return CALL_STEPS if METHODS[case.method].needs_steps or _keep_something(settings) else 1
+    return CALL_STEPS if find_method(case.method).needs_steps or _keep_something(settings) else 1
 
 
 def _keep_something(settings: BenchSettings) -> bool:

@@ -1,7 +1,7 @@
 """The methods that are compared: small adapters that switch one on in a copy of a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from ..models.unet import AttentionLayer, attended_models, find_layers, unsuppor
 from ..patch import apply_patch
 from ..presets import PRESETS, PresetName
 from ..runtime.processor import AgentAttnProcessor
+from ..utils.assignments import read_assignments
 from ..utils.libraries import how_to_install
 from .schedule import call_timesteps
 
@@ -136,7 +137,8 @@ class AgentSD:
     def needs_steps(self) -> bool:
         """See [`Method.needs_steps`]."""
         config = self._config({})
-        return config.reuse is not None or (config.is_scheduled and 0 < (config.agent_until or 0) < 1)
+        keeps_something = config.reuse is not None or config.match_interval is not None
+        return keeps_something or (config.is_scheduled and 0 < (config.agent_until or 0) < 1)
 
     def apply(self, model: Any, ratio: float | None, options: Mapping[str, Any]) -> None:
         """See [`Method.apply`]."""
@@ -151,6 +153,14 @@ class AgentSD:
             foreign.add("kv_ratio")
         options = {name: value for name, value in options.items() if name not in foreign}
         apply_patch(model, config=self._config(options if ratio is None else {**options, "ratio": ratio}))
+
+    def with_options(self, name: str, options: Mapping[str, Any]) -> "AgentSD":
+        """This method with more options of its own, under another name."""
+        if "ratio" in options:
+            raise ValueError("`ratio` is not one of the options: name it among the ratios (--ratio).")
+        changed = replace(self, name=name, own={**self.own, **options})
+        changed._config({})  # tells what is wrong with them
+        return changed
 
     def _config(self, options: Mapping[str, Any]) -> AgentSDConfig:
         return AgentSDConfig.preset(self.preset, **{**options, **self.own})
@@ -334,21 +344,22 @@ def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLa
 
 def is_fewer_steps(name: str) -> bool:
     """Whether a method is the baseline with fewer steps."""
-    return isinstance(METHODS[name], FewerSteps)
+    return isinstance(find_method(name), FewerSteps)
 
 
 def is_calibrated(name: str) -> bool:
     """Whether how many steps a method takes is measured before it is timed."""
-    method = METHODS[name]
+    method = find_method(name)
     return isinstance(method, FewerSteps) and method.share is None
 
 
 def varies_by_device(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a method leaves other layers alone on a GPU than on a CPU, and so draws other images there."""
-    method = METHODS[name]
+    method = find_method(name)
     parts = method.parts if isinstance(method, Combined) else (method,)
     return any(
-        isinstance(part, AgentSD) and {**PRESETS[part.preset], **options}.get("min_tokens") == "auto" for part in parts
+        isinstance(part, AgentSD) and {**PRESETS[part.preset], **options, **part.own}.get("min_tokens") == "auto"
+        for part in parts
     )
 
 
@@ -395,3 +406,38 @@ _ALL: tuple[Method, ...] = (
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def find_method(name: str) -> Method:
+    """
+    The method of a name; one of this library's may set options of its own, as in `agentsd:agent_until=0.2:k_scale2=1`.
+
+    Args:
+        name (`str`): A name from `METHODS`, with any number of `:OPTION=VALUE` behind it.
+
+    Returns:
+        `Method`: The method, which has the whole text for its name.
+
+    Raises:
+        ValueError: If there is no such method, it takes no options, or these are wrong.
+
+    Examples:
+
+    ```python
+    >>> from agentsd.bench import find_method
+    >>> find_method("agentsd-agent:agent_ratio=0.9").has_ratio
+    True
+    ```
+    """
+    known, *settings = name.split(":")
+    if known not in METHODS:
+        raise ValueError(f"There is no method {known!r}. Known: {', '.join(METHODS)}.")
+    method = METHODS[known]
+    if not settings:
+        return method
+    if not isinstance(method, AgentSD):
+        raise ValueError(f"The method {known!r} takes no options, but got {name!r}.")
+    try:
+        return method.with_options(name, read_assignments(settings, "each of its options"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The method {name!r} cannot be run: {error}") from error

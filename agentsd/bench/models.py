@@ -14,7 +14,7 @@ from ..utils.calls import check_draws_from_text
 from ..utils.generation import draw
 from ..utils.loading import load_pipeline, own_size
 from ..utils.timing import Call, Stopwatch
-from .methods import METHODS, reseed
+from .methods import find_method, reseed
 from .rows import Case
 from .schedule import call_timesteps
 from .schedulers import SCHEDULERS
@@ -189,7 +189,7 @@ def switch_on(subject: Subject, model: Any, case: Case, options: Mapping[str, An
     """A copy of a model, which is left as it is, with the method of a case switched on."""
     twin = subject.copy(model)
     remove_patch(twin)
-    METHODS[case.method].apply(twin, case.ratio, options)
+    find_method(case.method).apply(twin, case.ratio, options)
     return subject.compile(twin) if compile else twin
 
 

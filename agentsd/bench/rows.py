@@ -150,10 +150,13 @@ def image_folder(case: Case | Row) -> Path:
     ```python
     >>> image_folder(Case("emoji", "agentsd", 0.4, 256, 256, 1)).as_posix()
     'emoji-256x256-batch1/agentsd-0.4'
+    >>> image_folder(Case("emoji", "agentsd:sx=4", 0.4, 256, 256, 1)).as_posix()
+    'emoji-256x256-batch1/agentsd-sx=4-0.4'
     ```
     """
     setting = f"{short_name(case.model)}-{case.width}x{case.height}-batch{case.batch}"
-    return Path(setting) / case.name.replace(" ", "-")
+    # No file on Windows has a colon in its name.
+    return Path(setting) / case.name.replace(" ", "-").replace(":", "-")
 
 
 # Heading and text of a column; columns without any text are left out.

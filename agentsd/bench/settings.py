@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..config import AgentSDConfig
 from ..utils.metrics import SSIM_SIDE
-from .methods import METHODS, is_calibrated
+from .methods import METHODS, find_method, is_calibrated
 from .models import LATENT_SCALE, SHAPES
 from .rows import Case, short_name
 from .schedulers import SCHEDULERS
@@ -80,7 +80,7 @@ class BenchSettings:
         suite (`str`, defaults to `"speed"`): A name from `SUITES`.
         models (`tuple[str, ...]`, defaults to `("emoji",)`):
             What `agentsd.utils.loading.load_pipeline` takes or, for the suites of UNet calls, names from `SHAPES`.
-        methods (`tuple[str, ...]`): Names from `METHODS`.
+        methods (`tuple[str, ...]`): What [`find_method`] takes.
         ratios (`tuple[float, ...]`, defaults to `(0.4,)`): Shares of tokens to merge.
         sizes (`tuple[tuple[int, int], ...]`): Image heights and widths in pixels; the model's own if empty.
         batches (`tuple[int, ...]`, defaults to `(1,)`): Images in one generation.
@@ -181,7 +181,7 @@ class BenchSettings:
         for name in ("models", "methods", "ratios", "batches"):
             if not getattr(self, name):
                 raise BenchError(f"`{name}` is empty: name at least one.")
-        _check_names("method", self.methods, METHODS)
+        self._check_methods()
         self._check_sizes(suite)
         self._check_models(suite)
         self._check_numbers()
@@ -200,6 +200,13 @@ class BenchSettings:
             AgentSDConfig.from_dict(self.options)
         except (TypeError, ValueError) as error:
             raise BenchError(str(error)) from error
+
+    def _check_methods(self) -> None:
+        for name in self.methods:
+            try:
+                find_method(name)
+            except ValueError as error:
+                raise BenchError(str(error)) from error
 
     def _check_calibrated(self) -> None:
         """How many steps fit in a time is measured, here and now."""
@@ -288,7 +295,7 @@ class BenchSettings:
             [
                 Case(model, name, ratio, height, width, batch)
                 for name in dict.fromkeys(self.methods)
-                for ratio in (dict.fromkeys(self.ratios) if METHODS[name].has_ratio else [None])
+                for ratio in (dict.fromkeys(self.ratios) if find_method(name).has_ratio else [None])
             ]
             for model in dict.fromkeys(self.models)
             for height, width in dict.fromkeys(sizes)

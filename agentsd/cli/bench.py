@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..utils.assignments import read_assignments
 from ..utils.libraries import how_to_install, quiet_libraries
 from .options import (
     Debug,
@@ -14,7 +15,6 @@ from .options import (
     Guidance,
     Seed,
     Settings,
-    assignments,
     check_folder,
     check_model,
     sizes,
@@ -37,7 +37,13 @@ def bench(
             "`shapes` times UNets of real models with random weights, `cpu` those of Stable Diffusion 1.5 on the CPU."
         ),
     ] = "speed",
-    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas. [default: the suite's]")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods, separated by commas; those of agentsd may set options of their own: "
+            "`agentsd:agent_until=0.2:k_scale2=1`. [default: the suite's]"
+        ),
+    ] = None,
     ratio: Annotated[
         list[float] | None,
         typer.Option(help="Share of tokens to merge; may be given several times. [default: 0.4]"),
@@ -142,7 +148,7 @@ def bench(
             "images_of": images_of,
             "guidance_scale": guidance,
             "seed": seed,
-            "options": assignments(settings),
+            "options": read_assignments(settings or [], "--set"),
             "lpips": lpips,
             "features": features,
             "reference": reference,

@@ -1,6 +1,5 @@
 """The options that the commands share, and how what they were given is read and checked."""
 
-import ast
 import io
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ..presets import PRESETS
+from ..utils.assignments import read_assignments
 from ..utils.libraries import quiet_libraries
 from ..utils.user_warnings import user_warnings
 from .terminal import at_work, errors_as_messages, warn
@@ -94,36 +94,13 @@ def preset_configs(names: Sequence[str], values: dict[str, Any]) -> dict[str, "A
 
 def overrides(ratio: float | None, reuse: int | None, settings: list[str] | None) -> dict[str, Any]:
     """What `--ratio`, `--reuse` and `--set` set."""
-    values = assignments(settings)
+    values = read_assignments(settings or [], "--set")
     for name, value in (("ratio", ratio), ("reuse", reuse)):
         if value is not None and name in values:
             raise ValueError(f"{name} is given twice.")
         if value is not None:
             values[name] = value
     return values
-
-
-def assignments(settings: list[str] | None) -> dict[str, Any]:
-    """The values of `--set NAME=VALUE`: numbers, `True`, `False`, `None`, or else text."""
-    values: dict[str, Any] = {}
-    for setting in settings or ():
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, such as --set agent_until=0.3, but got {setting!r}.")
-        if name in values:
-            raise ValueError(f"{name} is given twice.")
-        values[name] = _value(text)
-    return values
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 def check_image_file(file: Path) -> None:

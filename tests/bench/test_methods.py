@@ -1,14 +1,16 @@
 """The methods that are compared: really on, on a copy, and the real packages."""
 
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from models import tiny_sd, tiny_sdxl, tiny_unet
 
 import agentsd
-from agentsd.bench import METHODS, MethodUnavailable
-from agentsd.bench.methods import AttentionFreeProcessor, patchable_layers
+from agentsd.bench import METHODS, MethodUnavailable, find_method
+from agentsd.bench.methods import AttentionFreeProcessor, patchable_layers, varies_by_device
 from agentsd.bench.models import (
     PipelineSubject,
     UNetSubject,
@@ -41,7 +43,7 @@ def call(unet, height=128, width=128):
 def on(unet, name, ratio=0.4, **options):
     """A copy of a UNet with a method on, as the benchmark makes it."""
     subject = UNetSubject("sd15", 0, torch.device("cpu"), torch.float32)
-    case = Case("sd15", name, ratio if METHODS[name].has_ratio else None, 128, 128, 1)
+    case = Case("sd15", name, ratio if find_method(name).has_ratio else None, 128, 128, 1)
     return switch_on(subject, unet, case, options)
 
 
@@ -131,6 +133,57 @@ def test_a_single_phase_has_no_schedule_to_set(unet, name):
     """The share of agents belongs to the schedule, which `agentsd` alone follows."""
     assert patch_of(on(unet, name, agent_until=0.3)).config == patch_of(on(unet, name)).config
     assert patch_of(on(unet, "agentsd", agent_until=0.3)).config.agent_until == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "own"),
+    [
+        ("agentsd:agent_until=0.2:k_scale2=1", "paper", {"agent_until": 0.2, "k_scale2": 1}),
+        ("agentsd:late_phase=kv-merged", "paper", {"late_phase": "kv-merged"}),
+        ("agentsd-agent:agent_ratio=0.9:use_rand=false", "agent", {"agent_ratio": 0.9, "use_rand": False}),
+        ("fast:kv_ratio=0.5:reuse=none", "fast", {"kv_ratio": 0.5, "reuse": None}),
+    ],
+)
+def test_options_of_a_methods_own_come_before_those_of_the_run(unet, name, preset, own):
+    """Which hold for what it says nothing of, and for the other methods."""
+    options = {"seed": 7, "k_shortcut": 0.5, "min_tokens": 0}
+    ratio = {"ratio": 0.3} if find_method(name).has_ratio else {}
+    config = agentsd.AgentSDConfig.preset(preset, **{**options, **ratio, **own})
+    others = {"use_rand": True, "k_scale2": 0.5} | options
+    config = replace(config, **{field: value for field, value in others.items() if field not in own})
+    assert patch_of(on(unet, name, 0.3, **others)).config == config
+    assert patch_of(on(unet, "agentsd", 0.3, **options)).config.k_shortcut == 0.5
+
+
+def test_what_options_of_its_own_change_of_a_method():
+    assert find_method("agentsd-tome:match_interval=2").needs_steps
+    assert not find_method("agentsd-tome:sx=4").needs_steps
+    assert find_method("kv-merged:reuse=2").needs_steps
+    assert not find_method("kv-merged:kv_ratio=0.5").needs_steps
+    assert varies_by_device("balanced:kv_ratio=0.5", {})
+    assert not varies_by_device("balanced:min_tokens=2048", {})
+    assert varies_by_device("agentsd:min_tokens=auto", {"min_tokens": 2048})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("magic", "There is no method 'magic'. Known: baseline, "),
+        ("magic:sx=2", "There is no method 'magic'. Known: baseline, "),
+        ("tomesd:sx=2", "The method 'tomesd' takes no options, but got 'tomesd:sx=2'."),
+        ("agentsd:", "each of its options takes NAME=VALUE, such as agent_until=0.3, but got ''."),
+        ("agentsd:sx", "'agentsd:sx' cannot be run: each of its options takes NAME=VALUE"),
+        ("agentsd:rato=1", "Unknown option 'rato'"),
+        ("agentsd:ratio=0.3", "name it among the ratios (--ratio)"),
+        ("agentsd:agent_until=2", "`agent_until` must be in [0, 1], but got 2."),
+        ("agentsd:sx=wide", "`sx` must be an integer, but got 'wide'."),
+        ("agentsd:sx=2:sx=4", "sx is given twice."),
+        ("fast:sx=2", "`agent_until` would have no effect beside `sx`"),
+    ],
+)
+def test_a_name_that_is_no_method_says_why(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_method(name)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 8}])

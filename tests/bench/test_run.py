@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from models import ONE_LEVEL, tiny_refiner, tiny_sd
 from other_pipelines import tiny_audio, tiny_ldm3d, tiny_text_to_video, without_size
 
-from agentsd.bench import METHODS, BenchError, BenchSettings, measure, run, run_bench
+from agentsd.bench import METHODS, BenchError, BenchSettings, load_result, measure, run, run_bench
 from agentsd.bench import methods as methods_module
 from agentsd.bench.models import SHAPES, UNetSubject
 from agentsd.bench.rows import Case
@@ -101,6 +101,24 @@ def test_a_share_of_the_steps_is_timed_and_drawn(model):
     rows = run_bench(quality(model, methods=methods, steps=4, images=1)).rows
     assert [(row.name, row.steps) for row in rows] == [(name, 4 - index) for index, name in enumerate(methods)]
     assert all("psnr" in row.quality for row in rows[1:])
+
+
+def test_configurations_of_one_method_are_compared_with_each_other(model, tmp_path):
+    """In one run: each has a row, images and memory of its own, and a resumed run finds them."""
+    methods = ("baseline", "agentsd", "agentsd:agent_until=0", "agentsd:agent_until=0:late_phase=kv-mean")
+    settings = quality(model, methods=methods, ratios=(0.3, 0.5), images=1, memory=True)
+    result = run_bench(settings, out=tmp_path)
+    assert [row.name for row in result.rows] == [
+        "baseline",
+        *(f"{name} {ratio}" for name in methods[1:] for ratio in (0.3, 0.5)),
+    ]
+    assert all(row.seconds and row.peak_bytes for row in result.rows)
+    drawn = {path.parent.name: path.read_bytes() for path in tmp_path.rglob("00000.png")}
+    assert set(drawn) == {row.name.replace(" ", "-").replace(":", "-") for row in result.rows}
+    assert drawn["agentsd-0.3"] != drawn["agentsd-agent_until=0-0.3"] != drawn["agentsd-agent_until=0-0.5"]
+    assert "| agentsd:agent_until=0:late_phase=kv-mean | 0.5 |" in result.to_markdown()
+    assert run_bench(settings, out=tmp_path, resume=True).rows == result.rows
+    assert load_result(tmp_path).rows == result.rows
 
 
 @pytest.mark.parametrize("with_memory", [False, True], ids=["here", "in_a_process_of_its_own"])

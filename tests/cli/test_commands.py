@@ -234,6 +234,7 @@ def test_version():
         (["bench", "--suite", "cpu", "--height", "64"], "Give --height and --width the same number of times"),
         (["bench", "MODEL", "--resume"], "--resume needs the folder of the run: name it with --out."),
         (["bench", "MODEL", "--methods", "baseline,magic"], "There is no method 'magic'"),
+        (["bench", "MODEL", "--methods", "baseline,agentsd:rato=1"], "'agentsd:rato=1' cannot be run: Unknown option"),
         (["bench", "MODEL", "--set", "speed=2"], "Unknown option 'speed'"),
         (["bench", "MODEL", "--prompts", "none.txt"], "Cannot read the prompts in none.txt"),
         (["bench", "MODEL", "--out", "file.txt"], "is a file: name a folder."),
