@@ -79,7 +79,7 @@ def plot_quality(rows: Sequence[Row], file: Path) -> Path:
 
     The rows are those of one setting; those without a speed-up or that metric are left out. So is the baseline, whose
     images have no distance from themselves; what is slower is on no front all the same. The baseline with fewer steps
-    is a line.
+    is a line, and so is each method over the ratio.
     """
     metric = "psnr" if any("psnr" in row.quality for row in rows) else "ssim"
     title, best = _CLOSENESS[metric]
@@ -97,12 +97,13 @@ def plot_quality(rows: Sequence[Row], file: Path) -> Path:
         line = [(row.speedup, row.quality[metric][0]) for row in fewer]
         axes.plot(*zip(*line, strict=True), color="black", linewidth=1, label="baseline with fewer steps")
     for method in dict.fromkeys(row.method for row in judged):
-        mine = [row for row in judged if row.method == method]
+        mine = sorted((row for row in judged if row.method == method), key=lambda row: row.ratio or 0.0)
         middle = [row.quality[metric][0] for row in mine]
         ends = _lengths([row.quality[metric] for row in mine])
         color = "black" if is_fewer_steps(method) else None
         speeds = [row.speedup for row in mine]
-        axes.errorbar(speeds, middle, yerr=ends, fmt="o", markersize=5, capsize=3, elinewidth=0.8, color=color)
+        form = {"fmt": "o-", "linewidth": 0.8, "markersize": 5, "capsize": 3, "elinewidth": 0.8}
+        axes.errorbar(speeds, middle, yerr=ends, color=color, **form)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.margins(x=0.12, y=0.1)
     is_timed_once = all(row.rounds == 1 for row in judged)

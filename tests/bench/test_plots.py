@@ -136,3 +136,15 @@ def test_ratios_are_named_where_there_are_several(figures, tmp_path):
     assert [note.get_text() for note in figures[0].axes[0].texts] == ["tomesd 0.3", "tomesd 0.5"]
     plots.plot_quality(rows[:1], tmp_path / "plot.png")
     assert [note.get_text() for note in figures[1].axes[0].texts] == ["tomesd"]
+
+
+def test_a_method_is_a_line_over_the_ratio(figures, tmp_path):
+    """Whatever order the ratios were given in; what has none is a point."""
+    rows = [
+        row_of("tomesd", ratio, of_baseline=[1 + ratio], quality={"psnr": [40 - 20 * ratio]})
+        for ratio in (0.5, 0.1, 0.3)
+    ]
+    plots.plot_quality([*rows, row_of("todo", of_baseline=[1.4], quality={"psnr": [29.0]})], tmp_path / "plot.png")
+    lines = [[tuple(point) for point in drawn.lines[0].get_xydata()] for drawn in figures[0].axes[0].containers]
+    assert lines == [[(1.1, 38.0), (1.3, 34.0), (1.5, 30.0)], [(1.4, 29.0)]]
+    assert all(drawn.lines[0].get_linestyle() == "-" for drawn in figures[0].axes[0].containers)
