@@ -2,7 +2,6 @@
 
 import re
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -146,13 +145,11 @@ def test_a_single_phase_has_no_schedule_to_set(unet, name):
 )
 def test_options_of_a_methods_own_come_before_those_of_the_run(unet, name, preset, own):
     """Which hold for what it says nothing of, and for the other methods."""
-    options = {"seed": 7, "k_shortcut": 0.5, "min_tokens": 0}
+    options = {"seed": 7, "k_scale2": 0.5, "k_shortcut": 0.5, "use_rand": True, "min_tokens": 0}
     ratio = {"ratio": 0.3} if find_method(name).has_ratio else {}
     config = agentsd.AgentSDConfig.preset(preset, **{**options, **ratio, **own})
-    others = {"use_rand": True, "k_scale2": 0.5} | options
-    config = replace(config, **{field: value for field, value in others.items() if field not in own})
-    assert patch_of(on(unet, name, 0.3, **others)).config == config
-    assert patch_of(on(unet, "agentsd", 0.3, **options)).config.k_shortcut == 0.5
+    assert patch_of(on(unet, name, 0.3, **options)).config == config
+    assert patch_of(on(unet, "agentsd", 0.3, **options)).config.k_scale2 == 0.5
 
 
 def test_what_options_of_its_own_change_of_a_method():
