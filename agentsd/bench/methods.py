@@ -156,8 +156,7 @@ class AgentSD:
 
     def with_options(self, name: str, options: Mapping[str, Any]) -> "AgentSD":
         """This method with more options of its own, under another name."""
-        if "ratio" in options:
-            raise ValueError("`ratio` is not one of the options: name it among the ratios (--ratio).")
+        refuse_ratio(options)
         changed = replace(self, name=name, own={**self.own, **options})
         changed._config({})  # tells what is wrong with them
         return changed
@@ -361,6 +360,12 @@ def varies_by_device(name: str, options: Mapping[str, Any]) -> bool:
         isinstance(part, AgentSD) and {**PRESETS[part.preset], **options, **part.own}.get("min_tokens") == "auto"
         for part in parts
     )
+
+
+def refuse_ratio(options: Mapping[str, Any]) -> None:
+    """Say where the share of tokens to merge is named, if it is among the options."""
+    if "ratio" in options:
+        raise ValueError("`ratio` is not one of the options: name it among the ratios (--ratio).")
 
 
 def agent_share(options: Mapping[str, Any]) -> float | None:

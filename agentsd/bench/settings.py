@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..config import AgentSDConfig
 from ..utils.metrics import SSIM_SIDE
-from .methods import METHODS, find_method, is_calibrated
+from .methods import METHODS, find_method, is_calibrated, refuse_ratio
 from .models import LATENT_SCALE, SHAPES
 from .rows import Case, short_name
 from .schedulers import SCHEDULERS
@@ -194,9 +194,8 @@ class BenchSettings:
                 "Comparing with a `reference` needs a feature extractor: name one as `features` (--features), either "
                 "'inception' or a CLIP model."
             )
-        if "ratio" in self.options:
-            raise BenchError("`ratio` is not one of the options: name it among the ratios (--ratio).")
         try:
+            refuse_ratio(self.options)
             AgentSDConfig.from_dict(self.options)
         except (TypeError, ValueError) as error:
             raise BenchError(str(error)) from error
