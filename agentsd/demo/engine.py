@@ -1,7 +1,9 @@
 """The models of the web page, and the generations that its sessions ask for."""
 
 import itertools
+import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
 _SIDE = 512
 # What the page gives to a pipeline in any case, beside a prompt.
 _SLIDERS = ("guidance_scale", "height", "width")
+# Gradio may begin what a page has waiting in the moment in which it leaves, and looks for pages that have left every
+# ten seconds.
+_SECONDS_OF_LEAVING = 10.0
 SWEEP_METHODS = (
     *("balanced", "fast", "agentsd", "agentsd-agent", "agentsd-tome"),
     *("reuse-2", "reuse-3", "tomesd", "todo", "deepcache"),
@@ -107,6 +112,7 @@ class Engine:
         # one that was stopped is still in its last step.
         self._turn = threading.Lock()
         self._stops: dict[threading.Event, tuple[str, str]] = {}
+        self._left: dict[str, float] = {}
 
     @property
     def models(self) -> list[str]:
@@ -188,6 +194,15 @@ class Engine:
             if owner == session and kind in (None, name):
                 stop.set()
 
+    def leave(self, session: str) -> None:
+        """Stop what a session that leaves has running, and what would still begin for it."""
+        now = time.monotonic()
+        for other, since in list(self._left.items()):
+            if now - since > _SECONDS_OF_LEAVING:
+                self._left.pop(other, None)
+        self._left[session] = now
+        self.stop(session)
+
     @contextmanager
     def _stoppable(self, session: str, kind: str, progress: Progress) -> Iterator[Progress]:
         """Wait for a turn, and yield a `progress` that raises once the generation is to stop."""
@@ -198,8 +213,11 @@ class Engine:
                 raise Stopped("The generation was stopped.")
             progress(name, done, total)
 
+        # First it can be stopped, and then it is asked who has left: one of the two meets whoever leaves just now.
         self._stops[stop] = session, kind
         try:
+            if time.monotonic() - self._left.get(session, -math.inf) <= _SECONDS_OF_LEAVING:
+                raise RuntimeError("The connection to this page was lost a moment ago. Ask again in ten seconds.")
             with self._turn:
                 yield step
         finally:

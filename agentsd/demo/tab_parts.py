@@ -44,7 +44,7 @@ def stop_on_leaving(demo: gr.Blocks, engine: Engine) -> None:
     """Stop what a page has running when it is closed; Gradio drops what it has waiting."""
 
     def leave(request: gr.Request) -> None:
-        engine.stop(_session(request))
+        engine.leave(_session(request))
 
     demo.unload(leave)
 

@@ -128,7 +128,23 @@ def test_one_generation_runs_at_a_time(engine, image_request):
 
 def test_a_session_that_leaves_stops_all_it_has_running(engine, image_request):
     with pytest.raises(Stopped):
-        generate(engine, "tokens", image_request, lambda *_: engine.stop("me"))
+        generate(engine, "tokens", image_request, lambda *_: engine.leave("me"))
+
+
+@pytest.mark.parametrize("kind", ["compare", "tokens", "sweep"])
+def test_nothing_begins_for_a_session_that_has_left(engine, image_request, kind, monkeypatch):
+    """Gradio begins what waits even if its page leaves in that moment, and nobody would stop it."""
+    engine.leave("me")
+    engine.leave("you")
+    with pytest.raises(RuntimeError, match="connection to this page was lost"):
+        generate(engine, kind, image_request, lambda *_: pytest.fail("it was drawn"))
+    assert not engine._stops
+    engine.tokens("another", image_request, CONFIG, ignore)
+    # A page that comes back, as after a computer's sleep, can ask again; who does not is forgotten.
+    monkeypatch.setattr("agentsd.demo.engine._SECONDS_OF_LEAVING", -1.0)
+    generate(engine, kind, image_request, ignore)
+    engine.leave("another")
+    assert list(engine._left) == ["another"]
 
 
 def test_tokens_are_those_that_were_merged(engine, image_request):
