@@ -1,6 +1,7 @@
 """The benchmark: speed, memory and image quality against every peer, in one process and interleaved."""
 
-from .methods import METHODS, Method, MethodUnavailable, find_method
+from .methods import METHODS, Method, find_method
+from .peers import MethodUnavailable
 from .report import BenchResult, load_result
 from .rows import Row
 from .run import run_bench

@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..utils.timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
 from .memory import allocated_bytes, is_out_of_memory, peak_memory
-from .methods import BASELINE, FewerSteps, MethodUnavailable, agent_share, find_method
+from .methods import BASELINE, FewerSteps, agent_share, find_method
 from .models import Subject, compiled_graphs, switch_on
+from .peers import MethodUnavailable
 from .rows import OUT_OF_MEMORY, Case, named
 from .schedule import CALL_STEPS
 from .settings import BenchSettings

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..utils.memory import can_watch_peak, read_peak, start_peak
-from .methods import MethodUnavailable
+from .peers import MethodUnavailable
 
 
 _OOM_SCORE = Path("/proc/self/oom_score_adj")

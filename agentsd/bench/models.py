@@ -14,7 +14,8 @@ from ..utils.calls import check_draws_from_text
 from ..utils.generation import draw
 from ..utils.loading import load_pipeline, own_size
 from ..utils.timing import Call, Stopwatch
-from .methods import find_method, reseed
+from .methods import find_method
+from .peers import reseed
 from .rows import Case
 from .schedule import call_timesteps
 from .schedulers import SCHEDULERS

@@ -18,8 +18,9 @@ from .earlier_images import EarlierImages
 from .images import ImageJudge, builtin_prompts, check_metrics
 from .measure import CaseTimer, can_call, reason_of
 from .memory import is_out_of_memory
-from .methods import BASELINE, MethodUnavailable, is_calibrated
+from .methods import BASELINE, is_calibrated
 from .models import PipelineSubject, Subject, UNetSubject
+from .peers import MethodUnavailable
 from .report import BenchResult, result_of
 from .rows import Case, image_folder, short_name
 from .settings import BenchSettings

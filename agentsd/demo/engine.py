@@ -13,8 +13,9 @@ from typing import Any
 import PIL.Image
 import torch
 
-from ..bench.methods import METHODS, reseed
+from ..bench.methods import METHODS
 from ..bench.models import twin_pipeline
+from ..bench.peers import reseed
 from ..bench.rows import named, short_name
 from ..compare import compare
 from ..comparison import Comparison

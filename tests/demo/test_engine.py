@@ -14,9 +14,8 @@ from other_pipelines import tiny_audio, tiny_ldm3d, tiny_text_to_video, without_
 
 import agentsd
 from agentsd.bench import METHODS
-from agentsd.bench import methods as methods_module
-from agentsd.bench.methods import reseed
 from agentsd.bench.models import twin_pipeline
+from agentsd.bench.peers import ToMeSD, reseed
 from agentsd.demo.engine import SWEEP_METHODS, Engine, Stopped
 from agentsd.demo.requests import ImageRequest, Limits
 
@@ -210,7 +209,7 @@ def test_a_sweep_goes_on_after_a_failure(engine, image_request, monkeypatch):
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(methods_module.ToMeSD, "apply", fail)
+    monkeypatch.setattr(ToMeSD, "apply", fail)
     runs = engine.sweep("me", image_request, ["tomesd", "agentsd"], [0.5], ignore)
     assert (runs[1].run, runs[1].reason) == (None, "out of memory")
     assert runs[2].run is not None
@@ -239,7 +238,7 @@ def test_a_method_that_is_not_there_says_so(engine, image_request, monkeypatch):
 
 
 def test_every_method_of_the_sweep_exists():
-    assert set(SWEEP_METHODS) <= set(methods_module.METHODS)
+    assert set(SWEEP_METHODS) <= set(METHODS)
 
 
 @pytest.mark.parametrize(
