@@ -9,20 +9,8 @@ import torch
 from torch import library
 
 import agentsd.ops.operators  # noqa: F401  (registers the operators)
-from agentsd.ops.merging import (
-    Matches,
-    Merging,
-    Partition,
-    cell_grid,
-    match_tokens,
-    merge_tokens,
-    mix_key,
-    partition_tokens,
-    plan_merging,
-    random_members,
-    random_partition,
-    unmerge_tokens,
-)
+from agentsd.ops.merging import Matches, Merging, match_tokens, merge_tokens, plan_merging, unmerge_tokens
+from agentsd.ops.partitioning import Partition, cell_grid, mix_key, partition_tokens, random_members, random_partition
 
 
 OPERATORS = torch.ops.agentsd

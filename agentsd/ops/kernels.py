@@ -1,6 +1,6 @@
 """
 Partition, matching, planning, merging and unmerging of tokens on a GPU, a kernel or two each, in Triton. For half
-precision and without derivatives; `merging.py` says what they compute, and calls them.
+precision and without derivatives; `partitioning.py` and `merging.py` say what they compute, and call them.
 
 `operators.py` launches them.
 """
@@ -23,7 +23,7 @@ WIDEST = 512
 
 @triton.jit
 def _hashed(x):
-    """The mixer of `merging.py`, in numbers of 32 bits."""
+    """The mixer of `partitioning.py`, in numbers of 32 bits."""
     x = x ^ (x >> 16)
     x = x * 0x21F0AAAD
     x = x ^ (x >> 15)

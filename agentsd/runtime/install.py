@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.hooks import RemovableHandle
 
 from ..models.unet import AttentionLayer, plain_name, unwrap
-from ..ops.merging import mix_key
+from ..ops.partitioning import mix_key
 from .fallbacks import REPLACED, message, replaced_by
 from .matching import Matching
 from .processor import AgentAttnProcessor

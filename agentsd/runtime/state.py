@@ -6,13 +6,8 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.merging import (
-    Merging,
-    cell_grid,
-    match_tokens,
-    partition_tokens,
-    random_partition,
-)
+from ..ops.merging import Merging, match_tokens
+from ..ops.partitioning import cell_grid, partition_tokens, random_partition
 from .break_even import MinTokens, least_tokens
 from .fallbacks import CHANGED_TOKENS, OUTSIDE_BLOCK, OUTSIDE_MODEL, REPLACED, TOO_SMALL, Fallbacks
 from .steps import Clock, Keys, Match, Phase, StepContext

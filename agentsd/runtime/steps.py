@@ -11,7 +11,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..models.unet import AttentionLayer
-from ..ops.merging import Matches, Merging, Partition, plan_merging
+from ..ops.merging import Matches, Merging, plan_merging
+from ..ops.partitioning import Partition
 from .threads import PerThread
 
 

@@ -5,16 +5,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from agentsd.ops.merging import (
-    cell_grid,
-    match_tokens,
-    merge_tokens,
-    mix_key,
-    partition_tokens,
-    plan_merging,
-    random_members,
-    unmerge_tokens,
-)
+from agentsd.ops.merging import match_tokens, merge_tokens, plan_merging, unmerge_tokens
+from agentsd.ops.partitioning import cell_grid, mix_key, partition_tokens, random_members
 
 
 HERE = Path(__file__).parent

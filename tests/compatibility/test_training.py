@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 import agentsd
 from agentsd import AgentSDConfig
-from agentsd.ops.merging import _cached_cell_grid
+from agentsd.ops.partitioning import _cached_cell_grid
 
 from .support import PHASES, assert_no_trace, in_both_phases, predict, predict_both
 

@@ -9,18 +9,9 @@ import pytest
 import torch
 
 from agentsd.ops import merging as reference
-from agentsd.ops.merging import (
-    Matches,
-    cell_grid,
-    match_tokens,
-    merge_tokens,
-    mix_key,
-    partition_tokens,
-    plan_merging,
-    random_members,
-    random_partition,
-    unmerge_tokens,
-)
+from agentsd.ops import partitioning
+from agentsd.ops.merging import Matches, match_tokens, merge_tokens, plan_merging, unmerge_tokens
+from agentsd.ops.partitioning import cell_grid, mix_key, partition_tokens, random_members, random_partition
 
 
 triton = pytest.importorskip("triton")
@@ -185,7 +176,8 @@ def test_partitions_and_plans_are_torchs(monkeypatch):
     score = torch.rand(2, partition.src.shape[1], generator=torch.Generator().manual_seed(0)).to(CUDA)
     matches = Matches(torch.randint(partition.dst.shape[1], score.shape, device=CUDA), score)
     merging = plan_merging(partition, matches, 3000)
-    monkeypatch.setattr(reference, "has_kernels", lambda *args: False)
+    for module in (partitioning, reference):
+        monkeypatch.setattr(module, "has_kernels", lambda *args: False)
     assert all(map(torch.equal, random_partition(67, 130, 4, 4, key), partition))
     expected = plan_merging(partition, matches, 3000)
     for name in ("members", "size", "position"):

@@ -10,18 +10,14 @@ from torch.utils._pytree import tree_flatten
 
 from agentsd.ops.merging import (
     Merging,
-    Partition,
-    cell_grid,
     match_tokens,
     merge_tokens,
     merged_sizes,
-    mix_key,
-    partition_tokens,
     plan_merging,
-    random_members,
     take_tokens,
     unmerge_tokens,
 )
+from agentsd.ops.partitioning import Partition, cell_grid, mix_key, partition_tokens, random_members
 
 
 CPU = torch.device("cpu")

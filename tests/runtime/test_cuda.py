@@ -7,15 +7,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import agentsd
 from agentsd.bench import BenchSettings, run_bench
-from agentsd.ops.merging import (
-    cell_grid,
-    match_tokens,
-    merge_tokens,
-    mix_key,
-    partition_tokens,
-    plan_merging,
-    random_members,
-)
+from agentsd.ops.merging import match_tokens, merge_tokens, plan_merging
+from agentsd.ops.partitioning import cell_grid, mix_key, partition_tokens, random_members
 from agentsd.runtime.steps import TimestepReader
 
 

@@ -14,7 +14,8 @@ from runs import EARLY, LATE, hook_count, image, inputs, run
 import agentsd
 from agentsd.models.unet import find_layers
 from agentsd.ops.agent_attention import agent_attention
-from agentsd.ops.merging import cell_grid, match_tokens, merge_tokens, partition_tokens, plan_merging, unmerge_tokens
+from agentsd.ops.merging import match_tokens, merge_tokens, plan_merging, unmerge_tokens
+from agentsd.ops.partitioning import cell_grid, partition_tokens
 
 
 # --- exactness
