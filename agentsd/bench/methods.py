@@ -1,4 +1,4 @@
-"""The methods that are compared by name, this library's own, and the references for them."""
+"""All methods that are compared, by name: this library's own and the references, and those of `peers.py`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from ..patch import apply_patch
 from ..presets import PRESETS, PresetName
 from ..runtime.processor import AgentAttnProcessor
 from ..utils.assignments import read_assignments
-from .peers import DeepCache, HiDiffusion, MethodUnavailable, ToMeSD, max_downsample
+from .peers import DeepCache, HiDiffusion, MethodUnavailable, ToMeSD
 
 
 BASELINE = "baseline"
@@ -234,11 +234,12 @@ class AttentionFreeProcessor:
 
 def patchable_layers(model: Any, options: Mapping[str, Any]) -> list[AttentionLayer]:
     """The layers that agentsd patches with these options, in the UNet and in ControlNets."""
+    lowest = options.get("max_downsample", AgentSDConfig.max_downsample)
     return [
         layer
         for _, attended in attended_models(model)
         for layer in find_layers(attended)
-        if 2**layer.level <= max_downsample(options)
+        if 2**layer.level <= lowest
         and (
             isinstance(layer.attn.processor, AgentAttnProcessor)
             or unsupported_reason(layer.attn, layer.attn.processor) is None

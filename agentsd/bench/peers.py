@@ -44,7 +44,8 @@ class ToMeSD:
         # tomesd counts from the model's input: the layers that agentsd patches by default lie deeper in SDXL, where it
         # would merge nothing, in silence.
         first = 2 ** min(layer.depth for layer in layers)
-        tomesd.apply_patch(unet, ratio=ratio, max_downsample=first * max_downsample(options), **shared)
+        lowest = first * options.get("max_downsample", AgentSDConfig.max_downsample)
+        tomesd.apply_patch(unet, ratio=ratio, max_downsample=lowest, **shared)
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,6 @@ def reseed(model: Any, seed: int) -> None:
     info = getattr(unet, "_tome_info", None)
     if info is not None:
         info["args"]["generator"] = torch.Generator(next(unet.parameters()).device).manual_seed(seed)
-
-
-def max_downsample(options: Mapping[str, Any]) -> int:
-    """The lowest resolution that options ask to patch, as the factor that it is smaller by."""
-    return options.get("max_downsample", AgentSDConfig().max_downsample)
 
 
 def _not_installed(package: str) -> MethodUnavailable:

@@ -39,9 +39,8 @@ _GUIDANCE, _BUILTIN_GUIDANCE = 7.5, 4.0
 _SIDE = 512
 # What the page gives to a pipeline in any case, beside a prompt.
 _SLIDERS = ("guidance_scale", "height", "width")
-# Gradio may begin what a page has waiting in the moment in which it leaves, and looks for pages that have left every
-# ten seconds.
-_SECONDS_OF_LEAVING = 10.0
+# Gradio drops what a page has waiting within ten seconds of its leaving, and may begin it until then.
+_SECONDS_OF_LEAVING = 15.0
 SWEEP_METHODS = (
     *("balanced", "fast", "agentsd", "agentsd-agent", "agentsd-tome"),
     *("reuse-2", "reuse-3", "tomesd", "todo", "deepcache"),
@@ -113,6 +112,7 @@ class Engine:
         # one that was stopped is still in its last step.
         self._turn = threading.Lock()
         self._stops: dict[threading.Event, tuple[str, str]] = {}
+        # When each session left, by `time.monotonic`.
         self._left: dict[str, float] = {}
 
     @property
@@ -196,7 +196,7 @@ class Engine:
                 stop.set()
 
     def leave(self, session: str) -> None:
-        """Stop what a session that leaves has running, and what would still begin for it."""
+        """Stop what a session has running, and refuse what would begin for it in the next seconds."""
         now = time.monotonic()
         for other, since in list(self._left.items()):
             if now - since > _SECONDS_OF_LEAVING:
@@ -214,11 +214,14 @@ class Engine:
                 raise Stopped("The generation was stopped.")
             progress(name, done, total)
 
-        # First it can be stopped, and then it is asked who has left: one of the two meets whoever leaves just now.
+        # Before looking at who has left: a session that leaves in between is stopped.
         self._stops[stop] = session, kind
         try:
             if time.monotonic() - self._left.get(session, -math.inf) <= _SECONDS_OF_LEAVING:
-                raise RuntimeError("The connection to this page was lost a moment ago. Ask again in ten seconds.")
+                raise RuntimeError(
+                    "The connection to this page was lost a moment ago. "
+                    f"Ask again in {_SECONDS_OF_LEAVING:.0f} seconds."
+                )
             with self._turn:
                 yield step
         finally:

@@ -41,7 +41,7 @@ def with_warnings(status: str, warnings: Iterable[str]) -> str:
 
 
 def stop_on_leaving(demo: gr.Blocks, engine: Engine) -> None:
-    """Stop what a page has running when it is closed; Gradio drops what it has waiting."""
+    """Stop what a page has running when it is closed, and let nothing begin that Gradio has yet to drop."""
 
     def leave(request: gr.Request) -> None:
         engine.leave(_session(request))

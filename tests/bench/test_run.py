@@ -16,7 +16,7 @@ from models import ONE_LEVEL, tiny_refiner, tiny_sd
 from other_pipelines import tiny_audio, tiny_ldm3d, tiny_text_to_video, without_size
 
 from agentsd.bench import METHODS, BenchError, BenchSettings, load_result, measure, run, run_bench
-from agentsd.bench import methods as methods_module
+from agentsd.bench.methods import Baseline
 from agentsd.bench.models import SHAPES, UNetSubject
 from agentsd.bench.rows import Case
 from agentsd.bench.schedule import CALL_STEPS
@@ -145,7 +145,7 @@ def run_out_on_a_cpu():
 
 @pytest.mark.parametrize("run_out", [run_out_on_a_gpu, run_out_on_a_cpu])
 def test_out_of_memory_is_a_cell(model, monkeypatch, run_out):
-    class Greedy(methods_module.Baseline):
+    class Greedy(Baseline):
         def apply(self, pipe, ratio, options):
             calls = []
 

@@ -139,11 +139,24 @@ def test_nothing_begins_for_a_session_that_has_left(engine, image_request, kind,
         generate(engine, kind, image_request, lambda *_: pytest.fail("it was drawn"))
     assert not engine._stops
     engine.tokens("another", image_request, CONFIG, ignore)
-    # A page that comes back, as after a computer's sleep, can ask again; who does not is forgotten.
+    # A page that comes back, as after a computer's sleep, can ask again; one that does not is forgotten.
     monkeypatch.setattr("agentsd.demo.engine._SECONDS_OF_LEAVING", -1.0)
     generate(engine, kind, image_request, ignore)
     engine.leave("another")
     assert list(engine._left) == ["another"]
+
+
+def test_a_session_that_leaves_as_its_run_begins_is_stopped(engine, image_request, monkeypatch):
+    class Leaving(dict):
+        def get(self, session, default):
+            since = super().get(session, default)
+            monkeypatch.setattr(engine, "_left", {})
+            engine.leave(session)
+            return since
+
+    monkeypatch.setattr(engine, "_left", Leaving())
+    with pytest.raises(Stopped):
+        generate(engine, "tokens", image_request, ignore)
 
 
 def test_tokens_are_those_that_were_merged(engine, image_request):

@@ -86,12 +86,13 @@ def test_the_queue_has_an_end(open_page):
 def test_closing_the_page_stops_what_it_asked_for(open_page, engine):
     page = open_page()
     start_long(page)
-    assert engine._stops
+    ((session, _),) = engine._stops.values()
     page.close()
     deadline = time.monotonic() + 8  # the run itself would take more than twenty
     while engine._stops and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not engine._stops
+    assert session in engine._left  # so that nothing begins for it
 
 
 @pytest.mark.parametrize(
