@@ -41,6 +41,7 @@ RECORDED = (
     "quality-ddim",
     "quality-dpmpp",
     "quality-euler-a",
+    "quality-phases",
     "front",
     "cpu",
     "small",
