@@ -47,6 +47,7 @@ RECORDED = (
     "small",
     "small-emoji",
     "paper",
+    "search",
 )
 RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in RECORDED}
 # The rows of the README's table: results, height in pixels, methods.
@@ -61,7 +62,7 @@ SUMMARY = [
         ("balanced", "fast", "deepcache", "deepcache-5", "agentsd", "fewer-steps-50%", "fewer-steps-30%"),
     ),
 ]
-LONG = re.compile(r"--suite (cpu|shapes|paper)|--prompts \d\d|--repeats 7")
+LONG = re.compile(r"--suite (cpu|shapes|paper)|--prompts (\d\d|\S+\.txt)|--repeats 7")
 MODULES = [name for _, name, is_package in pkgutil.walk_packages(agentsd.__path__, "agentsd.") if not is_package]
 
 
