@@ -97,6 +97,8 @@ class PatchReport:
         matching (`str`, *optional*): Where matches are kept, in which steps tokens are matched.
         min_tokens (`int`):
             Layers of fewer tokens are left alone; what `config.min_tokens="auto"` is where the UNet runs.
+        break_even (`int`):
+            What `min_tokens="auto"` would be there. Patched layers of fewer tokens gain little time, or lose some.
 
     Examples:
 
@@ -114,13 +116,14 @@ class PatchReport:
     expected_speedup: float | None = None
     matching: str | None = None
     min_tokens: int = 0
+    break_even: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """
         The report as plain values.
 
         Returns:
-            `dict`: `config`, `rows`, `reuse`, `expected_speedup`, `matching` and `min_tokens`.
+            `dict`: `config`, `rows`, `reuse`, `expected_speedup`, `matching`, `min_tokens` and `break_even`.
 
         Examples:
 
@@ -154,7 +157,14 @@ class PatchReport:
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
         notes = [note for note in (self.matching, self.reuse) if note is not None]
         if self.expected_speedup is not None:
-            notes.append(f"expected speed-up of a step by operations: {self.expected_speedup:.2f}x at most")
+            expected = f"expected speed-up of a step by operations: {self.expected_speedup:.2f}x at most"
+            merged = [(row.tokens, phase.keys) for row in self.rows for phase in row.phases.values()]
+            if any(tokens is not None and keys < tokens < self.break_even for tokens, keys in merged):
+                expected += (
+                    f"; measured, layers of fewer than {self.break_even} tokens gain little or lose, "
+                    'and `min_tokens="auto"` leaves them alone'
+                )
+            notes.append(expected)
         return "\n".join([*(line.rstrip() for line in text), *notes])
 
 
@@ -204,10 +214,12 @@ def report(pipe_or_unet: Any, height: int | None = None, width: int | None = Non
         if model_patch is not None:
             rows += _model_rows(name, model_patch, latent_size, device_of(model))
     unet = models[0][1]
-    least = least_tokens(patch.config.min_tokens, device_of(unet))
+    device = device_of(unet)
+    least, break_even = least_tokens(patch.config.min_tokens, device), least_tokens("auto", device)
     size = latent_size or _last_size(patch)
     expected = None if size is None else expected_speedup(unet, patch, *size)
-    return PatchReport(patch.config, rows, _reuse_text(unet, patch), expected, _matching_text(patch.config), least)
+    reuse, matching = _reuse_text(unet, patch), _matching_text(patch.config)
+    return PatchReport(patch.config, rows, reuse, expected, matching, least, break_even)
 
 
 def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
