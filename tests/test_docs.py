@@ -34,6 +34,7 @@ README, BENCHMARKS = DOCUMENTS["README.md"], DOCUMENTS["docs/benchmarks.md"]
 LINKING = [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "apps/README.md", "agentsd/assets/emoji/README.md"]
 RECORDED = (
     "shapes",
+    "shapes-keys",
     "shapes-sdxl",
     "h100",
     "h100-2048",
