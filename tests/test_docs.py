@@ -49,6 +49,7 @@ RECORDED = (
     "small-emoji",
     "paper",
     "search",
+    "keys",
 )
 RESULTS = {name: load_result(ROOT / "notebooks" / "results" / name) for name in RECORDED}
 # The rows of the README's table: results, height in pixels, methods.
