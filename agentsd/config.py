@@ -17,6 +17,7 @@ from .techniques.token_merging import TokenMergingConfig, apply_token_merging
 
 AttnPrecision = Literal["fp32"]
 LatePhase = Literal["tome", "kv-mean", "kv-nearest", "kv-merged"]
+MatchGroup = Literal["block", "level"]
 
 # The paper's, where none of the options that replace its schedule is given.
 _AGENT_UNTIL = 0.4
@@ -77,6 +78,10 @@ class AgentSDConfig:
             were matched last. With a number, even 1, the steps that `reuse` skips match nothing either. Without one,
             every layer matches its tokens in every step, as it does in any case while gradients are enabled or the
             samples of a batch are at different timesteps.
+        share_matches (`str`, *optional*):
+            `"block"` matches tokens once for those layers of a down block, an up block or the middle one that have as
+            many of them, in the first that runs; `"level"` once for all layers of a level, in which images move far
+            more. As said of `match_interval`, there are calls in which every layer matches in any case.
         reuse (`FeatureReuseConfig` or `int`, *optional*):
             Skip the deep part of the UNet in all but some steps; a number is the interval, `2` for every second step.
 
@@ -113,6 +118,7 @@ class AgentSDConfig:
     merge_mlp: bool = False
     min_tokens: MinTokens = 0
     match_interval: int | None = None
+    share_matches: MatchGroup | None = None
     reuse: FeatureReuseConfig | int | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +141,8 @@ class AgentSDConfig:
             raise ValueError(f"`max_downsample` must be 1, 2, 4 or 8, but got {self.max_downsample}.")
         if self.attn_precision not in (None, *get_args(AttnPrecision)):
             raise ValueError(f"`attn_precision` must be None or 'fp32', but got {shown(self.attn_precision)}.")
+        if self.share_matches not in (None, *get_args(MatchGroup)):
+            raise ValueError(f"`share_matches` must be None, 'block' or 'level', but got {shown(self.share_matches)}.")
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             check_switch(self, name)
         object.__setattr__(self, "reuse", _reuse_config(self.reuse))

@@ -9,7 +9,7 @@ import torch
 
 from .config import AgentSDConfig
 from .models.other_packages import HIDIFFUSION, PACKAGES, TOMESD, package_in_block
-from .models.unet import attended_models, find_layers, plain_name, unsupported_reason
+from .models.unet import AttentionLayer, attended_models, find_layers, plain_name, unsupported_reason
 from .presets import PresetName
 from .runtime.checks import shown
 from .runtime.fallbacks import message, remedy
@@ -281,8 +281,7 @@ def _plan_model(
 ) -> ModelPatch:
     # Where nothing is merged, phases would only be compiled one by one.
     clock = Clock(config.phases if config.ratio > 0 else config.phases[-1:], num_train_timesteps)
-    matching = None if config.match_interval is None else Matching(config.match_interval)
-    patch = ModelPatch(config, clock, layers=[], skipped=[], matching=matching)
+    patch = ModelPatch(config, clock)
     for layer in find_layers(model):
         if 2**layer.level > config.max_downsample:
             continue
@@ -302,7 +301,19 @@ def _plan_model(
         patch.layers.append(
             (layer, LayerState(clock, seed, config.min_tokens, in_fp32=config.attn_precision == "fp32"))
         )
+    if config.match_interval is not None or config.share_matches is not None:
+        patch.matching = Matching(config.match_interval, [_match_group(layer, config) for layer, _ in patch.layers])
     return patch
+
+
+def _match_group(layer: AttentionLayer, config: AgentSDConfig) -> str:
+    """What a layer has in common with those that merge as it matches."""
+    match config.share_matches:
+        case "block":
+            return layer.stage
+        case "level":
+            return str(layer.level)
+    return layer.name
 
 
 def _warn_of_other_packages(patch: ModelPatch) -> None:

@@ -38,8 +38,8 @@ class PhaseReport:
         keys (`int`): Keys and values.
         agents (`int`, *optional*): Agent tokens, or `None` for softmax attention.
         attention_flops (`int`):
-            Floating-point operations of the attention products and of the matching, for one sample, in a step that
-            matches.
+            Floating-point operations of the attention products and of the matching, for one sample, where the layer
+            matches its tokens.
     """
 
     merged_tokens: int
@@ -94,7 +94,7 @@ class PatchReport:
         expected_speedup (`float`, *optional*):
             By how much the UNet's matrix products and convolutions get fewer over a long run, if the size is known:
             more than what is measured, since merging and the like take time too.
-        matching (`str`, *optional*): Where matches are kept, in which steps tokens are matched.
+        matching (`str`, *optional*): Where matches are kept, in which steps tokens are matched, and for what layers.
         min_tokens (`int`):
             Layers of fewer tokens are left alone; what `config.min_tokens="auto"` is where the UNet runs.
         break_even (`int`):
@@ -232,15 +232,16 @@ def _last_size(patch: ModelPatch) -> tuple[int, int] | None:
 
 
 def _matching_text(config: AgentSDConfig) -> str | None:
-    interval, reuse = config.match_interval, config.reuse
-    if interval is None:
+    interval, reuse, group = config.match_interval, config.reuse, config.share_matches
+    if interval is None and group is None:
         return None
-    steps = "every step" if interval == 1 else f"1 step of {interval}"
-    if isinstance(reuse, FeatureReuseConfig) and reuse.interval > 1:
+    shared = "" if group is None else f", once for the layers of a {group}"
+    steps = "every step" if interval in (None, 1) else f"1 step of {interval}"
+    if interval is not None and isinstance(reuse, FeatureReuseConfig) and reuse.interval > 1:
         steps += " that runs the whole UNet" if interval == 1 else " that run the whole UNet"
-    elif interval == 1:
-        return f"matching: in {steps}"
-    return f"matching: in {steps}; the others merge as it did"
+    elif interval in (None, 1):
+        return f"matching: in {steps}{shared}"
+    return f"matching: in {steps}{shared}; the others merge as it did"
 
 
 def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:

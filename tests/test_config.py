@@ -164,6 +164,8 @@ def test_numbers_of_numpy_become_plain_ones():
         ("k_scale2", None, TypeError),
         ("k_shortcut", float("inf"), ValueError),
         ("attn_precision", "fp16", ValueError),
+        ("share_matches", "layer", ValueError),
+        ("share_matches", True, ValueError),
         ("use_rand", 1, TypeError),
         ("seed", 0.5, TypeError),
         ("merge_mlp", "yes", TypeError),

@@ -56,6 +56,12 @@ def test_it_prints_as_a_table(unet):
         ({"match_interval": 3}, "matching: in 1 step of 3; the others merge as it did"),
         ({"match_interval": 1, "reuse": 2}, "matching: in every step that runs the whole UNet; the others"),
         ({"match_interval": 2, "reuse": 3}, "matching: in 1 step of 2 that run the whole UNet; the others"),
+        ({"share_matches": "block"}, "matching: in every step, once for the layers of a block"),
+        ({"share_matches": "level", "reuse": 2}, "matching: in every step, once for the layers of a level\n"),
+        (
+            {"share_matches": "block", "match_interval": 1, "reuse": 2},
+            "matching: in every step that runs the whole UNet, once for the layers of a block; the others",
+        ),
     ],
 )
 def test_it_says_which_steps_match_tokens(unet, options, said):

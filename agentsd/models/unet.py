@@ -43,6 +43,13 @@ class AttentionLayer:
     block: BasicTransformerBlock
     attn: Attention
 
+    @property
+    def stage(self) -> str:
+        """The down block, up block or middle block that holds the layer."""
+        stage = _STAGE.match(self.name)
+        assert stage is not None  # without one, nothing tells its depth
+        return stage[0]
+
 
 def unwrap(model: Any) -> Any:
     """The module under `torch.compile`."""

@@ -58,27 +58,18 @@ class ModelPatch:
     Args:
         config (`AgentSDConfig`): The configuration.
         clock (`Clock`): Where in the denoising run the model is.
-        layers (`list[tuple[AttentionLayer, LayerState]]`): The layers that it patches.
-        skipped (`list[tuple[AttentionLayer, str]]`): Those that it had to leave alone, and why.
-        matching (`Matching`, *optional*): What keeps their matches from step to step.
-        reuse (`tuple[list[torch.nn.Module], ModelTechnique]`, *optional*): What skips modules, and which.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        clock: Clock,
-        layers: list[tuple[AttentionLayer, LayerState]],
-        skipped: list[tuple[AttentionLayer, str]],
-        matching: Matching | None = None,
-        reuse: tuple[list[torch.nn.Module], ModelTechnique] | None = None,
-    ):
+    def __init__(self, config: Any, clock: Clock):
         self.config = config
         self.clock = clock
-        self.layers = layers
-        self.skipped = skipped
-        self.matching = matching
-        self.reuse = reuse
+        # The layers that it patches, and those that it had to leave alone, with the reason.
+        self.layers: list[tuple[AttentionLayer, LayerState]] = []
+        self.skipped: list[tuple[AttentionLayer, str]] = []
+        # What keeps the layers' matches, from step to step or for each other.
+        self.matching: Matching | None = None
+        # The modules that are skipped, and what skips them.
+        self.reuse: tuple[list[torch.nn.Module], ModelTechnique] | None = None
         self.threads = CallsInThreads()
         self.handles: list[RemovableHandle] = []
         self.warned: set[str] = set()

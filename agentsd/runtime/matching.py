@@ -1,4 +1,4 @@
-"""Which steps match tokens anew, and which merge as an earlier one did: decided on the host, once a call."""
+"""Which steps and layers match tokens anew, and which merge as others did: decided on the host, once a call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ class KeptMatches:
     What the layers have matched in the calls at one place in the step.
 
     Args:
-        of_layer (`dict[int, KeptMatch]`): By the layer's number among those of the patch.
+        of_group (`dict[str, KeptMatch]`): By the name of the layers' group.
         steps_left (`int`): In how many more steps that run everything it serves.
     """
 
-    of_layer: dict[int, KeptMatch] = field(default_factory=dict)
+    of_group: dict[str, KeptMatch] = field(default_factory=dict)
     steps_left: int = 0
 
 
@@ -39,11 +39,14 @@ class Matching:
     Keeps what the layers of one model match. A copy starts with nothing.
 
     Args:
-        interval (`int`): Of the steps in which all layers run, one of so many matches.
+        interval (`int`, *optional*): Of the steps in which all layers run, one of so many matches. Without it every
+            step does, of those that run only some layers too.
+        groups (`Sequence[str]`): For each layer, the name of its group, which merges as the first of it matches.
     """
 
-    def __init__(self, interval: int):
+    def __init__(self, interval: int | None, groups: Sequence[str]):
         self.interval = interval
+        self.groups = groups
         self.forget()
 
     def forget(self) -> None:
@@ -76,12 +79,15 @@ class Matching:
             self.end_call(layers, keep=False)
             return
         slot = state.slots.enter(state.counter, signature)
-        if not is_skipped and slot.steps_left == 0:
-            slot.of_layer.clear()
-            slot.steps_left = self.interval
-        slot.steps_left -= not is_skipped
-        for number, layer in enumerate(layers):
-            layer.call.kept = slot.of_layer.setdefault(number, KeptMatch())
+        if self.interval is None:
+            slot.of_group.clear()
+        elif not is_skipped:
+            if slot.steps_left == 0:
+                slot.of_group.clear()
+                slot.steps_left = self.interval
+            slot.steps_left -= 1
+        for layer, group in zip(layers, self.groups, strict=True):
+            layer.call.kept = slot.of_group.setdefault(group, KeptMatch())
 
     def end_call(self, layers: Sequence[LayerState], keep: bool) -> None:
         """Take it back, to keep it or not: after an exception only some layers have matched."""

@@ -16,6 +16,8 @@ from agentsd.models.unet import find_layers
 from .support import assert_differs, assert_no_trace, fingerprint, generate
 
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 TIMESTEPS = torch.tensor([900, 880, 120, 100])
 ONE_A_PHASE = [0, 2]
 EVERYTHING = AgentSDConfig(merge_mlp=True, merge_crossattn=True)
@@ -24,14 +26,6 @@ IS_TORCH_2_6 = torch.__version__.startswith("2.6.")
 
 def small_unet(**overrides):
     return tiny_unet(**{**ONE_LEVEL, **overrides})
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @torch.no_grad()

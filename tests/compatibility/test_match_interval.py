@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 import agentsd
 from agentsd import AgentSDConfig, FeatureReuseConfig
 from agentsd.models.unet import find_layers
-from agentsd.runtime import state
 from agentsd.token_maps import recorded_maps
 
 from .support import assert_differs, assert_no_trace, generate, predict
@@ -31,24 +30,6 @@ STEPS = 10
 AGENTS = {"preset": "agent"}
 EVERYTHING = {"merge_mlp": True, "merge_crossattn": True}
 TIMESTEPS = torch.arange(999, 0, -50)
-
-
-@pytest.fixture
-def matched(monkeypatch):
-    """Counts how often tokens are matched."""
-    counts = [0]
-
-    def count(*args):
-        counts[0] += 1
-        return original(*args)
-
-    def take():
-        count, counts[0] = counts[0], 0
-        return count
-
-    original = state.match_tokens
-    monkeypatch.setattr(state, "match_tokens", count)
-    return take
 
 
 def in_each_step(pipe, matched, **options):
@@ -230,7 +211,7 @@ def test_diffusers_resets_what_is_kept(matched):
 def kept_tensors(unet):
     """What this thread keeps of a model's matches."""
     slots = unet.agentsd_patch.matching.states.get().slots
-    return [tensor for slot in slots.values() for kept in slot.of_layer.values() for tensor in kept.match.matches]
+    return [tensor for slot in slots.values() for kept in slot.of_group.values() for tensor in kept.match.matches]
 
 
 def test_removing_keeps_nothing_in_memory():
@@ -317,14 +298,6 @@ def test_pipelines_that_share_a_unet_in_threads(options):
     """Each thread has what it has matched."""
     pipe = agentsd.apply_patch(tiny_sd(), **{"match_interval": 3, **options})
     assert_as_alone(pipe, pipe.unet)
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
