@@ -235,13 +235,14 @@ def _matching_text(config: AgentSDConfig) -> str | None:
     interval, reuse, group = config.match_interval, config.reuse, config.share_matches
     if interval is None and group is None:
         return None
-    shared = "" if group is None else f", once for the layers of a {group}"
-    steps = "every step" if interval in (None, 1) else f"1 step of {interval}"
-    if interval is not None and isinstance(reuse, FeatureReuseConfig) and reuse.interval > 1:
-        steps += " that runs the whole UNet" if interval == 1 else " that run the whole UNet"
-    elif interval in (None, 1):
-        return f"matching: in {steps}{shared}"
-    return f"matching: in {steps}{shared}; the others merge as it did"
+    is_every = interval in (None, 1)
+    text = "matching: in every step" if is_every else f"matching: in 1 step of {interval}"
+    only_whole = interval is not None and isinstance(reuse, FeatureReuseConfig) and reuse.interval > 1
+    if only_whole:
+        text += " that runs the whole UNet" if is_every else " that run the whole UNet"
+    if group is not None:
+        text += f", once for the layers of a {group}"
+    return text if is_every and not only_whole else f"{text}; the others merge as it did"
 
 
 def _reuse_text(unet: torch.nn.Module, patch: ModelPatch) -> str | None:
