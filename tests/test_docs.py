@@ -35,6 +35,7 @@ LINKING = [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", "apps/README.md", "age
 RECORDED = (
     "shapes",
     "shapes-keys",
+    "shapes-share",
     "shapes-sdxl",
     "h100",
     "h100-2048",
