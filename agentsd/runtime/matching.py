@@ -18,11 +18,11 @@ class KeptMatches:
     What the layers have matched in the calls at one place in the step.
 
     Args:
-        of_group (`dict[str, KeptMatch]`): By the name of the layers' group.
+        of_layer (`dict[str, KeptMatch]`): By the layer's name, or that of the group with which it shares.
         steps_left (`int`): In how many more steps that run everything it serves.
     """
 
-    of_group: dict[str, KeptMatch] = field(default_factory=dict)
+    of_layer: dict[str, KeptMatch] = field(default_factory=dict)
     steps_left: int = 0
 
 
@@ -41,7 +41,8 @@ class Matching:
     Args:
         interval (`int`, *optional*): Of the steps in which all layers run, one of so many matches. Without it every
             step does, of those that run only some layers too.
-        groups (`Sequence[str]`): For each layer, the name of its group, which merges as the first of it matches.
+        groups (`Sequence[str]`): For each layer, its name or that of its group, in which all merge as the first has
+            matched.
     """
 
     def __init__(self, interval: int | None, groups: Sequence[str]):
@@ -80,14 +81,14 @@ class Matching:
             return
         slot = state.slots.enter(state.counter, signature)
         if self.interval is None:
-            slot.of_group.clear()
+            slot.of_layer.clear()
         elif not is_skipped:
             if slot.steps_left == 0:
-                slot.of_group.clear()
+                slot.of_layer.clear()
                 slot.steps_left = self.interval
             slot.steps_left -= 1
         for layer, group in zip(layers, self.groups, strict=True):
-            layer.call.kept = slot.of_group.setdefault(group, KeptMatch())
+            layer.call.kept = slot.of_layer.setdefault(group, KeptMatch())
 
     def end_call(self, layers: Sequence[LayerState], keep: bool) -> None:
         """Take it back, to keep it or not: after an exception only some layers have matched."""

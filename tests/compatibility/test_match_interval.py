@@ -211,7 +211,7 @@ def test_diffusers_resets_what_is_kept(matched):
 def kept_tensors(unet):
     """What this thread keeps of a model's matches."""
     slots = unet.agentsd_patch.matching.states.get().slots
-    return [tensor for slot in slots.values() for kept in slot.of_group.values() for tensor in kept.match.matches]
+    return [tensor for slot in slots.values() for kept in slot.of_layer.values() for tensor in kept.match.matches]
 
 
 def test_removing_keeps_nothing_in_memory():
