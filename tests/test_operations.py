@@ -64,6 +64,16 @@ def test_matching_counts_for_the_steps_that_match():
     assert kept < reuse
 
 
+def test_matching_counts_once_for_the_layers_that_share_it():
+    """Of three layers one in the down block, two in the up block: a level saves twice what blocks do."""
+    off, block, level = (
+        1 / expected(tiny_unet(), (64, 64), preset="tome", ratio=0.4, share_matches=group)
+        for group in (None, "block", "level")
+    )
+    assert off > block
+    assert off - level == pytest.approx(2 * (off - block))
+
+
 def test_the_late_phase_counts_for_its_share_of_the_steps():
     whole, half, none = (
         1 / expected(tiny_unet(), (64, 64), agent_until=until, late_phase="kv-mean") for until in (0.0, 0.5, 1.0)
