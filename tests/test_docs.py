@@ -203,6 +203,15 @@ def summary_row(row, machine) -> str:
 FIDELITY = {"psnr": ".1f", "ssim": ".3f"}
 
 
+def test_the_presets_that_leave_small_layers_alone_are_nowhere_slower():
+    """At every shape and size recorded; `paper`, `agent` and `tome` do what the paper does."""
+    rows = [row for result in RESULTS.values() for row in result.rows if row.method in ("balanced", "fast")]
+    assert {row.model for row in rows} == {"emoji", "sd15", "sdxl"}
+    for row in rows:
+        _, low, _ = row.of_baseline
+        assert low > 1, row
+
+
 def test_speed_ups_in_the_text_are_recorded_ones():
     recorded = json.loads((ROOT / "notebooks/results/quickstart/comparison.json").read_text(encoding="utf-8"))
     (caption,) = re.findall(r"(?ms)^\*`make quickstart`.*?\*$", README)
