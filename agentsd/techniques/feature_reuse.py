@@ -6,8 +6,9 @@ CVPR 2024, arXiv:2312.00858).
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -208,28 +209,46 @@ class ReuseClock:
             warnings.warn(message, stacklevel=2)
 
 
-class SkippableForward:
-    """The forward of a module that can be skipped: a plain object, so that a copied or pickled model has its own."""
+@dataclass(eq=False)
+class Skippable:
+    """
+    A module that can be skipped: a plain object, so that a copied or pickled model has its own.
 
-    def __init__(self, module: torch.nn.Module, number: int, is_last: bool, reuse: "ModelReuse"):
-        self.original = module.forward
-        self.number = number
-        self.is_last = is_last
-        self.reuse = reuse
+    Args:
+        original (`Callable[..., Any]`): The module's forward before.
+        number (`int`): Its number among those that are skipped.
+        is_last (`bool`): Whether it is the one whose output matters.
+        reuse (`ModelReuse`): What skips it.
+    """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns, or what stands for it in a step that skips it."""
-        # Something put around this later, such as offloading, may keep it here after the patch is gone.
-        if not self.reuse.is_installed:
-            return self.original(*args, **kwargs)
-        call = self.reuse.calls.get()
-        if call.is_skipped:
-            return call.outputs[self.number]
-        output = self.original(*args, **kwargs)
-        call.shapes[self.number] = shapes_of(output)
-        if self.is_last:
-            call.kept = self.reuse.kept(output, kwargs)
-        return output
+    original: Callable[..., Any]
+    number: int
+    is_last: bool
+    reuse: "ModelReuse"
+
+
+def run_or_skip(module: Skippable, *args: Any, **kwargs: Any) -> Any:
+    """What a module returns, or what stands for it in a step that skips it."""
+    # Something put around this later, such as offloading, may keep it here after the patch is gone.
+    if not module.reuse.is_installed:
+        return module.original(*args, **kwargs)
+    call = module.reuse.calls.get()
+    if call.is_skipped:
+        return call.outputs[module.number]
+    output = module.original(*args, **kwargs)
+    call.shapes[module.number] = shapes_of(output)
+    if module.is_last:
+        call.kept = module.reuse.kept(output, kwargs)
+    return output
+
+
+def skippable_of(module: torch.nn.Module) -> Skippable | None:
+    """What was put into a module that can be skipped, unless something is put around it."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, partial) or forward.func is not run_or_skip:
+        return None
+    skippable: Skippable = forward.args[0]
+    return skippable
 
 
 class ModelReuse(ABC):
@@ -275,19 +294,20 @@ class ModelReuse(ABC):
         self.is_installed = True
         for number, module in enumerate(modules):
             is_last = number == len(modules) - 1
-            module.forward = SkippableForward(module, number, is_last, self).forward
+            # Not a bound method, into whose object torch 2.6 does not compile.
+            module.forward = partial(run_or_skip, Skippable(module.forward, number, is_last, self))
 
     def uninstall(self, modules: Sequence[torch.nn.Module]) -> None:
         """Give the modules their own forward back, and keep nothing. What was put around it since stays."""
         self.is_installed = False
         for module in modules:
-            owner = getattr(module.__dict__.get("forward"), "__self__", None)
-            if not isinstance(owner, SkippableForward) or owner.reuse is not self:
+            skippable = skippable_of(module)
+            if skippable is None or skippable.reuse is not self:
                 continue
             del module.forward
             # Unless it is the class' own.
-            if owner.original != module.forward:
-                module.forward = owner.original
+            if skippable.original != module.forward:
+                module.forward = skippable.original
         self.forget()
 
     def check(self, modules: Sequence[torch.nn.Module]) -> None:

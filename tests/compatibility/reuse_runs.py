@@ -6,6 +6,7 @@ from compat_models import (
 )
 
 import agentsd
+from agentsd.techniques.feature_reuse import skippable_of
 
 from .support import assert_differs, assert_no_trace, generate
 
@@ -42,8 +43,7 @@ def run_of(pipe, **options):
 def assert_forwards_are_their_own(*models):
     for model in models:
         for name, module in model.named_modules():
-            owner = getattr(module.__dict__.get("forward"), "__self__", None)
-            assert not type(owner).__module__.startswith("agentsd"), name
+            assert skippable_of(module) is None, name
 
 
 def check(pipe, run, *models, reuse=2, share=0.5, **options):
