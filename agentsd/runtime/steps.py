@@ -353,7 +353,8 @@ class TimestepReader:
         if not isinstance(timestep, torch.Tensor):
             return [float(timestep)]
         if timestep.device.type == "cpu" or (timestep.numel() > 1 and any(timestep.stride())):
-            return [float(value) for value in timestep.flatten().tolist()]
+            # Not by `tolist`, which torch 2.6 refuses in `torch.func.grad`.
+            return [float(value) for value in timestep.flatten().cpu()]
         return [self._read_view(timestep)]
 
     def _read_view(self, timestep: torch.Tensor) -> float:
