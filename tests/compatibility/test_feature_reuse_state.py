@@ -19,6 +19,7 @@ import agentsd
 
 from .reuse_runs import STEPS, assert_forwards_are_their_own, check, deep, run_of
 from .support import assert_differs, fingerprint, generate, predict
+from .test_offload import group_offload_leaves
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -38,7 +39,7 @@ def test_offload_and_casting(way, order):
         agentsd.apply_patch(pipe, ratio=0, reuse=2)
     cpu = torch.device("cpu")
     if way == "group":
-        pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        group_offload_leaves(pipe.unet)
     elif way == "casting":
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
     else:

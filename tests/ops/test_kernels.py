@@ -17,12 +17,13 @@ from agentsd.ops.partitioning import cell_grid, mix_key, partition_tokens, rando
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 HALF = [torch.float16, torch.bfloat16]
 CUDA = torch.device("cuda")
 
 
 @pytest.mark.skipif(
-    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7),
+    TRITON_VERSION < (3, 7),
     reason="the interpreters of older versions cannot count loops with a NumPy of today",
 )
 def test_the_kernels_in_the_interpreter():
@@ -66,8 +67,9 @@ def test_the_kernels_compile_without_a_gpu(name, capability, half):
     signature = dict.fromkeys(kernel.arg_names, "i32")
     signature |= {each: "*" + kind.replace("half", half) for each, kind in pointers.items()}
     signature |= dict.fromkeys(constants, "constexpr")
-    places = {(kernel.arg_names.index(each),): value for each, value in constants.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", capability, 32))
+    if TRITON_VERSION >= (3, 3):
+        constants = {(kernel.arg_names.index(each),): value for each, value in constants.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
     # What any GPU of these generations has for a program.
     assert compiled.metadata.shared < 99 * 2**10
 
