@@ -93,6 +93,8 @@ class Matching:
     def end_call(self, layers: Sequence[LayerState], keep: bool) -> None:
         """Take it back, to keep it or not: after an exception only some layers have matched."""
         for layer in layers:
-            layer.call.kept = None
+            kept, layer.call.kept = layer.call.kept, None
+            if keep and layer.calls.is_compiled and kept is not None and kept.match is not None:
+                kept.match = kept.match if kept.match.is_copy else kept.match.copy()
         if not keep:
             self.states.get().slots.clear()

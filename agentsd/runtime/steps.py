@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..models.unet import AttentionLayer
 from ..ops.merging import Matches, Merging, plan_merging
 from ..ops.partitioning import Partition
+from .copies import copied
 from .threads import PerThread
 
 
@@ -44,11 +45,13 @@ class Match:
         partition (`Partition`): The sources and destinations.
         matches (`Matches`): The nearest destination of every source.
         mergings (`dict[str, Merging]`): By the role of the technique that planned them.
+        is_copy (`bool`): Whether all of it is in memory of its own.
     """
 
     partition: Partition
     matches: Matches
     mergings: dict[str, Merging] = field(default_factory=dict)
+    is_copy: bool = False
 
     @property
     def tokens(self) -> int:
@@ -64,11 +67,17 @@ class Match:
         """How the technique in a role merges so many sources away: planned once, however long the match is kept."""
         if role not in self.mergings:
             self.mergings[role] = plan_merging(self.partition, self.matches, count)
+            self.is_copy = False
         return self.mergings[role]
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether it can be that of the tokens `x`, by their number."""
         return (self.matches.cell.shape[0], self.tokens) == x.shape[:2]
+
+    def copy(self) -> "Match":
+        """The same in memory of its own."""
+        partition, matches, mergings = copied((self.partition, self.matches, self.mergings))
+        return Match(partition, matches, mergings, is_copy=True)
 
 
 class Tokens(Protocol):

@@ -17,6 +17,7 @@ from ..models.other_packages import is_deepcached
 from ..models.unet import block_layers, inner_hooks, layer_modules
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
+from ..runtime.copies import copied
 from ..runtime.resets import ResetHook
 from ..runtime.slots import Slots
 from ..runtime.steps import StepCounter
@@ -347,7 +348,8 @@ class ModelReuse(ABC):
         slot = state.slots.get(state.slots.place)
         if slot is not None and call.kept is not None:
             slot.shapes = call.shapes
-            slot.history.append((state.slots.step, call.kept))
+            kept = copied(call.kept) if self.is_compiled else call.kept
+            slot.history.append((state.slots.step, kept))
         call.is_skipped, call.outputs, call.shapes, call.kept = False, {}, {}, None
 
     def _stand_ins(self, shapes: dict[int, Any]) -> dict[int, Any]:

@@ -33,7 +33,7 @@ def walk(model, timesteps=TIMESTEPS, size=16):
     """Predictions at timesteps that are elements of one tensor, as pipelines pass them."""
     noise = torch.Generator().manual_seed(0)
     sample, text = torch.randn(2, 4, size, size, generator=noise), torch.randn(2, 7, 32, generator=noise)
-    return torch.stack([model(sample, timestep, encoder_hidden_states=text).sample for timestep in timesteps])
+    return torch.stack([model(sample, timestep, encoder_hidden_states=text).sample.clone() for timestep in timesteps])
 
 
 def compile_whole(unet, backend):

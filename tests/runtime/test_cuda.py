@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import tiny_sd, tiny_unet
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import agentsd
@@ -71,6 +72,24 @@ def test_a_generation_copies_from_the_device_at_most_once_more_than_without_agen
     assert plain >= 20, "the scheduler reads its table in each step, or nothing was recorded"
     agentsd.apply_patch(pipe)
     assert copies() <= plain + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "balanced", "min_tokens": 0}, {"match_interval": 2}], ids=str)
+def test_cuda_graphs_give_what_other_compiled_code_gives(options):
+    """Recorded and run again, also with what is kept from step to step."""
+
+    def draw(**settings):
+        pipe = agentsd.apply_patch(tiny_sd().to("cuda"), **options)
+        pipe.unet = torch.compile(pipe.unet, **settings)
+        pipe("a", num_inference_steps=12, output_type="pt")
+        return pipe("a", num_inference_steps=12, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+
+    torch.compiler.reset()
+    expected = draw()
+    counters.clear()
+    torch.testing.assert_close(draw(mode="reduce-overhead"), expected, rtol=1e-3, atol=1e-3)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    torch.compiler.reset()
 
 
 def test_a_timestep_with_a_batch_dimension_is_no_reason_to_read_again():

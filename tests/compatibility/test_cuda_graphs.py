@@ -1,0 +1,94 @@
+"""`torch.compile(mode="reduce-overhead")`: what is kept from step to step is not what the next step writes into."""
+
+import pytest
+import torch
+from compat_models import image, with_unet
+from diffusers import StableDiffusionControlNetPipeline
+from graphs import OverwritingGraphs
+from models import tiny_controlnet
+from torch._inductor.cudagraph_trees import MarkStepBox
+
+import agentsd
+from agentsd import FeatureReuseConfig
+
+from .support import generate
+from .test_compile import small_unet, walk
+
+
+TIMESTEPS = torch.tensor([950, 930, 910, 890, 870, 140, 120, 100, 80, 60])
+# What keeps something, each in another way.
+KEEPING = [
+    {"ratio": 0, "reuse": 2},
+    {"ratio": 0, "reuse": FeatureReuseConfig(interval=3, order=0)},
+    {"preset": "balanced", "min_tokens": 0},
+    {"merge_mlp": True, "merge_crossattn": True, "match_interval": 2},
+    {"match_interval": 1, "reuse": 3},
+    {"late_phase": "kv-merged", "share_matches": "level", "match_interval": 3},
+]
+
+
+@pytest.fixture(autouse=True)
+def no_marks(fresh_compiler, monkeypatch):
+    """Nobody has marked a step so far."""
+    monkeypatch.setattr(MarkStepBox, "mark_step_counter", 0)
+
+
+def mark_step(pipe, step, timestep, values):
+    """A callback at the end of a step, so that the next one begins another run of CUDA graphs."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return values
+
+
+def assert_close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_kept_is_overwritten():
+    """Or nothing here would show anything."""
+    add = torch.compile(lambda x: x + 1, backend=OverwritingGraphs())
+    kept = add(torch.zeros(3))
+    copy = kept.clone()
+    add(torch.zeros(3))
+    assert kept.isnan().all()
+    assert torch.equal(copy, torch.ones(3))
+
+
+def patched(options):
+    return agentsd.apply_patch(small_unet(layers_per_block=2), **options)
+
+
+@pytest.mark.parametrize("options", KEEPING, ids=str)
+def test_a_whole_model(options):
+    expected = walk(patched(options), TIMESTEPS)
+    unet = torch.compile(patched(options), backend=OverwritingGraphs(), fullgraph=True)
+    for _ in range(2):
+        assert_close(walk(unet, TIMESTEPS), expected)
+
+
+@pytest.mark.parametrize("options", [*KEEPING, {"late_phase": "kv-merged", "share_matches": "block"}], ids=str)
+def test_block_by_block(options):
+    """Each block is a call of its own, so that steps have to be marked."""
+    expected = walk(patched(options), TIMESTEPS)
+    unet = patched(options)
+    unet.compile_repeated_blocks(backend=OverwritingGraphs(), fullgraph=True)
+    unet.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    for _ in range(2):
+        assert_close(walk(unet, TIMESTEPS), expected)
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_a_controlnet(guess_mode):
+    """Steps have to be marked here, too: without a patch, the UNet reads what the ControlNet's graphs gave."""
+    settings = {"image": image(), "guess_mode": guess_mode, "num_inference_steps": 12}
+
+    def controlled():
+        pipe = with_unet(StableDiffusionControlNetPipeline, controlnet=tiny_controlnet())
+        return agentsd.apply_patch(pipe, ratio=0, reuse=3)
+
+    expected = generate(controlled(), **settings)
+    pipe, graphs = controlled(), OverwritingGraphs()
+    pipe.controlnet = torch.compile(pipe.controlnet, backend=graphs)
+    pipe.unet = torch.compile(pipe.unet, backend=graphs)
+    for _ in range(2):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_close(generate(pipe, **settings, callback_on_step_end=mark_step), expected)
