@@ -361,9 +361,11 @@ class TimestepReader:
         """
         if not isinstance(timestep, torch.Tensor):
             return [float(timestep)]
-        if timestep.device.type == "cpu" or (timestep.numel() > 1 and any(timestep.stride())):
+        if timestep.device.type == "cpu":
             # Not by `tolist`, which torch 2.6 refuses in `torch.func.grad`.
-            return [float(value) for value in timestep.flatten().cpu()]
+            return [float(value) for value in timestep.flatten()]
+        if timestep.numel() > 1 and any(timestep.stride()):
+            return [float(value) for value in timestep.flatten().tolist()]
         return [self._read_view(timestep)]
 
     def _read_view(self, timestep: torch.Tensor) -> float:
