@@ -103,9 +103,9 @@ class PipelineSubject:
         """A copy with modules of its own and the same weights."""
         return twin_pipeline(model)
 
-    def compile(self, model: Any) -> Any:
+    def compile(self, model: Any, mode: str | None) -> Any:
         """The model under `torch.compile`."""
-        model.unet = _compile(model.unet)
+        model.unet = _compile(model.unet, mode)
         return model
 
     def size(self, model: Any) -> tuple[int, int]:
@@ -157,9 +157,9 @@ class UNetSubject:
         """A copy with modules of its own and the same weights."""
         return share_weights(model)
 
-    def compile(self, model: Any) -> Any:
+    def compile(self, model: Any, mode: str | None) -> Any:
         """The model under `torch.compile`."""
-        return _compile(model)
+        return _compile(model, mode)
 
     def size(self, model: Any) -> tuple[int, int]:
         """The model's own image height and width in pixels."""
@@ -186,12 +186,14 @@ class UNetSubject:
 Subject: TypeAlias = PipelineSubject | UNetSubject
 
 
-def switch_on(subject: Subject, model: Any, case: Case, options: Mapping[str, Any], compile: bool = False) -> Any:
+def switch_on(
+    subject: Subject, model: Any, case: Case, options: Mapping[str, Any], compile: bool | str = False
+) -> Any:
     """A copy of a model, which is left as it is, with the method of a case switched on."""
     twin = subject.copy(model)
     remove_patch(twin)
     find_method(case.method).apply(twin, case.ratio, options)
-    return subject.compile(twin) if compile else twin
+    return subject.compile(twin, compile if isinstance(compile, str) else None) if compile else twin
 
 
 def twin_pipeline(pipe: Any) -> Any:
@@ -270,8 +272,8 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _compile(unet: Any) -> Any:
+def _compile(unet: Any, mode: str | None) -> Any:
     # All copies of a model count as one piece of code, and past a few variants of it Dynamo goes back to eager, in
     # silence. One size is compiled as it is, not as one of many.
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = _MOST_VARIANTS
-    return torch.compile(unet, dynamic=False)
+    return torch.compile(unet, dynamic=False, mode=mode)

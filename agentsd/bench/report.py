@@ -70,7 +70,8 @@ class BenchResult:
     def title(self) -> str:
         """What was measured, in one line."""
         models = ", ".join(dict.fromkeys(short_name(row.model) for row in self.rows))
-        compiled = ", torch.compile" if self.settings.get("compile") else ""
+        mode = self.settings.get("compile", False)
+        compiled = f", torch.compile ({mode})" if isinstance(mode, str) else ", torch.compile" if mode else ""
         if SUITES[self.settings["suite"]].kind == "call":
             calls = "calls" if any(row.steps for row in self.rows) else "single calls"
             return f"UNet of the shape of {models}, random weights, {calls} with guidance{compiled}"

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..config import AgentSDConfig
 from ..utils.metrics import SSIM_SIDE
 from .methods import METHODS, find_method, is_calibrated, refuse_ratio
@@ -101,7 +103,10 @@ class BenchSettings:
         seed (`int`, defaults to `0`): Seed of the first image; each further one has the next.
         dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; by default what suits the device.
         device (`str`, *optional*): Where to run; by default the GPU if there is one.
-        compile (`bool`, defaults to `False`): Run every method, baseline too, through `torch.compile`.
+        compile (`bool` or `str`, defaults to `False`):
+            Run every method, baseline too, through `torch.compile`, and in which mode if not its default. With
+            `"reduce-overhead"`, CUDA graphs run on a GPU what was compiled; methods whose code does not allow it get a
+            row that says why.
         memory (`bool`, defaults to `True`): Measure peak memory; on a CPU each case then runs once more, by itself.
         budget_minutes (`float`, *optional*): Start no further group of cases after this time.
         options (`dict[str, Any]`): Fields of [`AgentSDConfig`] for the methods of this library.
@@ -142,7 +147,7 @@ class BenchSettings:
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
-    compile: bool = False
+    compile: bool | str = False
     memory: bool = True
     budget_minutes: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -189,6 +194,8 @@ class BenchSettings:
         self._refuse_unused(suite)
         if self.scheduler is not None:
             _check_names("scheduler", (self.scheduler,), SCHEDULERS)
+        if isinstance(self.compile, str):
+            _check_names("mode of torch.compile", (self.compile,), torch._inductor.list_mode_options())
         if self.reference is not None and self.features is None:
             raise BenchError(
                 "Comparing with a `reference` needs a feature extractor: name one as `features` (--features), either "

@@ -105,6 +105,9 @@ def bench(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run every method, baseline too, through torch.compile.")
     ] = False,
+    compile_mode: Annotated[
+        str | None, typer.Option(help="Compile in another mode than the default: `reduce-overhead` runs CUDA graphs.")
+    ] = None,
     memory: Annotated[
         bool,
         typer.Option(
@@ -154,7 +157,7 @@ def bench(
             "reference": reference,
             "device": device,
             "dtype": dtype,
-            "compile": compile_,
+            "compile": compile_mode or compile_,
             "memory": memory,
             "budget_minutes": budget_minutes,
         }

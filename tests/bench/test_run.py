@@ -171,11 +171,12 @@ def test_no_method_that_can_run_is_an_error(model, monkeypatch):
 
 
 def test_compiled_on_both_sides(model, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
-    result = run_bench(speed(model, methods=("baseline", "agentsd"), compile=True, repeats=1))
-    assert len(compiled) == 2
-    assert "torch.compile" in result.title
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode, **_: modes.append(mode) or module)
+    settings = partial(speed, model, methods=("baseline", "agentsd"), repeats=1)
+    assert run_bench(settings(compile=True)).title.endswith(", torch.compile")
+    assert run_bench(settings(compile="reduce-overhead")).title.endswith(", torch.compile (reduce-overhead)")
+    assert modes == [None] * 2 + ["reduce-overhead"] * 2
 
 
 def test_every_variant_is_really_compiled(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from agentsd.bench import BenchError, BenchSettings
         ({"sizes": ((0, 64),)}, "multiples of 8"),
         ({"budget_minutes": 0}, "budget_minutes"),
         ({"scheduler": "pndm"}, "no scheduler 'pndm'. Known: ddim, plms"),
+        ({"compile": "fast"}, "no mode of torch.compile 'fast'. Known: default, "),
         ({"options": {"ratio": 0.5}}, "name it among the ratios"),
         ({"options": {"speed": 2}}, "Unknown option 'speed'"),
         ({"options": {"agent_until": 2}}, "agent_until"),

@@ -93,6 +93,13 @@ def test_bench(monkeypatch):
     assert {name: getattr(settings, name) for name in wanted} == wanted
 
 
+def test_bench_compiles_in_a_mode(monkeypatch):
+    calls = stop_at(monkeypatch, "agentsd.bench.run_bench")
+    run("bench emoji --compile-mode reduce-overhead")
+    run("bench emoji")
+    assert [settings.compile for (settings,), _ in calls] == ["reduce-overhead", False]
+
+
 def test_bench_draws_in_one_run_and_times_in_another(monkeypatch):
     calls = stop_at(monkeypatch, "agentsd.bench.run_bench")
     run("bench emoji --suite quality --methods baseline,tomesd --repeats 0")
