@@ -94,7 +94,8 @@ class Matching:
         """Take it back, to keep it or not: after an exception only some layers have matched."""
         for layer in layers:
             kept, layer.call.kept = layer.call.kept, None
-            if keep and layer.calls.is_compiled and kept is not None and kept.match is not None:
-                kept.match = kept.match if kept.match.is_copy else kept.match.copy()
+            # For later calls, and not only for other layers in this one.
+            if keep and self.interval is not None and kept is not None and layer.calls.is_compiled:
+                kept.leave_graphs()
         if not keep:
             self.states.get().slots.clear()

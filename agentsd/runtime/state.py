@@ -20,6 +20,11 @@ class KeptMatch:
 
     match: Match | None = None
 
+    def leave_graphs(self) -> None:
+        """Copy what compiled code gave, unless it was copied before."""
+        if self.match is not None and not self.match.is_copy:
+            self.match = self.match.copy()
+
 
 @dataclass
 class Part:

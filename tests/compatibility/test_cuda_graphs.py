@@ -10,6 +10,8 @@ from torch._inductor.cudagraph_trees import MarkStepBox
 
 import agentsd
 from agentsd import FeatureReuseConfig
+from agentsd.models.unet import find_layers
+from agentsd.runtime.steps import Match
 
 from .support import generate
 from .test_compile import small_unet, walk
@@ -92,3 +94,19 @@ def test_a_controlnet(guess_mode):
     for _ in range(2):
         torch.compiler.cudagraph_mark_step_begin()
         assert_close(generate(pipe, **settings, callback_on_step_end=mark_step), expected)
+
+
+@pytest.mark.parametrize("options, copies", [({"match_interval": 2}, 3 + 3), ({"share_matches": "block"}, 0)], ids=str)
+def test_only_what_is_kept_is_copied(monkeypatch, options, copies):
+    """Once, whenever it was matched anew: in three of the five steps of each phase."""
+    counts, original = [0], Match.copy
+
+    def copy(match):
+        counts[0] += 1
+        return original(match)
+
+    monkeypatch.setattr(Match, "copy", copy)
+    layers = len(find_layers(small_unet()))
+    unet = torch.compile(agentsd.apply_patch(small_unet(), **options), backend=OverwritingGraphs())
+    walk(unet, TIMESTEPS)
+    assert counts[0] == copies * layers
