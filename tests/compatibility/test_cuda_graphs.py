@@ -22,9 +22,9 @@ TIMESTEPS = torch.tensor([950, 930, 910, 890, 870, 140, 120, 100, 80, 60])
 KEEPING = [
     {"ratio": 0, "reuse": 2},
     {"ratio": 0, "reuse": FeatureReuseConfig(interval=3, order=0)},
-    {"preset": "balanced", "min_tokens": 0},
+    {"preset": "balanced", "min_tokens": 0, "reuse": FeatureReuseConfig(branch=1)},
     {"merge_mlp": True, "merge_crossattn": True, "match_interval": 2},
-    {"match_interval": 1, "reuse": 3},
+    {"match_interval": 1, "reuse": FeatureReuseConfig(interval=3, branch=1)},
     {"late_phase": "kv-merged", "share_matches": "level", "match_interval": 3},
 ]
 

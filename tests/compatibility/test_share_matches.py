@@ -152,7 +152,14 @@ def test_pipelines_that_share_a_unet_in_threads():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "way, options, expected_graphs", [("whole", KEYS, 1), ("regional", EVERYTHING, 4), ("regional", KEYS, 2)]
+    "way, options, expected_graphs",
+    [
+        ("whole", KEYS, 1),
+        ("regional", EVERYTHING, 4),
+        ("regional", KEYS, 2),
+        # What is kept is a copy, laid out as what it is a copy of.
+        ("regional", {**KEYS, "match_interval": 2}, 2),
+    ],
 )
 def test_compiled(way, options, expected_graphs):
     """The whole model is one graph a phase; of single blocks, one graph matches and one merges by what is shared."""
