@@ -105,8 +105,8 @@ class BenchSettings:
         device (`str`, *optional*): Where to run; by default the GPU if there is one.
         compile (`bool` or `str`, defaults to `False`):
             Run every method, baseline too, through `torch.compile`, and in which mode if not its default. With
-            `"reduce-overhead"`, CUDA graphs run on a GPU what was compiled; methods whose code does not allow it get a
-            row that says why.
+            `"reduce-overhead"`, CUDA graphs run on a GPU what was compiled; methods that keep what a graph writes over
+            get a row that says so.
         memory (`bool`, defaults to `True`): Measure peak memory; on a CPU each case then runs once more, by itself.
         budget_minutes (`float`, *optional*): Start no further group of cases after this time.
         options (`dict[str, Any]`): Fields of [`AgentSDConfig`] for the methods of this library.

@@ -106,7 +106,8 @@ def bench(
         bool, typer.Option("--compile", help="Run every method, baseline too, through torch.compile.")
     ] = False,
     compile_mode: Annotated[
-        str | None, typer.Option(help="Compile in another mode than the default: `reduce-overhead` runs CUDA graphs.")
+        str | None,
+        typer.Option(help="As --compile, in another mode than the default: `reduce-overhead` runs CUDA graphs."),
     ] = None,
     memory: Annotated[
         bool,
@@ -157,7 +158,7 @@ def bench(
             "reference": reference,
             "device": device,
             "dtype": dtype,
-            "compile": compile_mode or compile_,
+            "compile": compile_ if compile_mode is None else compile_mode,
             "memory": memory,
             "budget_minutes": budget_minutes,
         }

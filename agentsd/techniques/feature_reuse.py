@@ -295,7 +295,7 @@ class ModelReuse(ABC):
         self.is_installed = True
         for number, module in enumerate(modules):
             is_last = number == len(modules) - 1
-            # Not a bound method, into whose object torch 2.6 does not compile.
+            # Not a bound method: torch 2.6 does not compile those of plain objects.
             module.forward = partial(run_or_skip, Skippable(module.forward, number, is_last, self))
 
     def uninstall(self, modules: Sequence[torch.nn.Module]) -> None:
