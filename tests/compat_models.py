@@ -56,7 +56,9 @@ def ip_adapter_embeds(seed: int = 0) -> list[torch.Tensor]:
 def save_lora(folder: Path, seed: int = 0) -> Path:
     """Write a LoRA for `tiny_sd` with PEFT and diffusers; it changes all attention layers strongly."""
     unet = tiny_unet()
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
