@@ -6,20 +6,22 @@ CVPR 2024, arXiv:2312.00858).
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ..models.cut import cut_unet
 from ..models.other_packages import is_deepcached
-from ..models.unet import block_layers, inner_hooks, layer_modules
+from ..models.unet import inner_hooks
 from ..ops.forecasting import forecast
 from ..runtime.checks import keep_integer
 from ..runtime.copies import copied
 from ..runtime.resets import ResetHook
 from ..runtime.slots import Slots
+from ..runtime.stand_ins import shapes_of, stand_ins
 from ..runtime.steps import StepCounter
 from ..runtime.threads import PerThread
 
@@ -68,49 +70,6 @@ class FeatureReuseConfig:
     def is_full(self, step: int) -> bool:
         """Whether the whole UNet runs in a step."""
         return step % self.interval == 0
-
-
-@dataclass
-class Cut:
-    """
-    Where a UNet is cut.
-
-    Args:
-        skipped (`list[torch.nn.Module]`): What does not run in a step that skips; the last one gives the tensor that
-            the layers which still run read.
-        residuals (`int`): How many outputs of the down blocks are read all the same, `conv_in`'s included.
-    """
-
-    skipped: list[torch.nn.Module]
-    residuals: int
-
-
-def cut_unet(unet: Any, branch: int) -> Cut:
-    """Everything deeper than `branch`; an error if the UNet has no such place."""
-    blocks = list(reversed(list(unet.up_blocks)))
-    places = [(b, layer) for b, block in enumerate(blocks) for layer in range(block_layers(block))]
-    if branch >= len(places):
-        raise ValueError(
-            f"`branch` must be below {len(places)}, the number of layers in the up blocks of this "
-            f"{type(unet).__name__}, but got {branch}."
-        )
-    # Block `b` from the output, of which the last `layer + 1` layers run.
-    b, layer = places[branch]
-    skipped: list[torch.nn.Module] = []
-    if layer == 0:
-        skipped += unet.down_blocks[b:]
-    else:
-        edge = unet.down_blocks[b]
-        for number in range(layer, block_layers(edge)):
-            skipped += layer_modules(edge, number)
-        skipped += edge.downsamplers or []
-        skipped += unet.down_blocks[b + 1 :]
-    skipped += [unet.mid_block] if unet.mid_block is not None else []
-    skipped += reversed(blocks[b + 1 :])
-    for number in range(block_layers(blocks[b]) - layer - 1):
-        skipped += layer_modules(blocks[b], number)
-    # Each kept layer of an up block reads one of them: `conv_in`'s, then the layers' and samplers' before the cut.
-    return Cut(skipped, residuals=branch + 1)
 
 
 def refuse_other_caches(modules: Sequence[torch.nn.Module]) -> None:
@@ -325,7 +284,7 @@ class ModelReuse(ABC):
         call = self.calls.get()
         call.is_skipped = not is_full and bool(slot.history)
         if call.is_skipped:
-            slot.stand_ins = slot.stand_ins or self._stand_ins(slot.shapes)
+            slot.stand_ins = slot.stand_ins or stand_ins(slot.shapes, state.scratch)
             call.outputs = self.outputs(slot)
         else:
             # Full steps need the most memory: they do not need this.
@@ -352,19 +311,6 @@ class ModelReuse(ABC):
             slot.history.append((state.slots.step, kept))
         call.is_skipped, call.outputs, call.shapes, call.kept = False, {}, {}, None
 
-    def _stand_ins(self, shapes: dict[int, Any]) -> dict[int, Any]:
-        """What has these shapes and is read by nobody: all in the same memory, since they are many."""
-        pool = self.state.scratch
-        distinct = sorted(set(tensor_shapes(shapes.values())), key=lambda shape: -shape.size.numel())
-        for shape in distinct:
-            kept = pool.get((shape.dtype, shape.device))
-            if kept is None or kept.numel() < shape.size.numel():
-                pool[shape.dtype, shape.device] = torch.zeros(
-                    shape.size.numel(), dtype=shape.dtype, device=shape.device
-                )
-        views = {shape: pool[shape.dtype, shape.device][: shape.size.numel()].view(shape.size) for shape in distinct}
-        return {number: _filled(part, views) for number, part in shapes.items()}
-
     @abstractmethod
     def kept(self, output: Any, kwargs: dict[str, Any]) -> Any:
         """What to keep of the last module's output."""
@@ -372,39 +318,6 @@ class ModelReuse(ABC):
     @abstractmethod
     def outputs(self, slot: Slot) -> dict[int, Any]:
         """What the modules return in a step that skips them."""
-
-
-class TensorShape(NamedTuple):
-    """A tensor but for its values."""
-
-    size: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-def shapes_of(output: Any) -> Any:
-    """The shape of a tensor, or of those in lists and tuples."""
-    if isinstance(output, torch.Tensor):
-        return TensorShape(output.shape, output.dtype, output.device)
-    if output is None:
-        return None
-    return tuple(shapes_of(part) for part in (output.to_tuple() if hasattr(output, "to_tuple") else output))
-
-
-def _filled(shapes: Any, tensors: dict[TensorShape, torch.Tensor]) -> Any:
-    """For every shape in lists and tuples of them, its tensor."""
-    if shapes is None:
-        return None
-    return tensors[shapes] if isinstance(shapes, TensorShape) else tuple(_filled(part, tensors) for part in shapes)
-
-
-def tensor_shapes(shapes: Any) -> Iterator[TensorShape]:
-    """Every shape in lists and tuples of them."""
-    if isinstance(shapes, TensorShape):
-        yield shapes
-    elif shapes is not None:
-        for part in shapes:
-            yield from tensor_shapes(part)
 
 
 class UNetReuse(ModelReuse):

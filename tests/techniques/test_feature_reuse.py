@@ -1,15 +1,14 @@
-"""Where a UNet is cut, what stands for what is skipped, and what a configuration takes."""
+"""Where a UNet is cut, and what a configuration takes."""
 
 import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 from models import tiny_sdxl, tiny_unet
 
 from agentsd import AgentSDConfig, FeatureReuseConfig
-from agentsd.techniques.feature_reuse import TensorShape, cut_unet, shapes_of
+from agentsd.models.cut import cut_unet
 
 
 def names(unet, branch):
@@ -46,13 +45,6 @@ def test_blocks_without_attention():
 def test_a_place_that_the_unet_does_not_have():
     with pytest.raises(ValueError, match=r"below 6.*UNet2DConditionModel.*got 6"):
         cut_unet(tiny_unet(), 6)
-
-
-def test_shapes_of_what_modules_return():
-    tensor = torch.zeros(2, 3, dtype=torch.float16)
-    shape = TensorShape(torch.Size([2, 3]), torch.float16, torch.device("cpu"))
-    assert shapes_of(tensor) == shape
-    assert shapes_of((tensor, (tensor, None))) == (shape, (shape, None))
 
 
 @pytest.mark.parametrize("steps, interval, expected", [(7, 2, 4), (6, 3, 2), (5, 1, 5)])
