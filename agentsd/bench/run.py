@@ -201,8 +201,10 @@ class _ModelBench:
             try:
                 numbers |= self.judge.judge(case, baseline, numbers["steps"], *models)
             except Exception as error:
+                # Compiled code may refuse what a method does: DeepCache keeps what CUDA graphs write over.
+                is_its_own = self.settings.compile or is_out_of_memory(error) or isinstance(error, MethodUnavailable)
                 # With several processes, the others wait for this one's images.
-                if self.workers.count > 1 or not (is_out_of_memory(error) or isinstance(error, MethodUnavailable)):
+                if self.workers.count > 1 or not is_its_own:
                     raise
                 numbers = {"reason": reason_of(error)}
         self._keep(case, numbers)

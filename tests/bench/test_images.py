@@ -13,6 +13,7 @@ from bench_runs import quality
 from diffusers import PNDMScheduler
 from models import tiny_sd
 
+import agentsd
 from agentsd.bench import BenchError, BenchSettings, run_bench
 from agentsd.bench.features import image_files
 from agentsd.bench.images import ImageJudge, read_prompts
@@ -149,6 +150,21 @@ def test_memory_that_runs_out_while_drawing_costs_one_row(model, tmp_path, monke
     baseline, agentsd = run_bench(quality(model), out=tmp_path).rows
     assert baseline.reason is None
     assert agentsd.reason == "out of memory"
+
+
+def test_what_compiled_code_refuses_while_drawing_costs_one_row(model, tmp_path, monkeypatch):
+    def compile(unet, **_):
+        if agentsd.is_patched(unet):
+            unet.register_forward_pre_hook(refuse)
+        return unet
+
+    def refuse(*_):
+        raise RuntimeError("accessing tensor output of CUDAGraphs that has been overwritten")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    baseline, patched = run_bench(quality(model, repeats=0, compile="reduce-overhead"), out=tmp_path).rows
+    assert baseline.reason is None
+    assert patched.reason == "RuntimeError: accessing tensor output of CUDAGraphs that has been overwritten"
 
 
 # The command, which leaves a file for each image that a process draws.
