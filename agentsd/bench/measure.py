@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..utils.timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
 from .memory import allocated_bytes, is_out_of_memory, peak_memory
 from .methods import BASELINE, FewerSteps, agent_share, find_method
-from .models import Subject, compiled_graphs, switch_on
+from .models import Subject, all_variants, compiled_graphs, switch_on
 from .peers import MethodUnavailable
 from .rows import OUT_OF_MEMORY, Case, named
 from .schedule import CALL_STEPS
@@ -322,4 +322,4 @@ def _prepare(subject: Subject, case: Case, settings: BenchSettings) -> Callable[
     """One call of a case from nothing, for a process of its own."""
     model = switch_on(subject, subject.load(), case, settings.options, settings.compile)
     steps = call_steps(case, settings) if settings.kind == "call" else min(settings.steps, _SHORT_RUN)
-    return partial(subject.call(model, case, steps), Stopwatch(subject.device))
+    return all_variants()(partial(subject.call(model, case, steps), Stopwatch(subject.device)))

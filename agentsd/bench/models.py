@@ -1,7 +1,8 @@
 """What is measured: generations of a pipeline, or single calls of a UNet with random weights."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -272,8 +273,15 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _compile(unet: Any, mode: str | None) -> Any:
+@contextmanager
+def all_variants() -> Iterator[None]:
+    """Within it, `torch.compile` keeps all variants of a model."""
     # All copies of a model count as one piece of code, and past a few variants of it Dynamo goes back to eager, in
-    # silence. One size is compiled as it is, not as one of many.
-    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = _MOST_VARIANTS
+    # silence.
+    with torch._dynamo.config.patch(cache_size_limit=_MOST_VARIANTS, accumulated_cache_size_limit=_MOST_VARIANTS):
+        yield
+
+
+def _compile(unet: Any, mode: str | None) -> Any:
+    # One size is compiled as it is, not as one of many.
     return torch.compile(unet, dynamic=False, mode=mode)

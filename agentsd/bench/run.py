@@ -19,7 +19,7 @@ from .images import ImageJudge, builtin_prompts, check_metrics
 from .measure import CaseTimer, can_call, reason_of
 from .memory import is_out_of_memory
 from .methods import BASELINE, is_calibrated
-from .models import PipelineSubject, Subject, UNetSubject
+from .models import PipelineSubject, Subject, UNetSubject, all_variants
 from .peers import MethodUnavailable
 from .report import BenchResult, result_of
 from .rows import Case, image_folder, short_name
@@ -101,6 +101,7 @@ def _run(settings: BenchSettings, out: str | Path | None, resume: bool, progress
     # The main process' facts, for each GPU has another name.
     facts = workers.agree(facts)
     with ExitStack() as stack:
+        stack.enter_context(all_variants())
         path = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
         # Only one process writes; the others read its folder once it is there.
         with workers.main_first():

@@ -187,6 +187,7 @@ def test_every_variant_is_really_compiled(tmp_path, monkeypatch):
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(cache_size_limit=2):
         run_bench(speed(str(tmp_path / "small"), methods=("baseline", "agentsd"), compile=True, repeats=1, steps=5))
+        assert torch._dynamo.config.cache_size_limit == 2, "as it was found"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "one for the baseline, and one for each phase"
 
 
