@@ -132,12 +132,12 @@ def wait_for_end(page: Page) -> None:
 
 def is_running(page: Page) -> None:
     """Wait until the long run of a test has begun."""
-    expect(page.get_by_text(re.compile(r"\d+/200"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"\d+/800"))).to_be_visible()
 
 
 def start_long(page: Page) -> None:
     """Start a comparison of many steps, and wait until it runs."""
-    set_number(page, "Steps", 200)
+    set_number(page, "Steps", 800)
     page.locator("#compare-start").click()
     is_running(page)
 

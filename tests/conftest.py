@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are so small that a second thread costs more in waiting than it saves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish():
+    """The libraries stay: garbage is not looked for in their millions of objects, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Some of them complain of what is left when Python ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -33,28 +45,18 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def emoji_of(side, folder):
-    """The embedded model with another size as its own, in pixels, at which it draws several times as fast."""
+@pytest.fixture(scope="session")
+def emoji_128(tmp_path_factory):
+    """The embedded model with another size as its own, in pixels, at which it draws ten times as fast."""
     from agentsd.utils.loading import resolve_model
 
+    folder = tmp_path_factory.mktemp("models") / "emoji"
     shutil.copytree(resolve_model("emoji"), folder, copy_function=os.symlink)
     config = folder / "unet" / "config.json"
-    text = json.dumps(json.loads(config.read_text()) | {"sample_size": side // 8})
+    text = json.dumps(json.loads(config.read_text()) | {"sample_size": 128 // 8})
     config.unlink()
     config.write_text(text)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def emoji_256(tmp_path_factory):
-    """For what looks at images or tokens: the smaller of the two sizes that it was taught."""
-    return emoji_of(256, tmp_path_factory.mktemp("models") / "emoji")
-
-
-@pytest.fixture(scope="session")
-def emoji_128(tmp_path_factory):
-    """For what only has to run."""
-    return emoji_of(128, tmp_path_factory.mktemp("models") / "emoji")
 
 
 @pytest.fixture(scope="session")

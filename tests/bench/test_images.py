@@ -12,6 +12,7 @@ import torch
 from bench_runs import quality
 from diffusers import PNDMScheduler
 from models import tiny_sd
+from typer.testing import CliRunner
 
 import agentsd
 from agentsd.bench import BenchError, BenchSettings, run_bench
@@ -20,6 +21,7 @@ from agentsd.bench.images import ImageJudge, read_prompts
 from agentsd.bench.measure import CaseTimer
 from agentsd.bench.models import PipelineSubject
 from agentsd.bench.run import subject_of
+from agentsd.cli import app
 
 
 PROMPTS = ("red apple", "blue heart")
@@ -189,10 +191,8 @@ main()
 def test_two_processes_draw_the_same_images(model, tmp_path):
     command = ["bench", model, "--suite", "quality", "--methods", "baseline,tomesd", "--prompts", "5", "--steps", "1"]
     command += "--repeats 1 --no-memory --device cpu --height 64 --width 64 --batch 2 --out".split()
-    alone = subprocess.run(
-        [sys.executable, "-m", "agentsd", *command, str(tmp_path / "one")], capture_output=True, text=True, check=False
-    )
-    assert alone.returncode == 0, alone.stderr
+    alone = CliRunner().invoke(app, [*command, str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.stderr
     script = tmp_path / "witness.py"
     script.write_text(WITNESS)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -98,7 +98,7 @@ def test_pipelines_that_share_a_controlnet(reuse):
 def test_pipelines_that_share_an_offloaded_unet(offload):
     pipe = agentsd.apply_patch(tiny_sd(), config=EVERYTHING)
     OFFLOADS[offload](pipe.unet)
-    assert_as_alone(pipe, pipe.unet)
+    assert_as_alone(pipe, pipe.unet, num_inference_steps=4)
 
 
 @pytest.mark.usefixtures("default_backend")
@@ -235,6 +235,7 @@ def compile_blocks(unet):
     return unet
 
 
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # graphs for any size take twice as long to capture
 @pytest.mark.parametrize("has_run", [False, True], ids=["fresh", "after_a_run"])
 @pytest.mark.parametrize(
     ("compiled", "options"),

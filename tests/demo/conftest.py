@@ -19,8 +19,8 @@ expect.set_options(timeout=SLOW)
 
 
 @pytest.fixture(scope="module")
-def engine(emoji_256):
-    return Engine([emoji_256], device="cpu", limits=Limits(side=512, steps=200, sweep=6, waiting=1, seconds=10))
+def engine(emoji_128):
+    return Engine([emoji_128], device="cpu", limits=Limits(side=512, steps=800, sweep=6, waiting=1, seconds=10))
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_one_generation_runs_at_a_time(open_page):
 
 def test_what_waits_can_be_stopped(open_page):
     mine, yours = open_page(), open_page()
-    set_number(yours, "Steps", 200)
+    set_number(yours, "Steps", 800)
     start_long(mine)
     yours.locator("#compare-start").click()
     expect(yours.get_by_text("queue: 1/1")).to_be_visible()
@@ -69,7 +69,7 @@ def test_what_waits_can_be_stopped(open_page):
 def test_the_queue_has_an_end(open_page):
     running, waiting, refused = open_page(), open_page(), open_page()
     for page in (waiting, refused):
-        set_number(page, "Steps", 200)
+        set_number(page, "Steps", 800)
     start_long(running)
     waiting.locator("#compare-start").click()
     expect(waiting.get_by_text("queue: 1/1")).to_be_visible()
@@ -135,15 +135,15 @@ def test_the_queue_cannot_be_skipped(address):
 
 def test_programs_get_messages_too(address):
     client = Client(address, verbose=False, download_files=tempfile.mkdtemp())
-    asked = ["red apple", "", "emoji", 0, 1, 4.0, 256, 256]
+    asked = ["red apple", "", "emoji", 0, 1, 4.0, 128, 128]
     patch = [0.4, 0.4, "tome", 0, 1, 0.3, 0.075, 0, True, False, False, 1, 1, 0]
     status, images, *_ = client.predict(*asked, *patch, 0, api_name="/compare")
     assert "Speed-up per step" in status
     *_, report = client.predict(*asked, 0.5, 0, "kv-merged", *patch[3:], 0, api_name="/compare")
-    assert re.search(r" kv-merged +1024 +512 ", report), "half of the keys"
-    assert PIL.Image.open(images[0]).size == (256, 256)
+    assert re.search(r" kv-merged +256 +128 ", report), "half of the keys"
+    assert PIL.Image.open(images[0]).size == (128, 128)
     for values, message in (
-        ([*asked[:4], 201, *asked[5:], *patch, 0], "201 is greater"),
+        ([*asked[:4], 801, *asked[5:], *patch, 0], "801 is greater"),
         ([*asked, 1.5, *patch[1:], 0], "1.5 is greater"),
         ([*asked[:2], "/etc", *asked[3:], *patch, 0], "/etc"),
         ([*asked, *patch, 31], "31 is greater"),
