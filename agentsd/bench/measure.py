@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._inductor import list_mode_options
 from torch.profiler import ProfilerActivity, profile
 
 from ..utils.timing import Sample, Stopwatch, Variant, paired_speedup, summarize, time_round
@@ -217,11 +218,11 @@ class CaseTimer:
         self.folder.rounds.keep(measure, **_key("memory", case))
 
     def _profile(self, case: Case, variant: Variant, others: int) -> None:
-        """On a GPU, memory of one call, less what other methods keep there, and kernel launches."""
+        """On a GPU, kernel launches and, but of CUDA graphs, memory of one call, less what other methods keep."""
         device = self.subject.device
         if device.type != "cuda":
             return
-        if self.settings.memory:
+        if self.settings.memory and not _has_cuda_graphs(self.settings.compile):
             call = partial(variant.call, Stopwatch(device))
             self.folder.rounds.keep(
                 lambda: {"peak_bytes": peak_memory(device, lambda: call, others)}, **_key("memory", case)
@@ -229,6 +230,11 @@ class CaseTimer:
         steps = _PROFILED_STEPS if self.settings.kind == "generation" else self.steps(case)
         short = partial(self.subject.call(self.twin(case), case, steps), Stopwatch(device))
         self.folder.rounds.keep(lambda: {"launches": count_launches(short) / steps}, **_key("launches", case))
+
+
+def _has_cuda_graphs(compile: bool | str) -> bool:
+    """Whether models run as CUDA graphs: once recorded, these allocate nothing that could be counted."""
+    return isinstance(compile, str) and bool(list_mode_options(compile).get("triton.cudagraphs"))
 
 
 def is_computed(case: Case, settings: BenchSettings) -> bool:

@@ -106,7 +106,7 @@ class BenchSettings:
         compile (`bool` or `str`, defaults to `False`):
             Run every method, baseline too, through `torch.compile`, and in which mode if not its default. With
             `"reduce-overhead"`, CUDA graphs run on a GPU what was compiled; methods that keep what a graph writes over
-            get a row that says so.
+            get a row that says so, and peak memory is not measured.
         memory (`bool`, defaults to `True`): Measure peak memory; on a CPU each case then runs once more, by itself.
         budget_minutes (`float`, *optional*): Start no further group of cases after this time.
         options (`dict[str, Any]`): Fields of [`AgentSDConfig`] for the methods of this library.
