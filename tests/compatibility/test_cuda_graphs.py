@@ -18,22 +18,15 @@ from .test_compile import small_unet, walk
 
 
 TIMESTEPS = torch.tensor([950, 930, 910, 890, 870, 140, 120, 100, 80, 60])
-# What keeps something, each in another way: features, matches, and both.
-FEATURES = [{"ratio": 0, "reuse": 2}, {"ratio": 0, "reuse": FeatureReuseConfig(interval=3, order=0)}]
-MATCHES = [
+# What keeps something, each in another way.
+KEEPING = [
+    {"ratio": 0, "reuse": 2},
+    {"ratio": 0, "reuse": FeatureReuseConfig(interval=3, order=0)},
+    {"preset": "balanced", "min_tokens": 0, "reuse": FeatureReuseConfig(branch=1)},
     {"merge_mlp": True, "merge_crossattn": True, "match_interval": 2},
+    {"match_interval": 1, "reuse": FeatureReuseConfig(interval=3, branch=1)},
     {"late_phase": "kv-merged", "share_matches": "level", "match_interval": 3},
 ]
-BOTH = [
-    {"preset": "balanced", "min_tokens": 0, "reuse": FeatureReuseConfig(branch=1)},
-    {"match_interval": 1, "reuse": FeatureReuseConfig(interval=3, branch=1)},
-]
-
-
-def keeping(often, seldom):
-    """These in every run of the tests, and the others in one of all: to capture graphs takes seconds."""
-    slow = [pytest.param(options, marks=pytest.mark.slow) for options in seldom]
-    return pytest.mark.parametrize("options", [*often, *slow], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +59,7 @@ def patched(options):
     return agentsd.apply_patch(small_unet(layers_per_block=2), **options)
 
 
-@keeping([*FEATURES, *BOTH], MATCHES)
+@pytest.mark.parametrize("options", KEEPING, ids=str)
 def test_a_whole_model(options):
     expected = walk(patched(options), TIMESTEPS)
     unet = torch.compile(patched(options), backend=OverwritingGraphs(), fullgraph=True)
@@ -74,7 +67,7 @@ def test_a_whole_model(options):
         assert_close(walk(unet, TIMESTEPS), expected)
 
 
-@keeping([*MATCHES, BOTH[0], {"late_phase": "kv-merged", "share_matches": "block"}], [*FEATURES, BOTH[1]])
+@pytest.mark.parametrize("options", [*KEEPING, {"late_phase": "kv-merged", "share_matches": "block"}], ids=str)
 def test_block_by_block(options):
     """Each block is a call of its own, so that steps have to be marked."""
     expected = walk(patched(options), TIMESTEPS)
