@@ -98,7 +98,7 @@ def test_pipelines_that_share_a_controlnet(reuse):
 def test_pipelines_that_share_an_offloaded_unet(offload):
     pipe = agentsd.apply_patch(tiny_sd(), config=EVERYTHING)
     OFFLOADS[offload](pipe.unet)
-    assert_as_alone(pipe, pipe.unet, num_inference_steps=4)
+    assert_as_alone(pipe, pipe.unet)
 
 
 @pytest.mark.usefixtures("default_backend")
