@@ -36,7 +36,7 @@ demo: $(VENV)/.demo ## Serve a web page that compares speed and images side by s
 	$(BIN)/agentsd demo $(RESULTS:%/cases.jsonl=--results %)
 
 test: $(VENV)/.dev $(VENV)/.browser ## Run the tests (slow and CUDA tests left out; PYTEST_ARGS adds options).
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lowest: build/constraints-lowest.txt ## Run the tests with the oldest torch and diffusers allowed, in .venv-lowest.
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=$<
