@@ -22,6 +22,9 @@ TIMESTEPS = torch.tensor([900, 880, 120, 100])
 ONE_A_PHASE = [0, 2]
 EVERYTHING = AgentSDConfig(merge_mlp=True, merge_crossattn=True)
 IS_TORCH_2_6 = torch.__version__.startswith("2.6.")
+needs_graphs_of_several_blocks = pytest.mark.skipif(
+    IS_TORCH_2_6, reason="torch 2.6 shares no graph between blocks, patched or not"
+)
 
 
 def small_unet(**overrides):
@@ -164,7 +167,7 @@ def test_other_sizes():
         assert_close(walk(unet, few, size=size), walk(agentsd.apply_patch(small_unet()), few, size=size))
 
 
-@pytest.mark.skipif(IS_TORCH_2_6, reason="torch 2.6 shares no graph between blocks, patched or not")
+@needs_graphs_of_several_blocks
 def test_many_blocks_share_their_graphs():
     """Regional compilation: however many the blocks, they need as many graphs a phase as without the patch."""
     up = {"up_block_types": ("CrossAttnUpBlock2D",)}

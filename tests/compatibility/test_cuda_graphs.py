@@ -17,8 +17,8 @@ from .test_compile import small_unet, walk
 
 
 TIMESTEPS = torch.tensor([950, 930, 910, 890, 870, 140, 120, 100, 80, 60])
-# What keeps something, each in another way, and how often a run of the ten steps copies a match: once for each layer or
-# group, whenever it was matched anew to be kept. The second phase, from the sixth step on, has matches of its own.
+# What keeps something, each in another way, and how often a run of the ten steps copies a match: once for each layer
+# or group, whenever it was matched anew to be kept. The second phase, from the sixth step on, has matches of its own.
 KEEPING = [
     ({"ratio": 0, "reuse": 2}, 0),
     ({"ratio": 0, "reuse": FeatureReuseConfig(interval=3, order=0)}, 0),
