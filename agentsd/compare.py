@@ -11,10 +11,11 @@ import torch
 
 from .comparison import ONLY, Comparison, PatchedRun, step_speed_up
 from .config import AgentSDConfig
-from .patch import is_patched, patched, plan_patch, unpatched
+from .patch import is_patched, patchable_models, patched, plan_patch, unpatched
 from .patch_report import PatchReport, report
 from .presets import PresetName
 from .runtime.checks import plain_value, shown
+from .runtime.install import patch_of
 from .utils.calls import check_call, pipeline_call
 from .utils.environment import environment
 from .utils.generation import Run, TimedImage
@@ -108,6 +109,10 @@ def compare(
         name: nullcontext if each is None and is_patched(pipe) else partial(patched, pipe, config=each)
         for name, each in chosen.items()
     }
+    for _, model in patchable_models(pipe):
+        patch = patch_of(model)
+        if patch is not None:
+            patch.repeat_warnings()  # what it has said in earlier calls belongs to this comparison too
     runs, reports = _timed_runs(pipe, call, steps, seed, seconds, progress, variants)
     baseline = runs.pop("baseline")
     return Comparison(
@@ -215,6 +220,8 @@ def _check(prompt: str | None, steps: int, seed: int, seconds: float, options: d
             raise TypeError(f"`{name}` must be an integer, but got {shown(value)}.")
         if value < low:
             raise ValueError(f"`{name}` must be at least {low}, but got {value}.")
+    if seed >= 2**63:
+        raise ValueError(f"`seed` must be below 2⁶³, but got {seed}.")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(f"`seconds` must be a number, but got {shown(seconds)}.")
     if not 0 <= seconds < math.inf:

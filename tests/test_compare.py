@@ -165,3 +165,11 @@ def test_interrupted_pipeline_is_no_result():
 
     with pytest.raises(RuntimeError, match="was interrupted"):
         compare(pipe, PROMPT, steps=3, progress=interrupt)
+
+
+def test_what_a_patch_has_said_before_is_said_of_each_comparison():
+    """A patched pipeline warns once; whoever reads a comparison does not know of the others."""
+    pipe = agentsd.apply_patch(tiny_sd(), reuse=2)
+    expected = ["Feature reuse is off in runs of fewer than 8 steps; this one has 2."]
+    for _ in range(2):
+        assert compare(pipe, PROMPT, steps=2).warnings == expected

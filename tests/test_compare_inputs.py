@@ -33,6 +33,7 @@ import agentsd
         ({"steps": 0}, ValueError, "`steps` must be at least 1, but got 0"),
         ({"steps": 2.5}, TypeError, "`steps` must be an integer, but got 2.5"),
         ({"seed": -1}, ValueError, "`seed` must be at least 0"),
+        ({"seed": 2**63}, ValueError, "`seed` must be below"),
         ({"seed": True}, TypeError, "`seed` must be an integer"),
         ({"seconds": -1}, ValueError, "`seconds` must be at least 0 and finite, but got -1"),
         ({"seconds": math.nan}, ValueError, "`seconds` must be at least 0 and finite, but got nan"),

@@ -48,6 +48,9 @@ class ModelTechnique(Protocol):
     def reset(self) -> None:
         """Keep nothing of the calls before: the next one is the first of an image."""
 
+    def repeat_warnings(self) -> None:
+        """Say again what was said once."""
+
 
 class ModelPatch:
     """
@@ -148,6 +151,12 @@ class ModelPatch:
                 "`agentsd.apply_patch` with a preset that does the same at every step, such as "
                 '`config=AgentSDConfig.preset("agent")` or `"tome"`.',
             )
+
+    def repeat_warnings(self) -> None:
+        """Say again, in the calls to come, what was said once."""
+        self.warned.clear()
+        if self.reuse is not None:
+            self.reuse[1].repeat_warnings()
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self.warned:

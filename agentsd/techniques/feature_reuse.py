@@ -239,6 +239,10 @@ class ModelReuse(ABC):
         self.state.slots.clear()
         self.clock.counter.restart()
 
+    def repeat_warnings(self) -> None:
+        """Say again, in the calls to come, what was said once."""
+        self.clock.warned.clear()
+
     @property
     def state(self) -> ReuseState:
         """Where this thread is."""
