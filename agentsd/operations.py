@@ -12,6 +12,7 @@ from .models.unet import plain_name
 from .patch import apply_patch
 from .runtime.break_even import least_tokens
 from .runtime.install import ModelPatch, patch_of
+from .runtime.steps import running_phases
 
 
 _TEXT_TOKENS = 77  # CLIP's
@@ -75,15 +76,13 @@ def expected_speedup(unet: Any, patch: ModelPatch, height: int, width: int) -> f
     clock = own.clock
     interval = config.reuse.interval if config.reuse is not None else 1
     steps = interval * (config.match_interval or 1)
-    starts = [0.0, *(phase.until for phase in clock.phases[:-1])]
     patched = 0.0
     # From the last phase on: where timesteps go up, another image begins, with a step that runs the whole UNet.
-    for start, phase in reversed(list(zip(starts, clock.phases, strict=True))):
-        if phase.until > start:
-            middle = (1 - (start + phase.until) / 2) * clock.num_train_timesteps
-            # As many steps of a run as it takes until all is as in the first: of one phase, so hardly apart.
-            run = [_operations(twin, inputs, middle * (1 - 1e-6 * step)) for step in range(steps)]
-            patched += (phase.until - start) * sum(run) / steps
+    for start, phase in reversed(running_phases(clock.phases)):
+        middle = (1 - (start + phase.until) / 2) * clock.num_train_timesteps
+        # As many steps of a run as it takes until all is as in the first: of one phase, so hardly apart.
+        run = [_operations(twin, inputs, middle * (1 - 1e-6 * step)) for step in range(steps)]
+        patched += (phase.until - start) * sum(run) / steps
     return plain / patched
 
 

@@ -13,7 +13,7 @@ from .patch import patchable_models
 from .runtime.break_even import least_tokens
 from .runtime.fallbacks import TOO_SMALL
 from .runtime.install import ModelPatch, patch_of, replaced_reason
-from .runtime.steps import Phase
+from .runtime.steps import Phase, running_phases
 from .techniques.feature_reuse import FeatureReuseConfig
 
 
@@ -63,7 +63,8 @@ class LayerReport:
         tokens (`int`, *optional*): Tokens, if the size is known.
         attention_flops (`int`, *optional*): Operations of the unpatched attention products, for one sample.
         phases (`dict[str, PhaseReport]`):
-            By phase name, if the size is known and the layer is patched: what runs, unless `fallbacks` says otherwise.
+            By name of each phase that any step is in, if the size is known and the layer is patched: what runs, unless
+            `fallbacks` says otherwise.
         fallbacks (`dict[str, str]`):
             Why parts of the block ran without agentsd when they last ran, or will: `"attn1"` (the self-attention),
             `"attn2"` and `"ff"`.
@@ -143,7 +144,7 @@ class PatchReport:
             if row.skipped is not None:
                 lines.append([*map(str, layer), f"skipped: {row.skipped}"])
                 continue
-            for name in row.phases or [phase.name for phase in self.config.phases]:
+            for name in row.phases or [phase.name for _, phase in running_phases(self.config.phases)]:
                 # All phases of self-attention give way to one line.
                 if "attn1" not in row.fallbacks:
                     lines.append([*map(str, layer), name, *_phase_cells(row, row.phases.get(name))])
@@ -295,7 +296,7 @@ def _model_rows(
                 reason += f', which is what "auto" is on {device.type}'
             row = replace(_with_size(row, size), skipped=reason)
         elif size is not None:
-            phases = {phase.name: _phase_report(row, phase, size) for phase in patch.config.phases}
+            phases = {phase.name: _phase_report(row, phase, size) for _, phase in running_phases(patch.config.phases)}
             row = replace(_with_size(row, size), phases=phases)
         rows[layer.number] = row
     return [rows[number] for number in sorted(rows)]

@@ -138,3 +138,24 @@ def test_it_says_which_steps_are_full_and_what_the_others_run(unet, branch, runn
     names = report.reuse.split("the others run ")[1].split(", and what")[0].split(", ")
     assert set(names) == {"conv_in", "time_embedding", *running, "conv_norm_out", "conv_out"}
     assert agentsd.report(agentsd.apply_patch(unet)).reuse is None
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ["agent", "tome"]),
+        ({"agent_until": 1}, ["agent"]),
+        ({"agent_until": 0}, ["tome"]),
+        ({"preset": "balanced", "min_tokens": 0}, ["kv-merged"]),
+        ({"preset": "fast", "min_tokens": 0}, ["kv-merged"]),
+        ({"preset": "agent"}, ["all steps"]),
+    ],
+    ids=str,
+)
+def test_it_has_the_phases_that_some_step_is_in(unet, options, names):
+    """Whether the size is known or not."""
+    agentsd.apply_patch(unet, **options)
+    for report in (agentsd.report(unet), agentsd.report(unet, 128, 128)):
+        assert all(list(row.phases) == (names if row.tokens else []) for row in report.rows)
+        printed = {name for line in str(report).splitlines() for name in line.split() if name in ("agent", "tome")}
+        assert printed == {"agent", "tome"}.intersection(names)

@@ -210,6 +210,12 @@ def phase_at(timestep: float, num_train_timesteps: int, phases: tuple[Phase, ...
     return len(phases) - 1
 
 
+def running_phases(phases: tuple[Phase, ...]) -> list[tuple[float, Phase]]:
+    """Those phases that any step is in, each with where it begins, as a share of the noise range."""
+    starts = [0.0, *(phase.until for phase in phases[:-1])]
+    return [(start, phase) for start, phase in zip(starts, phases, strict=True) if phase.until > start]
+
+
 class ModelCall:
     """The last call of a model in one thread: its step, and whether it still runs."""
 
