@@ -38,7 +38,8 @@ class AgentSDConfig:
 
     Args:
         ratio (`float`, defaults to `0.4`):
-            Share of tokens to merge, in `[0, 1)`. `0` leaves every layer as it is.
+            Share of tokens to merge, in `[0, 1)`. `0` leaves every layer as it is. A late phase that merges only keys
+            and values (`"kv-..."`, in the presets `"balanced"` and `"fast"` that of all steps) has `kv_ratio` instead.
         max_downsample (`int`, defaults to `1`):
             Patch layers down-sampled by at most this factor (1, 2, 4 or 8), counted from the highest resolution that
             has attention, so that `1` finds layers in SDXL too.
@@ -68,8 +69,9 @@ class AgentSDConfig:
         seed (`int`, defaults to `0`): Seed of that choice.
         merge_attn (`bool`, defaults to `True`):
             Merge tokens in self-attention. With this and the next two off, a patch changes nothing.
-        merge_crossattn (`bool`, defaults to `False`): Merge the queries of cross-attention as well.
-        merge_mlp (`bool`, defaults to `False`): Merge tokens in the feed-forward layer as well.
+        merge_crossattn (`bool`, defaults to `False`):
+            Merge the queries of cross-attention as well, but not in a late phase that merges only keys and values.
+        merge_mlp (`bool`, defaults to `False`): Merge tokens in the feed-forward layer as well, but not there either.
         min_tokens (`int` or `"auto"`, defaults to `0`):
             Leave layers of fewer tokens alone: their attention costs less than merging would. `"auto"` is what was
             measured for the device that the model runs on: 2,048 on a CPU, 16,384 on a GPU.
@@ -264,11 +266,7 @@ class AgentSDConfig:
         True
         ```
         """
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise TypeError(f"Unknown option {', '.join(map(repr, unknown))}. The options are: {', '.join(known)}.")
-        return cls(**values)
+        return cls(**_known_fields(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -288,12 +286,21 @@ class AgentSDConfig:
         return asdict(self)
 
 
+def _known_fields(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """These values, if a configuration has a field of each name."""
+    known = [field.name for field in fields(kind)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise TypeError(f"Unknown option {', '.join(map(repr, unknown))}. The options are: {', '.join(known)}.")
+    return values
+
+
 def _reuse_config(value: Any) -> FeatureReuseConfig | None:
     """What `reuse` was given: nothing, a configuration, its fields, or the interval alone."""
     if value is None or isinstance(value, FeatureReuseConfig):
         return value
     if isinstance(value, dict):
-        return FeatureReuseConfig(**value)
+        return FeatureReuseConfig(**_known_fields(FeatureReuseConfig, value))
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`reuse` must be a FeatureReuseConfig or an interval such as 2, but got {shown(value)}.")
     return FeatureReuseConfig(interval=int(value))

@@ -16,7 +16,7 @@ from .runtime.fallbacks import message, remedy
 from .runtime.install import ModelPatch, Snapshot, original_processor, patch_of, replace_patches, uninstall
 from .runtime.matching import Matching
 from .runtime.state import LayerState
-from .runtime.steps import Clock
+from .runtime.steps import Clock, running_phases
 from .techniques.feature_reuse import FeatureReuseConfig, apply_feature_reuse
 
 
@@ -76,6 +76,7 @@ def apply_patch(
     """
     options |= {"preset": preset, "config": config, "filter_fn": filter_fn}
     planned = plan_patch(pipe_or_unet, ratio, **options)
+    _warn_of_unused_ratio(planned[0][1].config)
     for _, patch in planned:
         _warn_of_other_packages(patch)
     replace_patches(planned)
@@ -262,7 +263,7 @@ def _resolve_config(
     if ratio is not None:
         options = {"ratio": ratio, **options}
     if config is None:
-        return AgentSDConfig.preset(preset or "paper", **options)
+        return AgentSDConfig.preset("paper" if preset is None else preset, **options)
     if not isinstance(config, AgentSDConfig):
         raise TypeError(f"`config` must be an AgentSDConfig, but got {type(config).__name__}.")
     given = [*(["preset"] if preset is not None else []), *options]
@@ -314,6 +315,19 @@ def _match_group(layer: AttentionLayer, config: AgentSDConfig) -> str:
         case "level":
             return str(layer.level)
     return layer.name
+
+
+def _warn_of_unused_ratio(config: AgentSDConfig) -> None:
+    """Where only keys and values are merged, `ratio` says no more than whether they are."""
+    phases = [phase for _, phase in running_phases(config.phases)]
+    is_used = any(phase.keys is None for phase in phases)
+    if config.ratio not in (0, AgentSDConfig.ratio) and not is_used:
+        instead = "`kv_ratio` says how many are" if config.late_phase == "kv-merged" else "of four, one is left"
+        warnings.warn(
+            f"`ratio={config.ratio:g}` changes nothing here: in every step, only keys and values are merged, and "
+            f"{instead}. `ratio=0` leaves them alone.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_other_packages(patch: ModelPatch) -> None:

@@ -110,7 +110,7 @@ class AgentSDPipeline:
             if config is not None:
                 options["config"] = config
             # Before the model, which may take long to load.
-            config = AgentSDConfig.preset(preset or "paper", **patch)
+            config = AgentSDConfig.preset("paper" if preset is None else preset, **patch)
         check_filter(filter_fn)
         pipe = load_pipeline(model, device=device, dtype=dtype, **options)
         return cls(apply_patch(pipe, config=config, filter_fn=filter_fn))

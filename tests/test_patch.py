@@ -108,3 +108,30 @@ def test_copies_do_not_share_the_patch(unet):
     assert agentsd.is_patched(twin)
     assert torch.equal(run(twin), expected)
     assert torch.equal(run(agentsd.remove_patch(twin)), run(unet))
+
+
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [
+        ({"preset": "balanced", "min_tokens": 0, "ratio": 0.1}, "`kv_ratio` says how many"),
+        ({"preset": "fast", "min_tokens": 0, "ratio": 0.9}, "`kv_ratio` says how many"),
+        ({"agent_until": 0, "late_phase": "kv-mean", "ratio": 0.3}, "of four, one is left"),
+        ({"preset": "balanced"}, None),
+        ({"preset": "balanced", "ratio": 0}, None),
+        ({"late_phase": "kv-merged", "ratio": 0.3}, None),
+        ({"preset": "tome", "ratio": 0.3}, None),
+        ({"ratio": 0.3}, None),
+    ],
+    ids=str,
+)
+def test_a_ratio_without_effect_is_warned_of(unet, options, instead):
+    """Where all steps merge keys and values alone; and it has none there, indeed."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agentsd.apply_patch(unet, **options)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (instead is not None)
+    if instead is not None:
+        assert said[0].startswith(f"`ratio={options['ratio']:g}` changes nothing here") and instead in said[0]
+        given = run(unet)
+        assert torch.equal(run(agentsd.apply_patch(unet, **{**options, "ratio": 0.4})), given)

@@ -118,7 +118,9 @@ def generate(
         call = pipeline_call(prompt, guidance, height, width, negative_prompt)
         check_draws_from_text(pipe, call, steps, is_timed=False)
         if not no_patch:
-            apply_patch(pipe, config=config)
+            with user_warnings() as said:
+                apply_patch(pipe, config=config)
+            warn(said)
         # No bar where nobody watches.
         pipe.set_progress_bar_config(disable=None)
         start = time.perf_counter()
@@ -127,7 +129,9 @@ def generate(
         image = to_image(drawn.values)
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out)
-        patch = f"with agentsd, {f'preset {preset}, ' if preset else ''}ratio {config.ratio:g}"
+        options = {"preset": preset, "ratio": ratio, "reuse": reuse}
+        given = [f"{name} {value}" for name, value in options.items() if value is not None]
+        patch = ", ".join(["with agentsd", *(given or [f"ratio {config.ratio:g}"])])
         how = "without agentsd" if no_patch else patch
         warn([*drawn.said, *image_warnings(drawn.output, how.split(",")[0], pipe.dtype)])
         print(f"{out}: {image.width}×{image.height}, {steps} steps in {seconds:.1f} s {how}, seed {seed}")
@@ -214,13 +218,14 @@ def report(
     settings: Settings = None,
     height: Height = None,
     width: Width = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Show what agentsd does to each layer of a model: tokens, agents and operations."""
     with errors_as_messages(debug, exit_code=2):
         config = patch_config(preset, ratio, reuse, settings)
         check_size(height, width)
-    pipe = load_model(model, "cpu", None, debug)
+    pipe = load_model(model, device, None, debug)
     with errors_as_messages(debug):
         from ..patch import apply_patch
         from ..patch_report import report as report_patch

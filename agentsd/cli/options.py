@@ -45,7 +45,7 @@ Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. [default: the model's]")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels. [default: the model's]")]
 Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels. [default: the model's]")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw.")]
 Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, `cuda:1`, `mps`. [default: a GPU if there is one]")]
 DType = Annotated[
@@ -82,7 +82,8 @@ def patch_config(
     preset: str | None, ratio: float | None, reuse: int | None, settings: list[str] | None
 ) -> "AgentSDConfig":
     """The configuration that `--preset` and what overrides it ask for."""
-    return preset_configs([preset or "paper"], overrides(ratio, reuse, settings))[preset or "paper"]
+    name = "paper" if preset is None else preset
+    return preset_configs([name], overrides(ratio, reuse, settings))[name]
 
 
 def preset_configs(names: Sequence[str], values: dict[str, Any]) -> dict[str, "AgentSDConfig"]:

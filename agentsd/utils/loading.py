@@ -56,7 +56,7 @@ def resolve_model(model: str | os.PathLike = "emoji", replaced: Collection[str] 
     name = os.fspath(model)
     is_builtin = isinstance(model, str) and name in BUILTIN_MODELS
     path = Path(__file__).parents[1] / "assets" / name if is_builtin else Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         _check_folder(path, replaced)
         return path
     if path.suffix.lower() in _PICKLE_SUFFIXES:

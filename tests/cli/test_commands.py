@@ -126,7 +126,9 @@ def test_generate_takes_a_preset_and_overrides(model, tmp_path):
     out, options = tmp_path / "apple.png", ["--preset", "fast", "--ratio", 0.2, "--reuse", 2, "--set", "min_tokens=0"]
     result = run("generate", PROMPT, "-m", model, "-o", out, "--steps", 8, "--seed", 3, *options)
     assert result.exit_code == 0, result.output
-    assert "with agentsd, preset fast, ratio 0.2" in result.stdout
+    assert "with agentsd, preset fast, ratio 0.2, reuse 2, seed 3" in result.stdout
+    # Which is no share of the keys that `fast` merges.
+    assert "Warning: `ratio=0.2` changes nothing here" in " ".join(result.stderr.split())
     pipe = agentsd.apply_patch(tiny_sd(), preset="fast", ratio=0.2, reuse=2, min_tokens=0)
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(out)), draw(pipe, steps=8))
 
@@ -209,6 +211,7 @@ def test_version():
         ),
         (["compare", PROMPT, "--preset", "fast", "--preset", "slow"], "There is no preset 'slow'."),
         (["report", "--preset", "slow"], "There is no preset 'slow'."),
+        (["report", "--preset", ""], "There is no preset ''."),
         (["generate", PROMPT, "--reuse", "2", "--set", "reuse=3"], "reuse is given twice."),
         (["generate", PROMPT, "--preset", "fast", "--no-patch"], "--no-patch leaves nothing"),
         (["generate", PROMPT, "--ratio", "0.5", "--no-patch"], "--no-patch leaves nothing"),
@@ -262,6 +265,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, model,
         ["generate"],
         ["generate", PROMPT, "--steps", "0"],
         ["generate", PROMPT, "--seed", "-1"],
+        ["generate", PROMPT, "--seed", 2**63],
         ["compare", PROMPT, "--reuse", "0"],
     ],
 )

@@ -260,6 +260,7 @@ def test_threads_that_share_a_unet():
         (True, TypeError, "reuse"),
         ("2", TypeError, "reuse"),
         ({"interval": 2, "order": 2}, ValueError, "order"),
+        ({"every": 2}, TypeError, "'every'.*interval, order, branch"),
         ({"branch": -1}, ValueError, "branch"),
         ({"branch": 99}, ValueError, "branch.*below 6"),
     ],

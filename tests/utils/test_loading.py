@@ -111,7 +111,7 @@ def test_hub_id_that_is_in_the_cache(folder, tmp_path):
     assert torch.equal(image(pipe), image(tiny_sd()))
 
 
-@pytest.mark.parametrize("model", ["./nothing", "../a/nothing", "/no/such/model", "~/no-such", "nothing", "a/b/c"])
+@pytest.mark.parametrize("model", ["./nothing", "../a/nothing", "/no/such/model", "~/no-such", "nothing", "a/b/c", ""])
 def test_path_that_does_not_exist(model, tmp_path, monkeypatch):
     """What can only be a path is never looked for on the Hub."""
     monkeypatch.chdir(tmp_path)
