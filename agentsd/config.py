@@ -239,9 +239,14 @@ class AgentSDConfig:
         0.5
         ```
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"There is no preset {shown(name)}. Choose one of {', '.join(PRESETS)}.")
-        return cls.from_dict({**PRESETS[name], **overrides})
+        try:
+            return cls.from_dict({**PRESETS[name], **overrides})
+        except ValueError as error:
+            cls.from_dict(overrides)  # what is wrong without the preset is said alone
+            own = ", ".join(f"{field}={value!r}" for field, value in PRESETS[name].items() if field not in overrides)
+            raise ValueError(f"{error} The preset {name!r} sets {own}: give None for what is in the way.") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AgentSDConfig":

@@ -69,6 +69,8 @@ def test_presets_hold_one_phase_for_all_steps(ratio, size):
     assert shape(agent) == shape(scheduled[0])
     with pytest.raises(ValueError, match="paper"):
         AgentSDConfig.preset("faster")
+    with pytest.raises(ValueError, match=r"no preset \['fast'\]"):
+        AgentSDConfig.preset(["fast"])
 
 
 @pytest.mark.parametrize("named", [{"sx": 4}, {"sy": 1}, {"agent_ratio": 0.5}, {"sx": 2, "sy": 2, "agent_ratio": 0}])
@@ -119,6 +121,42 @@ def test_a_preset_refuses_it_too():
         AgentSDConfig.preset("agent", agent_until=0.3)
     assert AgentSDConfig.preset("paper", agent_until=0.3).agent_until == 0.3
     assert AgentSDConfig().agent_until == 0.4
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said", "cleared"),
+    [
+        (
+            "fast",
+            {"late_phase": "tome"},
+            r"`kv_ratio` is about .*'fast' sets agent_until=0, kv_ratio=0\.9, max_",
+            "kv_ratio",
+        ),
+        (
+            "agent",
+            {"agent_until": 0.3},
+            r"`agent_until` would .*'agent' sets sx=4, sy=4, agent_ratio=0\.95: give None",
+            None,
+        ),
+        (
+            "balanced",
+            {"merge_attn": False},
+            r"merge_attn.*The preset 'balanced' sets .*late_phase='kv-merged'",
+            "late_phase",
+        ),
+    ],
+)
+def test_what_a_preset_sets_is_named_where_it_is_in_the_way(name, override, said, cleared):
+    """Who overrides one of its fields has not seen the others."""
+    with pytest.raises(ValueError, match=said):
+        AgentSDConfig.preset(name, **override)
+    if cleared is not None:
+        AgentSDConfig.preset(name, **override, **{cleared: None})
+
+
+def test_what_is_wrong_without_a_preset_is_said_alone():
+    with pytest.raises(ValueError, match=r"^`ratio` must be in \[0, 1\), but got 2\.$"):
+        AgentSDConfig.preset("fast", ratio=2)
 
 
 def test_dictionary_round_trip():
