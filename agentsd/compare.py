@@ -109,10 +109,11 @@ def compare(
         name: nullcontext if each is None and is_patched(pipe) else partial(patched, pipe, config=each)
         for name, each in chosen.items()
     }
-    for _, model in patchable_models(pipe):
+    # What the pipeline's own patch has said in earlier calls belongs to this comparison too.
+    for _, model in patchable_models(pipe) if None in chosen.values() else []:
         patch = patch_of(model)
         if patch is not None:
-            patch.repeat_warnings()  # what it has said in earlier calls belongs to this comparison too
+            patch.repeat_warnings()
     runs, reports = _timed_runs(pipe, call, steps, seed, seconds, progress, variants)
     baseline = runs.pop("baseline")
     return Comparison(
