@@ -118,6 +118,14 @@ def test_demo(monkeypatch):
     assert launched == [{"host": "0.0.0.0", "port": None, "share": True}]
 
 
+@pytest.mark.parametrize(("options", "device"), [("", None), ("--device cuda:1", "cuda:1")])
+def test_report_is_about_the_device_that_would_draw(monkeypatch, options, device):
+    """From how many tokens on a preset merges differs between a CPU and a GPU."""
+    calls = stop_at(monkeypatch, "agentsd.cli.commands.load_model")
+    run(f"report {options}")
+    assert calls == [(("emoji", device, None, False), {})]
+
+
 def test_the_model_is_loaded_in_the_precision_asked_for(model):
     assert load_model(model, "cpu", "bfloat16", False).unet.dtype == torch.bfloat16
 
